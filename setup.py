@@ -30,7 +30,7 @@ setup(
         "Programming Language :: Python :: 3.12",
     ],
     packages=find_packages(include=["flowrepro", "flowrepro.*"]),
-    include_package_data=True,
+    package_data={"flowrepro": ["experiments/*.ipynb"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"run": run, "bench": run + bench, "dev": run + bench + dev},
     entry_points={

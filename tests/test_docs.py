@@ -1,0 +1,226 @@
+"""The documentation site: every page loads in a browser, complete, from its own files alone."""
+import functools
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("docs", ROOT / "tools/docs.py")
+docs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(docs)
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking
+    --disable-component-update --disable-sync --disable-extensions --no-first-run --no-default-browser-check
+    --remote-debugging-port=0""".split()
+
+
+class Browser:
+    "A headless Chromium driven over its DevTools protocol."
+
+    def __init__(self, program: str, profile: Path):
+        from websocket import create_connection
+        flags = [*FLAGS, f"--user-data-dir={profile}", "about:blank"]
+        self.process = subprocess.Popen([program, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        port_file, deadline = profile / "DevToolsActivePort", time.monotonic() + 60
+        while not port_file.exists() or len(port_file.read_text().splitlines()) < 2:
+            assert self.process.poll() is None, f"{program} ended with code {self.process.returncode} at its start"
+            assert time.monotonic() < deadline, f"{program} opened no DevTools port within 60 s"
+            time.sleep(0.05)
+        port, path = port_file.read_text().splitlines()
+        self.socket = create_connection(f"ws://127.0.0.1:{port}{path}", timeout=60, suppress_origin=True)
+        self.count, self.events, self.session = 0, [], None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in "Page", "Network", "Runtime", "Log":
+            self.call(f"{domain}.enable")
+        self.call("Network.setCacheDisabled", cacheDisabled=True)
+
+    def receive(self) -> dict:
+        "The next message, kept among the events if it is one."
+        message = json.loads(self.socket.recv())
+        if "method" in message:
+            self.events.append(message)
+        return message
+
+    def call(self, method: str, **params) -> dict:
+        "Send a command and return its result."
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params}
+        self.socket.send(json.dumps(message | ({"sessionId": self.session} if self.session else {})))
+        while (answer := self.receive()).get("id") != self.count:
+            pass
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def visit(self, url: str) -> list[str]:
+        "Load a page and return what went wrong: failed requests, console errors, uncaught exceptions."
+        self.events.clear()
+        answer = self.call("Page.navigate", url=url)
+        while "errorText" not in answer and not any(e["method"] == "Page.loadEventFired" for e in self.events):
+            self.receive()
+        settle = "new Promise(done => setTimeout(done, 100))"  # scripts that run after the load event
+        self.call("Runtime.evaluate", expression=settle, awaitPromise=True)
+        return [p for e in self.events if (p := problem(e["method"], e["params"]))]
+
+    def close(self):
+        "End the browser that this object started."
+        try:
+            self.socket.close()
+        finally:
+            self.process.terminate()
+            self.process.wait(30)
+
+
+def problem(method: str, p: dict) -> str | None:
+    "What a DevTools event reports as wrong, if anything."
+    if method == "Network.loadingFailed":
+        return f"request failed: {p['errorText']}"
+    if method == "Network.responseReceived" and p["response"]["status"] >= 400:
+        return f"status {p['response']['status']}: {p['response']['url']}"
+    if method == "Runtime.exceptionThrown":
+        return f"exception: {p['exceptionDetails']['text']}"
+    if method == "Runtime.consoleAPICalled" and p["type"] in ("error", "assert"):
+        return f"console: {[a.get('value', a.get('description')) for a in p['args']]}"
+    if method == "Log.entryAdded" and p["entry"]["level"] == "error":
+        return f"log: {p['entry']['text']} {p['entry'].get('url', '')}"
+    return None
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    "The site, built by the renderer that needs no Quarto."
+    out = tmp_path_factory.mktemp("docs") / "site"
+    command = [sys.executable, "tools/docs.py", "--light", "--out", str(out)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    "One browser for all pages, or a skip that says what is missing."
+    names = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
+    found = [p for n in names if (p := shutil.which(n)) and subprocess.run([p, "--version"], capture_output=True).returncode == 0]
+    if not found:
+        pytest.skip(f"no browser on PATH (looked for {', '.join(names)}): pages were not loaded")
+    browser = Browser(found[0], tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def serve():
+    "A function that serves a folder on localhost and returns its address."
+    servers = []
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    def start(folder: Path) -> str:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_every_page_loads(site, browser, serve):
+    "No page of the site has a failed request, a console error or an uncaught exception."
+    address = serve(site)
+    pages = sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html"))
+    assert "index.html" in pages
+    problems = {page: found for page in pages if (found := browser.visit(f"{address}/{page}"))}
+    assert not problems
+
+
+@pytest.mark.parametrize("fault, word", [
+    ('<img src="missing.png">', "status 404"),
+    ('<script>console.error("planted")</script>', "planted"),
+    ('<script>throw new Error("planted")</script>', "exception"),
+    ('<script src="http://127.0.0.1:9/x.js"></script>', "request failed"),
+    ("", None)])
+def test_browser_check_sees_faults(fault, word, browser, serve, tmp_path):
+    "The check above fails on planted faults, and only on them."
+    (tmp_path / "page.html").write_text(f'<!doctype html><link rel="icon" href="data:,"><title>x</title>{fault}')
+    problems = browser.visit(f"{serve(tmp_path)}/page.html")
+    assert bool(problems) == bool(word) and (not word or any(word in p for p in problems)), problems
+
+
+def test_every_notebook_has_its_page(site):
+    "Each listed notebook is a page under its short name, and has kept its stored outputs."
+    for path in (ROOT / "nbs").rglob("[!_.]*.ipynb"):
+        name = path.stem.lstrip("0123456789")
+        name = name.partition("_")[2] if name != path.stem else name
+        page = (site / path.relative_to(ROOT / "nbs")).with_name(f"{name}.html")
+        assert page.is_file(), f"{path.name} has no page {page.relative_to(site)}"
+        cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        hidden = ("#| hide", "#| export", "#| output: false", "#| include: false")
+        images = sum("image/png" in o.get("data", {}) for c in cells if not "".join(c["source"]).startswith(hidden) for o in c["outputs"])
+        assert page.read_text().count('src="data:image/png') >= images, f"{page.name} lost pictures of {path.name}"
+
+
+def test_site_stands_alone(site):
+    "Nothing is loaded from another host, every link within the site leads somewhere, no TeX is left."
+    assert docs.remote_assets(site) == []
+    assert docs.broken_links(site) == []
+    for page in site.rglob("*.html"):
+        assert 'class="math' not in page.read_text(), f"{page.name} holds unconverted TeX"
+
+
+def test_faults_of_a_site_are_found(tmp_path):
+    "Planted remote assets and broken links are reported, ordinary links are not."
+    (tmp_path / "good.html").write_text('<a href="https://example.org">x</a><a id="top" href="#top">x</a><a href="good.html#top">x</a>')
+    assert docs.remote_assets(tmp_path) == docs.broken_links(tmp_path) == []
+    (tmp_path / "bad.html").write_text('<img alt="x" src="https://example.org/a.png"><a href="none.html">x</a><a href="good.html#none">x</a>'
+                                       '<link href="//example.org/a.css" rel="stylesheet"><script src=http://example.org/a.js></script>')
+    (tmp_path / "a.css").write_text("@import 'https://example.org/b.css'; p { background: url(https://example.org/c.png) }")
+    assert len(docs.remote_assets(tmp_path)) == 5
+    assert docs.broken_links(tmp_path) == ["bad.html: good.html#none", "bad.html: none.html"]
+
+
+def test_formulas():
+    "Formulas become MathML; what the converter cannot read is an error that names the page."
+    assert "<mtable" in docs.mathml("p", r"\begin{aligned} z &= x \\ y &= 2 \end{aligned}", True)
+    numbered = docs.mathml("p", r"x_i\label{eq-one:3}", True)
+    assert 'id="eq-one"' in numbered and "(3)" in numbered and "<msub>" in numbered
+    for tex in r"\nosuchcommand{x}", r"a \\ b", r"\left( a":
+        with pytest.raises(docs.DocsError, match="p: .*formula"):
+            docs.mathml("p", tex, False)
+
+
+def test_finished_page():
+    "TeX becomes MathML, KaTeX goes, links into the site become relative, a method's link falls back to its class."
+    page = ('<head><link href="https://cdn.jsdelivr.net/npm/katex@0.16/dist/katex.min.css" rel="stylesheet"></head>'
+            '<a href="https://x.org/y/a.html#cls.fit">1</a><a href="https://x.org/y/a.html#cls.own">2</a><a href="https://x.org/z">3</a>'
+            '<span class="math inline">\\(a &lt; b\\)</span>')
+    text = docs.finish("sub/p.html", page, "https://x.org/y/", {"#cls", "#cls.own"})
+    assert "katex" not in text and "<math" in text and 'href="https://x.org/z"' in text
+    assert 'href="../a.html#cls">1' in text and 'href="../a.html#cls.own">2' in text
+
+
+def test_cross_references():
+    "Labels are numbered in order and references become links; code is left alone; a lost reference is an error."
+    cells = [{"cell_type": "markdown", "source": "@fig-b and @eq-a, a@fig-b.org, `@fig-none`.\n\n$$\nx\n$$ {#eq-a}\n\n: Cap {#tbl-t}\n\n![Cap](a.png){#fig-a}\n```\n@eq-none\n```\n"},
+             {"cell_type": "code", "source": '#| label: fig-b\n#| fig-cap: "A: b"\nplot()'}]
+    docs.cross_reference("p", cells)
+    text = cells[0]["source"]
+    for part in ("[Figure 2](#fig-b) and [Equation 1](#eq-a), a@fig-b.org, `@fig-none`.", r"\label{eq-a:1}$$", ": Table 1: Cap {#tbl-t}",
+                 "![Figure 1: Cap](a.png){#fig-a}", "```\n@eq-none\n```"):
+        assert part in text
+    assert '#| fig-cap: "Figure 2: A: b"' in cells[1]["source"]
+    with pytest.raises(docs.DocsError, match="@eq-none refers to no label"):
+        docs.cross_reference("p", [{"cell_type": "markdown", "source": "See @eq-none."}])
+    with pytest.raises(docs.DocsError, match="used twice"):
+        docs.cross_reference("p", [{"cell_type": "markdown", "source": "$$x$$ {#eq-a}\n\n$$x$$ {#eq-a}"}])

@@ -1,0 +1,275 @@
+"The feature bank: right numbers wherever it lives, never an old or half-written one."
+import errno
+import json
+import multiprocessing as mp
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from flowrepro import features as ft
+from flowrepro.features import FeatureBank, LiveFeatures, channel_stats
+
+
+@dataclass(frozen=True)
+class Transform:
+    size: int = 16
+    rotate: float = 0.0
+    @property
+    def random(self): return self.rotate > 0
+
+
+class Data:
+    "A folder of images; `delay` seconds for each."
+    def __init__(self, folder, transform=Transform(), delay=0.0):
+        self.records, self.transform, self.delay = tuple(SimpleNamespace(image=p) for p in sorted(Path(folder).glob("*.png"))), transform, delay
+        self.opened = 0
+    def __len__(self): return len(self.records)
+    def __getitem__(self, i):
+        time.sleep(self.delay); self.opened += 1
+        im = Image.open(self.records[i].image).resize((self.transform.size,)*2)
+        if self.transform.random: im = im.rotate((2*torch.rand(()).item() - 1)*self.transform.rotate)
+        return SimpleNamespace(image=torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous(), path=self.records[i].image)
+
+
+class Net(nn.Module):
+    "Two levels of a small convolution."
+    def __init__(self, seed=0, gain=1.0):
+        super().__init__()
+        self.shapes, self.seed, self.gain = [(4, 8, 8), (6, 4, 4)], seed, gain
+        g = torch.Generator().manual_seed(seed)
+        self.w = [torch.randn(4, 3, 2, 2, generator=g), torch.randn(6, 3, 4, 4, generator=g)]
+    def config(self): return dict(name="net", seed=self.seed, gain=self.gain)
+    @torch.no_grad()
+    def forward(self, x): return [self.gain*torch.nn.functional.conv2d(x/255, w, stride=w.shape[-1]) for w in self.w]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    f = tmp_path/"images"; f.mkdir(); rng = np.random.default_rng(0)
+    for i in range(11): Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(f/f"{i:02}.png")
+    return f
+
+
+def bank(data, net=None, **kw): return FeatureBank(data, net or Net(), progress=False, **kw)
+def direct(data): return Net()(torch.stack([data[i].image for i in range(len(data))]))
+def close(a, b, tol=1e-5): return all(p.shape == q.shape and torch.allclose(p, q, rtol=tol, atol=tol) for p, q in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("dtype, eps", [("float32", 1e-6), ("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_same_features_everywhere(folder, tmp_path, dtype, eps, cached):
+    data, i = Data(folder), torch.tensor([10, 3, 3, 0])
+    want = [w[i] for w in direct(data)]
+    for where in ("device", "ram", "disk"):
+        b = bank(data, where=where, dtype=dtype, cache=tmp_path/where if cached else None, batch=4)
+        got = b[i]
+        assert all(g.dtype == torch.float32 and ((g - w).abs() <= eps*w.abs() + 1e-6).all() for g, w in zip(got, want, strict=True))
+        assert b.nbytes == 11*(256 + 96)*(4 if dtype == "float32" else 2) and len(b) == 11 and b.shapes == Net().shapes and b.seconds > 0
+
+
+@pytest.mark.parametrize("where", ["ram", "disk"])
+def test_indices(folder, where):
+    data = Data(folder); b, want = bank(data, where=where), direct(Data(folder))
+    mask = np.zeros(11, bool); mask[[1, 4]] = True
+    for idx, rows in ((2, [2]), (-1, [10]), (np.int64(3), [3]), (slice(1, 9, 3), [1, 4, 7]), (slice(None, None, -5), [10, 5, 0]), ([5, 0, -1], [5, 0, 10]),
+                      (np.array([2, 2]), [2, 2]), (torch.tensor([9], dtype=torch.int32), [9]), (mask, [1, 4]), ([], []), (torch.randperm(11), None)):
+        rows = idx if rows is None else rows
+        assert close(b[idx], [w[rows] for w in want])
+    for bad in (11, [-12], [0.5], np.zeros(10, bool)):
+        with pytest.raises(IndexError): b[bad]
+
+
+def test_batch_is_the_callers_own(folder, tmp_path):
+    "Writing into features that were given out changes neither the bank nor its file."
+    for where in ("ram", "disk"):
+        b = bank(Data(folder), where=where, cache=tmp_path)
+        for y in b[:]: y.zero_()
+        assert close(b[:], direct(Data(folder))) and close(bank(Data(folder), where=where, cache=tmp_path)[:], direct(Data(folder)))
+
+
+def test_found_again_unless_anything_changes(folder, tmp_path):
+    data = Data(folder); first = bank(data, cache=tmp_path/"c"); opened = data.opened
+    for where in ("ram", "disk", "auto"):
+        again = bank(data, where=where, cache=tmp_path/"c")
+        assert again.found and again.seconds == 0.0 and again.key == first.key and close(again[:], first[:], 0) and data.opened == opened
+    others = [bank(Data(folder, Transform(17)), Small(), cache=tmp_path/"c"), bank(data, dtype="bfloat16", cache=tmp_path/"c"),
+              bank(data, Net(seed=1), cache=tmp_path/"c"), bank(data, Net(gain=2.), cache=tmp_path/"c")]
+    p = sorted(folder.glob("*"))[5]; raw = bytearray(p.read_bytes())
+    p.write_bytes(bytes(raw) + b"\0")                                              # one byte after the image's end
+    others.append(bank(data, cache=tmp_path/"c"))
+    p.unlink(); others.append(bank(Data(folder), cache=tmp_path/"c"))
+    rows = Data(folder); rows.records = rows.records[::-1]; others.append(bank(rows, cache=tmp_path/"c"))
+    assert not any(o.found for o in others) and len({o.key for o in (first, *others)}) == 8
+
+
+class Small(Net):
+    def forward(self, x): return super().forward(x[..., :16, :16])
+
+
+def test_weights_and_levels_of_a_real_backbone_are_in_the_key(folder):
+    from flowrepro.backbones import Backbone
+    make = lambda **kw: ft.bank_key(Data(folder), Backbone(**dict(name="resnet18", levels=(1,), weights="random", size=64) | kw), "float32")
+    keys = [make(), make(weights="random:1"), make(levels=(2,)), make(pyramid=(.5,)), make(dtype="bfloat16")]
+    assert len(set(keys)) == 5 and make() == keys[0]
+
+
+# ---- files that must not be believed ----
+def files(cache): return sorted(p.name for p in cache.iterdir() if not p.name.endswith(".lock"))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "grow", "zero", "first", "last", "no data", "no header", "half header", "list header", "other key", "other shapes"])
+def test_damaged_files_are_refilled(folder, tmp_path, damage):
+    data, cache = Data(folder), tmp_path/"c"
+    key = bank(data, cache=cache).key[:32]; raw, head = cache/f"{key}.bin", cache/f"{key}.json"
+    assert files(cache) == [raw.name, head.name]
+    content, header = bytearray(raw.read_bytes()), json.loads(head.read_text())
+    if damage == "truncate": raw.write_bytes(content[:-100])
+    elif damage == "grow": raw.write_bytes(content + b"\0"*100)
+    elif damage == "zero": raw.write_bytes(bytes(len(content)))
+    elif damage in ("first", "last"): content[0 if damage == "first" else -1] ^= 1; raw.write_bytes(content)
+    elif damage == "no data": raw.unlink()
+    elif damage == "no header": head.unlink()
+    elif damage == "half header": head.write_text(head.read_text()[:20])
+    elif damage == "list header": head.write_text("[]")
+    elif damage == "other key": head.write_text(json.dumps(header | {"key": "0"}))
+    elif damage == "other shapes": head.write_text(json.dumps(header | {"shapes": [[1, 2, 3]]}))
+    for where in ("disk", "ram"):
+        b = bank(data, where=where, cache=cache)
+        assert b.found == (where == "ram") and close(b[:], direct(data)) and files(cache) == [raw.name, head.name]
+
+
+def test_failed_fill_leaves_nothing(folder, tmp_path):
+    bad = sorted(folder.glob("*"))[7]; good = bad.read_bytes(); bad.write_bytes(good[:40])
+    with pytest.raises(OSError): bank(Data(folder), cache=tmp_path/"c")
+    assert files(tmp_path/"c") == []
+    bad.write_bytes(good)
+    assert close(bank(Data(folder), cache=tmp_path/"c")[:], direct(Data(folder)))
+
+
+def worker(folder, cache, delay, out, start=None):
+    torch.set_num_threads(1)
+    if start is not None: start.wait()
+    b = FeatureBank(Data(folder, delay=delay), Net(), "disk", cache=cache, progress=False, batch=2)
+    torch.save(dict(found=b.found, opened=b.levels is not None, features=b[:]), out)
+
+
+def test_a_killed_fill_leaves_nothing_that_is_believed(folder, tmp_path, capfd):
+    cache = tmp_path/"c"; cache.mkdir()
+    p = mp.get_context("spawn").Process(target=worker, args=(folder, cache, 0.3, tmp_path/"out"))
+    p.start(); until = time.time() + 60
+    while not list(cache.glob("*.bin.tmp")) and time.time() < until: time.sleep(0.01)
+    time.sleep(0.4); os.kill(p.pid, signal.SIGKILL); p.join()
+    left = list(cache.glob("*.bin.tmp"))
+    assert p.exitcode == -signal.SIGKILL and len(left) == 1 and not list(cache.glob("*.json")) and not (tmp_path/"out").exists()
+    other = bank(Data(folder), Net(seed=9), cache=cache)                          # a fill of another bank clears the remains too
+    assert not left[0].exists() and not other.found
+    left[0].write_bytes(b"remains")
+    b = bank(Data(folder), cache=cache, where="disk")
+    assert not b.found and close(b[:], direct(Data(folder))) and not list(cache.glob("*.tmp")) and bank(Data(folder), cache=cache).found
+
+
+def test_two_processes_fill_one_bank(folder, tmp_path, capfd):
+    ctx, cache = mp.get_context("spawn"), tmp_path/"c"
+    start = ctx.Barrier(2)
+    ps = [ctx.Process(target=worker, args=(folder, cache, 0.05, tmp_path/f"out{i}", start)) for i in range(2)]
+    for p in ps: p.start()
+    for p in ps: p.join(60)
+    assert [p.exitcode for p in ps] == [0, 0]
+    a, b = (torch.load(tmp_path/f"out{i}") for i in range(2))
+    assert sorted((a["found"], b["found"])) == [False, True] and close(a["features"], b["features"], 0) and close(a["features"], direct(Data(folder)))
+    assert [Path(n).suffix for n in files(cache)] == [".bin", ".json"] and "another process computes these features" in capfd.readouterr().err
+
+
+# ---- refusals ----
+def test_random_transform_is_refused_or_fixed(folder, tmp_path):
+    data = Data(folder, Transform(rotate=45.))
+    with pytest.raises(ValueError, match="LiveFeatures.*copies=k"): bank(data)
+    with pytest.raises(ValueError, match="not random"): bank(Data(folder), copies=2)
+    with pytest.raises(ValueError, match="copies=0"): bank(data, copies=0)
+    torch.manual_seed(3); state = torch.get_rng_state()
+    a = bank(data, copies=3, seed=1, cache=tmp_path/"c", batch=4)
+    assert torch.equal(torch.get_rng_state(), state) and len(a) == 33
+    torch.rand(7); b, c = bank(data, copies=3, seed=1, batch=7), bank(data, copies=3, seed=2)
+    assert close(a[:], b[:]) and a.key == b.key != c.key and not close(a[:], c[:]) and not close(a[0], a[11])
+    assert bank(data, copies=3, seed=1, cache=tmp_path/"c").found
+
+
+def test_live_features(folder):
+    data = Data(folder, Transform(rotate=45.)); live = LiveFeatures(data, Net(), batch=2)
+    assert len(live) == 11 and live.shapes == Net().shapes and not close(live[0], live[0]) and [len(y) for y in live[[]]] == [0, 0]
+    assert close(LiveFeatures(Data(folder), Net(), batch=2)[[3, -1, 0]], [w[[3, 10, 0]] for w in direct(Data(folder))])
+
+
+@pytest.mark.parametrize("kw", [dict(where="tape"), dict(dtype="int8")])
+def test_bad_arguments(folder, kw):
+    with pytest.raises(ValueError, match="allowed"): bank(Data(folder), **kw)
+
+
+def test_empty_data_and_wrong_size(folder, tmp_path):
+    (tmp_path/"none").mkdir()
+    with pytest.raises(ValueError, match="empty"): bank(Data(tmp_path/"none"))
+    with pytest.raises(ValueError, match=r"Backbone\(size=32\)"): bank(Data(folder, Transform(32)))
+
+
+def test_values_beyond_float16(folder):
+    with pytest.raises(ValueError, match="00.png.*float16.*bfloat16"): bank(Data(folder), Net(gain=1e5), dtype="float16")
+    assert bank(Data(folder), Net(gain=1e5), dtype="bfloat16")[0][0].isfinite().all()
+
+
+def test_full_disk_is_known_before_the_fill(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(ft.shutil, "disk_usage", lambda p: SimpleNamespace(free=1000))
+    data = Data(folder)
+    with pytest.raises(OSError, match=r"need 0.0 MiB, 0.0 MiB are free") as e: bank(data, cache=tmp_path/"c")
+    assert e.value.errno == errno.ENOSPC and data.opened == 0 and files(tmp_path/"c") == []
+
+
+def test_place_by_size(folder, monkeypatch):
+    monkeypatch.setattr(ft, "free_ram", lambda: 10_000)
+    assert bank(Data(folder)).place == "disk"
+    with pytest.raises(MemoryError, match="where='disk'"): bank(Data(folder), where="ram")
+    monkeypatch.setattr(ft, "free_ram", lambda: 10**6)
+    assert bank(Data(folder)).place == "ram"
+
+
+def test_temporary_folder_goes_with_the_bank(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(ft.tempfile, "tempdir", str(tmp_path))
+    b = bank(Data(folder), where="disk")
+    assert list(tmp_path.glob("flowrepro-*/*.bin"))
+    del b
+    assert not list(tmp_path.glob("flowrepro-*"))
+
+
+def test_cache_that_cannot_be_written_is_still_read(folder, tmp_path):
+    bank(Data(folder), cache=tmp_path/"c"); (tmp_path/"c").chmod(0o555)
+    try: assert bank(Data(folder), cache=tmp_path/"c", where="disk").found
+    finally: (tmp_path/"c").chmod(0o755)
+
+
+def test_channel_stats(folder):
+    data = Data(folder); b = bank(data); y = direct(data)
+    for (m, s), v in zip(channel_stats(b, chunk=4), y, strict=True):
+        assert torch.allclose(m, v.mean((0, 2, 3)), atol=1e-5) and torch.allclose(s, v.std((0, 2, 3), correction=0), rtol=1e-4)
+    part = channel_stats(b, [0, 5])[0][0]
+    assert torch.allclose(part, y[0][[0, 5]].mean((0, 2, 3)), atol=1e-5)
+    with pytest.raises(ValueError): channel_stats(b, [])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_the_gpu(folder, tmp_path):
+    class Moving(Net):
+        def forward(self, x): self.w = [w.to(x.device) for w in self.w]; return super().forward(x)
+    for where in ("auto", "device", "ram", "disk"):
+        b = bank(Data(folder), Moving(), where=where, device="cuda", cache=tmp_path/where)
+        assert b.place == ("device" if where == "auto" else where) and all(y.is_cuda for y in b[[1, 2]])
+        assert close([y.cpu() for y in b[:]], direct(Data(folder)), 1e-3)
