@@ -31,7 +31,7 @@ $(STAMP):
 	rm -f .venv/.installed*; touch $@
 
 demo: $(STAMP) ## regenerate the results of preset demo on the toy data
-	$(BIN)/flowrepro demo
+	$(BIN)/flowrepro run --dataset toy --category each --preset demo --out runs/demo
 
 test: drift readme notebooks ## run everything that CI runs
 	echo "Running the tests"

@@ -7,8 +7,8 @@ Docs: https://flowrepro.github.io/flowrepro/backbones.html.md"""
 # %% auto #0
 __all__ = ['PAPER_TAGS', 'PACKAGED', 'DTYPES', 'WeightsError', 'known_tags', 'full_name', 'sha256', 'package_of', 'has_package',
            'packaged_file', 'read_state', 'fit_state', 'check_hub', 'load_net', 'crossword', 'n_levels', 'is_plain',
-           'cut', 'n_parameters', 'state_hash', 'shrink', 'check_pyramid', 'size_arg', 'Backbone', 'normalize',
-           'stages', 'feature_shapes']
+           'cut', 'n_parameters', 'state_hash', 'conv_bn_pairs', 'fold_norms', 'shrink', 'check_pyramid', 'size_arg',
+           'Backbone', 'normalize', 'stages', 'speed_up', 'feature_shapes']
 
 # %% ../nbs/01_backbones.ipynb #01582351
 import difflib
@@ -202,6 +202,34 @@ def state_hash(net: nn.Module) -> str:
         h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()[:12]
 
+# %% ../nbs/01_backbones.ipynb #27d7e386
+def conv_bn_pairs(net: nn.Module, run) -> list[tuple[str, nn.Conv2d, nn.BatchNorm2d]]:
+    "Name of the norm, convolution and norm, wherever `run()` feeds a convolution's output straight into a batch norm; each used once."
+    made, pairs, hooks = {}, [], []
+    def conv(m, i, o): made[id(o)] = (m, o)                            # holding `o` keeps its id taken
+    def norm(name): return lambda m, i: pairs.append((name, made[id(i[0])][0], m)) if id(i[0]) in made else None
+    for name, m in net.named_modules():
+        if isinstance(m, nn.Conv2d): hooks.append(m.register_forward_hook(conv))
+        elif isinstance(m, nn.BatchNorm2d): hooks.append(m.register_forward_pre_hook(norm(name)))
+    try: run()
+    finally: [h.remove() for h in hooks]
+    convs, norms = [id(c) for _, c, _ in pairs], [id(n) for *_, n in pairs]
+    return [p for p in pairs if convs.count(id(p[1])) == norms.count(id(p[2])) == 1]
+
+@torch.no_grad()
+def fold_norms(net: nn.Module, run) -> int:
+    "Fold batch norms into their convolutions in place; `run()` gives the features of a probe. Number folded. `ValueError` if the features change."
+    before, pairs = run(), conv_bn_pairs(net, run)
+    for name, conv, bn in pairs:
+        scale = bn.weight*(bn.running_var + bn.eps).rsqrt()
+        conv.weight.mul_(scale.view(-1, 1, 1, 1))
+        conv.bias = nn.Parameter((0 if conv.bias is None else conv.bias*scale) + bn.bias - bn.running_mean*scale, requires_grad=False)
+        rest = [m for k in ("drop", "act") if isinstance(m := getattr(bn, k, None), nn.Module) and not isinstance(m, nn.Identity)]
+        net.set_submodule(name, nn.Sequential(*rest))                  # timm's norms carry their activation
+    if not all(a.is_meta or torch.dist(a, b) <= 1e-3*b.norm() for a, b in zip(run(), before)):    # meta: shapes without values
+        raise ValueError(f"{type(net).__name__}: batch norms do not fold; use Backbone(..., fold=False)")
+    return len(pairs)
+
 # %% ../nbs/01_backbones.ipynb #6898603c
 def shrink(x: torch.Tensor, scale: float) -> torch.Tensor:
     "Images (B, 3, H, W) at `scale` times their sides, bilinear with aligned corners (HGAD, `models/model.py`)."
@@ -228,28 +256,30 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Backbone(nn.Module):
     """Frozen features: images (B, 3, H, W), uint8 or float in [0, 1], to a list of float32 (B, C, h, w), one for each scale and level.
 
-    Always in eval mode and without gradients. Attributes: `channels`, `shapes` (C, h, w) at `size`, `weight_id`."""
+    Always in eval mode, without gradients. Attributes: `channels`, `shapes` (C, h, w) at `size`, `weight_id`, `name`."""
     def __init__(self, name: str = "tf_efficientnet_lite0",      # timm name, with or without a weight tag
                  levels: tuple[int, ...] = (2, 3, 4),            # stages (stride 2^(level+1) in most convnets) or transformer blocks, from 0
                  pyramid: tuple[float, ...] = (1.0,),            # scales of the image
                  weights: str | Path = "auto",                   # auto, packaged, hub, random, random:SEED, or a file
                  size: int = 256,                                # side of the images, pixels
                  dtype: str = "float32",                         # bfloat16, float16: autocast; features still leave as float32
+                 fold: bool = True,                              # batch norms folded into convolutions
                  channels_last: bool | None = None):             # memory layout; None: yes for convnets
         super().__init__()
         if dtype not in DTYPES: raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
         net, origin = load_net(name, weights, **size_arg(full_name(name), size))
-        self.name, self.levels, self.size, self.dtype = name, tuple(levels), size, dtype
+        self.name, self.levels, self.size, self.dtype, self.fold = name, tuple(levels), size, "float32", fold
         self.plain = is_plain(net)
+        self.channels_last = not self.plain if channels_last is None else channels_last
         self.pyramid = check_pyramid(pyramid, self.plain)
         self.net = cut(net, self.levels)
         self.weight_id = f"{origin}:{state_hash(net)}"
-        self.channels_last = not self.plain if channels_last is None else channels_last
-        if self.channels_last: net.to(memory_format=torch.channels_last)
         for k in ("mean", "std"): self.register_buffer(k, torch.tensor(net.pretrained_cfg[k]).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
         self.shapes = feature_shapes(self)
         self.channels = [s[0] for s in self.shapes]
+        speed_up(self)
+        self.dtype = dtype                               # all above ran without autocast
 
     def train(self, mode: bool = True) -> "Backbone":
         "Stays in eval mode, whatever its parents do."
@@ -266,10 +296,8 @@ class Backbone(nn.Module):
 
     def config(self) -> dict:
         "Everything that decides the features, JSON-ready."
-        return dict(name=self.name, levels=list(self.levels), pyramid=list(self.pyramid), size=self.size, dtype=self.dtype,
+        return dict(name=self.name, levels=list(self.levels), pyramid=list(self.pyramid), size=self.size, dtype=self.dtype, fold=self.fold,
                     channels_last=self.channels_last, mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist(), weight_id=self.weight_id)
-
-    def extra_repr(self) -> str: return f"{self.name}, levels={self.levels}, pyramid={self.pyramid}, weights={self.weight_id}"
 
 # %% ../nbs/01_backbones.ipynb #dacb5312
 def normalize(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
@@ -287,11 +315,15 @@ def stages(b: Backbone, x: torch.Tensor) -> list[torch.Tensor]:
         out = b.net.forward_intermediates(x, indices=list(b.levels), norm=b.plain, stop_early=True, output_fmt="NCHW", intermediates_only=True)
     return [y.float().contiguous() for y in out]
 
+def speed_up(b: Backbone) -> None:
+    "Fold the norms and change the memory layout, as asked for; the same features up to rounding."
+    if b.channels_last: b.net.to(memory_format=torch.channels_last)
+    probe = torch.linspace(0, 1, 3*64*64).view(1, 64, 64, 3).permute(0, 3, 1, 2)
+    if b.fold and not b.plain: fold_norms(b.net, lambda: b(probe))
+
 # %% ../nbs/01_backbones.ipynb #65389154
 def feature_shapes(b: Backbone) -> list[tuple[int, int, int]]:
     "Shapes (C, h, w) of the feature maps of one image of side `b.size`."
     meta = {k: v.to("meta") for k, v in (*b.named_parameters(), *b.named_buffers())}
-    dtype, b.dtype = b.dtype, "float32"                       # autocast knows no meta device
-    try: out = torch.func.functional_call(b, meta, torch.zeros(1, 3, b.size, b.size, dtype=torch.uint8, device="meta"))
-    finally: b.dtype = dtype
+    out = torch.func.functional_call(b, meta, torch.zeros(1, 3, b.size, b.size, dtype=torch.uint8, device="meta"))
     return [tuple(y.shape[1:]) for y in out]

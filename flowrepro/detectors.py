@@ -80,7 +80,7 @@ class Detector(nn.Module):
     def __init__(self, backbone: Backbone, score: Score, config: dict):
         super().__init__()
         self.backbone, self.score, self.config = backbone, score, config
-        self.register_buffer("calibration", torch.full((2, len(backbone.shapes), 2), float("nan")))
+        self.register_buffer("calibration", torch.full((len(backbone.shapes), 2), float("nan")))
 
     def prepare(self, bank: FeatureBank) -> None:
         "Measure what training needs on the features of the training images."
@@ -171,9 +171,8 @@ def load(path: str | Path, weights: str | None = None) -> Detector:
         about, state = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
     if about.get("method") not in DETECTORS:
         raise DataError(f"{path} holds no flowrepro detector of a known method ({', '.join(DETECTORS)})")
-    saved = json.loads(about["backbone"])
-    backbone = Backbone(**{k: saved[k] for k in ("name", "levels", "pyramid", "size", "dtype", "channels_last")},
-                        weights=weights or weights_of(about["weight_id"], path))
+    told = {k: v for k, v in json.loads(about["backbone"]).items() if k not in ("mean", "std", "weight_id")}  # these follow from the weights
+    backbone = Backbone(**told, weights=weights or weights_of(about["weight_id"], path))
     detector = DETECTORS[about["method"]](backbone=backbone, score=Score(**json.loads(about["score"])), **json.loads(about["config"]))
     if detector.backbone.weight_id != about["weight_id"]:
         raise DataError(f"{path} was trained on backbone weights {about['weight_id']}, here are {detector.backbone.weight_id}: pass weights=")

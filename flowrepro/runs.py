@@ -42,8 +42,8 @@ PRESETS = {
     "fastflow": {
         "smoke": dict(transform=dict(size=64), backbone=dict(name=LITE, levels=(2, 3)), detector=dict(steps=2),
                       schedule=dict(epochs=2, batch=8), evaluations=2),
-        "demo": dict(transform=dict(size=256), backbone=dict(name=LITE, levels=(2, 3, 4)), detector=dict(steps=4),
-                     schedule=dict(epochs=10, batch=16), evaluations=5),
+        "demo": dict(transform=dict(size=192), backbone=dict(name=LITE, levels=(2, 3)), detector=dict(steps=4),
+                     schedule=dict(epochs=40, batch=8, lr=3e-3), evaluations=4),
         "real": dict(transform=dict(size=256), backbone=dict(name=LITE, levels=(2, 3, 4)), detector=dict(steps=8),
                      schedule=dict(epochs=40, batch=32), evaluations=8),
         "paper": dict(

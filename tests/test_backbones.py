@@ -29,13 +29,36 @@ def images(n=2, side=64, seed=0):
 def test_equal_to_features_only(name, levels):
     ref = timm.create_model(name, features_only=True, out_indices=levels).eval()
     ref.load_state_dict(load_net(name, "random")[0].state_dict(), strict=False)
-    exact, fast = (Backbone(name, levels, weights="random", size=64, channels_last=c) for c in (False, True))
+    exact, fast = (Backbone(name, levels, weights="random", size=64, fold=f, channels_last=f) for f in (False, True))
     x = images()
     with torch.no_grad(): want = ref(exact.normalize(x))
     assert all(torch.equal(a, b) for a, b in zip(exact(x), want, strict=True))
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5*b.abs().max().item()) for a, b in zip(fast(x), want, strict=True))
     assert exact.shapes == [tuple(y.shape[1:]) for y in want] and exact.channels == [y.shape[1] for y in want] == ref.feature_info.channels()
     assert all(y.is_contiguous() and y.dtype == torch.float32 for y in fast(x))
+
+
+def test_shapes_without_storage(monkeypatch):
+    monkeypatch.setattr(bb, "state_hash", lambda net: "0")
+    with torch.device("meta"): b = Backbone("resnet18", (1, 2), weights="random", size=96)
+    assert b.shapes == [(64, 24, 24), (128, 12, 12)]
+
+
+def test_every_norm_of_the_usual_nets_is_folded_and_the_id_stays():
+    for name in ("tf_efficientnet_lite0", "resnet18"):
+        fast, exact = (Backbone(name, (1, 2), weights="random", size=64, fold=f) for f in (True, False))
+        count = lambda b: sum(isinstance(m, nn.BatchNorm2d) for m in b.modules())
+        assert count(fast) == 0 < count(exact) and fast.weight_id == exact.weight_id and fast.config() != exact.config()
+
+
+def test_a_norm_whose_convolution_is_used_twice_is_not_folded_wrongly():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__(); self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.bn.running_var += 3
+        def forward(self, x): y = self.conv(x); return self.bn(y) + y
+    net, x = Twice().eval(), torch.randn(1, 3, 8, 8)
+    with pytest.raises(ValueError, match="fold=False"): bb.fold_norms(net, lambda: [net(x)])
 
 
 @pytest.mark.parametrize("name, levels", [("deit_tiny_distilled_patch16_224", (7,)), ("cait_xxs24_224", (5,))])
@@ -79,7 +102,7 @@ def test_frozen_whatever_the_parent_does():
 def test_images_as_bytes_or_fractions_and_nothing_else():
     b = Backbone("resnet18", (1,), weights="random", size=64)
     x = images()
-    assert torch.equal(b(x)[0], b(x/255)[0])
+    assert torch.equal(b.normalize(x), b.normalize(x/255)) and torch.allclose(b(x)[0], b(x/255)[0], atol=1e-5)
     want = (x/255 - torch.tensor([.485, .456, .406]).view(3, 1, 1))/torch.tensor([.229, .224, .225]).view(3, 1, 1)
     assert torch.allclose(b.normalize(x), want, atol=1e-6)
     for bad in (x[0], x[:, :1], x.int()):

@@ -1,0 +1,468 @@
+"""Detectors: what stands before the flow, the published settings, one score for one image, files, and bad input."""
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from flowrepro import backbones
+from flowrepro.backbones import Backbone, WeightsError
+from flowrepro.data import DataError, Dataset, Transform, load, read
+from flowrepro.detectors import DETECTORS, FASTFLOW_PUBLISHED, Detector, FastFlow, Standardise, norm_layer
+from flowrepro.scores import PUBLISHED, Parts, Score
+
+SHAPES = {  # of the published backbones' features
+    "resnet18.tv_in1k": [(64, 64, 64), (128, 32, 32), (256, 16, 16)],
+    "wide_resnet50_2.racm_in1k": [(256, 64, 64), (512, 32, 32), (1024, 16, 16)],
+    "deit_base_distilled_patch16_384.fb_in1k": [(768, 24, 24)],
+    "cait_m48_448.fb_dist_in1k": [(768, 28, 28)],
+}
+
+
+@pytest.fixture(scope="module")
+def images(parts_folder) -> torch.Tensor:
+    "Images like those that `trained` knows."
+    train, _ = load("folder", parts_folder, transform=Transform(32))
+    return torch.stack([train[i].image for i in range(7)])
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_backbone, parts_folder) -> FastFlow:
+    "A small detector, trained for two epochs; tests do not change it."
+    torch.manual_seed(0)
+    model = FastFlow(tiny_backbone(), steps=2)
+    return model.fit(load("folder", parts_folder, transform=Transform(32))[0], epochs=2, batch=4, progress=False)
+
+
+def trainable(model) -> int:
+    return sum(p.numel() for p in model.flows.parameters())
+
+
+# -- what stands before the flow -----------------------------------------------------------------------------------
+
+def test_standardise_measures_the_training_images(features, stand_in):
+    "After `prepare`, each channel of the training features has mean 0 and deviation 1; a dead channel is only centered."
+    model = FastFlow(stand_in(features.shapes), steps=1)
+    x = features.bank[slice(None)]
+    assert all(torch.equal(norm(v), v) for norm, v in zip(model.norms, x))
+    model.prepare(features.bank)
+    for level, (norm, v) in enumerate(zip(model.norms, x)):
+        y = norm(v)
+        std = y.std((0, 2, 3), unbiased=False)
+        torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(y.shape[1]), atol=1e-5, rtol=0)
+        alive = [c for c in range(y.shape[1]) if (level, c) != (0, 2)]
+        torch.testing.assert_close(std[alive], torch.ones(len(alive)), atol=1e-5, rtol=0)
+    assert model.norms[0](x[0])[:, 2].abs().max() < 1e-4 and model.norms[0].std[2] == 1
+
+
+def test_standardise_is_not_trained_and_is_saved(features, stand_in):
+    model = FastFlow(stand_in(features.shapes), steps=1)
+    model.prepare(features.bank)
+    assert not list(model.norms.parameters())
+    assert {k for k in model.state_dict() if k.startswith("norms")} == {f"norms.{i}.{n}" for i in range(2) for n in ("mean", "std")}
+
+
+def test_prepare_only_standardises(features, stand_in):
+    "Other norms stay as they are made."
+    for kind in ("layer", "layer-fixed", "none"):
+        model = FastFlow(stand_in(features.shapes), steps=1, norm=kind)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        model.prepare(features.bank)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k != "calibration")
+
+
+def test_norm_layers():
+    shape = (4, 6, 5)
+    x = torch.randn(3, *shape) * 4 + 2
+    parameters = {kind: sum(p.numel() for p in norm_layer(kind, shape).parameters()) for kind in ("standard", "layer", "layer-fixed", "none")}
+    assert parameters == {"standard": 0, "layer": 240, "layer-fixed": 0, "none": 0}
+    assert torch.equal(norm_layer("none", shape)(x), x) and isinstance(norm_layer("standard", shape), Standardise)
+    expected = (x - x.mean((1, 2, 3), keepdim=True)) / (x.var((1, 2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
+    for kind in ("layer", "layer-fixed"):
+        torch.testing.assert_close(norm_layer(kind, shape)(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_unknown_norm(stand_in):
+    with pytest.raises(ValueError, match="'batch': one of standard, layer, none, layer-fixed"):
+        FastFlow(stand_in([(4, 2, 2)]), norm="batch")
+
+
+# -- loss and parts ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("norm", ["standard", "layer", "layer-fixed", "none"])
+def test_loss_and_parts_say_the_same(norm, features, stand_in):
+    "The loss is minus the mean over images of the parts, summed over levels, positions and channels."
+    torch.manual_seed(1)
+    model = FastFlow(stand_in(features.shapes), steps=3, norm=norm)
+    model.prepare(features.bank)
+    x = features.bank[slice(0, 5)]
+    parts = model.parts(x)
+    assert [p.base.shape for p in parts] == [p.logdet.shape for p in parts] == [(5, 6, 6), (5, 3, 3)]
+    total = -sum(p.loglik().sum((1, 2)) * s[0] for p, s in zip(parts, features.shapes)).mean()
+    torch.testing.assert_close(model.loss(x), total)
+    for part, v, n, flow in zip(parts, x, model.norms, model.flows):
+        torch.testing.assert_close(part.base, -flow(n(v))[0].square().mean(1) / 2)
+
+
+def test_loss_is_a_density(stand_in):
+    "With its constant, exp(-loss) is the density of the features: for a linear flow, that of a normal distribution."
+    model = FastFlow(stand_in([(2, 1, 1)]), steps=1, kernels=(1,), norm="none").double()
+    step = model.flows[0].steps[0]
+    for p in step.coupling.subnet.parameters():
+        torch.nn.init.zeros_(p)
+    step.mixing.gamma.data = torch.tensor([4.0, 12.0], dtype=torch.float64)
+    step.mixing.offset.data = torch.tensor([0.3, -1.0], dtype=torch.float64)
+    scale = 0.1 * torch.nn.functional.softplus(step.mixing.gamma, beta=0.5)
+    normal = torch.distributions.Normal(-step.mixing.offset / scale, 1 / scale)
+    x = torch.randn(1, 2, 1, 1, dtype=torch.float64)
+    constant = torch.log(torch.tensor(2 * torch.pi, dtype=torch.float64))  # 2 dimensions, half of log 2π each
+    torch.testing.assert_close(model.loss([x]) + constant, -normal.log_prob(x.flatten()).sum())
+
+
+def test_base_class_asks_for_a_method(stand_in):
+    model = Detector(stand_in([(4, 2, 2)]), Score(), {})
+    for name in ("loss", "parts"):
+        with pytest.raises(NotImplementedError, match=f"Detector defines no {name}"):
+            getattr(model, name)([torch.zeros(1, 4, 2, 2)])
+
+
+# -- the published settings ----------------------------------------------------------------------------------------
+
+def published(name, stand_in, **more) -> FastFlow:
+    settings = FASTFLOW_PUBLISHED[name] | more
+    backbone = stand_in(SHAPES[name], settings["size"])
+    return FastFlow(backbone, **{k: v for k, v in settings.items() if k not in ("levels", "size")}, score=PUBLISHED["fastflow"])
+
+
+@pytest.mark.parametrize("name", FASTFLOW_PUBLISHED)
+def test_published_settings_take_a_step(name, stand_in):
+    "At full size, without storage: shapes of latents, parts and maps, a gradient for every parameter."
+    with torch.device("meta"):
+        model = published(name, stand_in)
+        x = [torch.randn(2, *s) for s in SHAPES[name]]
+        loss = model.loss(x)
+        loss.backward()
+        parts = model.parts(x)
+    assert loss.shape == () and [p.base.shape for p in parts] == [p.logdet.shape for p in parts] == [(2, *s[1:]) for s in SHAPES[name]]
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_published_resnet18_in_numbers(stand_in):
+    "One image at full size: a finite loss that a small step along the gradient lowers, and a map of the image's size."
+    torch.manual_seed(0)
+    model, x = published("resnet18.tv_in1k", stand_in), [torch.randn(1, *s) for s in SHAPES["resnet18.tv_in1k"]]
+    loss = model.loss(x)
+    loss.backward()
+    with torch.no_grad():
+        size = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
+        for p in model.parameters():
+            p -= 1e-3 * p.grad / size
+        assert loss.isfinite() and model.loss(x) < loss
+        maps, images = model.score_parts(model.parts(x))
+    assert maps.shape == (1, 256, 256) and images.shape == (1,) and maps.isfinite().all() and -1 <= maps.min() <= maps.max() == images[0] <= 0
+
+
+@pytest.mark.parametrize("name, kernels, millions", [
+    ("wide_resnet50_2.racm_in1k", (3, 1), 41.3), ("resnet18.tv_in1k", (3,), 4.7), ("resnet18.tv_in1k", (3, 1), 2.6)])
+def test_published_parameter_counts(name, kernels, millions, stand_in):
+    "Trained parameters without norms, in millions to one decimal; and by a formula of their own."
+    with torch.device("meta"):
+        model = published(name, stand_in, kernels=kernels)
+    own = sum((k**2 * h * h + h) + (k**2 * h * 2 * h + 2 * h) + 4 * h for h in (s[0] // 2 for s in SHAPES[name]) for k in (kernels * 8)[:8])
+    assert trainable(model) == own and round(own / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize("name", ["deit_base_distilled_patch16_384.fb_in1k", "cait_m48_448.fb_dist_in1k"])
+def test_published_transformers(name, stand_in):
+    "20 steps of hidden width 0.16 · 384, kernels in turn."
+    with torch.device("meta"):
+        model = published(name, stand_in)
+    convs = [s.coupling.subnet.first for s in model.flows[0].steps]
+    assert len(convs) == 20 and {c.weight.shape[:2] for c in convs} == {(61, 384)} and [c.kernel_size[0] for c in convs] == [3, 1] * 10
+    assert trainable(model) == 20 * (61 + 2 * 384 + 2 * 768) + 10 * (9 + 1) * 61 * 3 * 384
+
+
+@pytest.mark.parametrize("name", FASTFLOW_PUBLISHED)
+def test_published_backbones_have_these_shapes(name, monkeypatch):
+    "Full timm tags and levels that give the features above; transformers without storage."
+    monkeypatch.setattr(backbones, "state_hash", lambda net: "0")
+    settings = FASTFLOW_PUBLISHED[name]
+    with torch.device("cpu" if "resnet" in name else "meta"):
+        backbone = Backbone(name, levels=settings["levels"], size=settings["size"], weights="random")
+    assert backbone.shapes == SHAPES[name]
+    assert backbones.full_name(name) == name and backbones.full_name(name.partition(".")[0]) == name
+
+
+# -- predicting ----------------------------------------------------------------------------------------------------
+
+def test_predict_takes_images_in_every_form(trained, parts_folder, tmp_path):
+    "A data set, paths, a folder, a tensor, floats, single ones: the same maps and scores."
+    files = sorted((parts_folder / "spot").iterdir()) + sorted((parts_folder / "good").iterdir())[:3]
+    for i, f in enumerate(files):
+        shutil.copy(f, tmp_path / f"{i:02}{f.suffix}")
+    by_path = {r.image: r for r in read("folder", parts_folder)}
+    dataset = Dataset([by_path[f.resolve()] for f in files], Transform(32))
+    pixels = torch.stack([s.image for s in (dataset[i] for i in range(len(dataset)))])
+    maps, scores = trained.predict(dataset)
+    assert maps.shape == (6, 32, 32) and scores.shape == (6,) and maps.dtype == scores.dtype == torch.float32 and maps.isfinite().all()
+    forms = {"paths": files, "strings": [str(f) for f in files], "folder": tmp_path, "folder as text": str(tmp_path), "tensor": pixels,
+             "floats": pixels / 255, "generator": (f for f in files)}
+    for form, given in forms.items():
+        for a, b in zip(trained.predict(given), (maps, scores)):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=form)
+    for one in (files[2], str(files[2]), pixels[2], pixels[2:3]):
+        a, b = trained.predict(one)
+        torch.testing.assert_close(a, maps[2:3], rtol=1e-5, atol=1e-5), torch.testing.assert_close(b, scores[2:3], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(scores[:3], scores[3:])
+
+
+def test_predict_does_not_depend_on_the_batch(trained, images):
+    maps, scores = trained.predict(images)
+    for batch in (1, 2, 3, 100):
+        a, b = trained.predict(images, batch=batch)
+        torch.testing.assert_close(a, maps, rtol=1e-5, atol=1e-5), torch.testing.assert_close(b, scores, rtol=1e-5, atol=1e-5)
+    a, b = trained.predict(images.flip(0))
+    torch.testing.assert_close(b.flip(0), scores, rtol=1e-5, atol=1e-5)
+
+
+def test_predict_twice(trained, images):
+    "No dropout, no gradient, no running statistics, even after train()."
+    first = trained.predict(images)
+    state = {k: v.clone() for k, v in trained.state_dict().items()}
+    trained.train()
+    again = trained.predict(images)
+    assert all(torch.equal(a, b) for a, b in zip(first, again)) and not again[0].requires_grad
+    assert all(torch.equal(v, state[k]) for k, v in trained.state_dict().items())
+
+
+def test_predict_transform(trained, parts_folder):
+    "Paths are read with the transform given: another one, other maps."
+    files = sorted((parts_folder / "spot").iterdir())
+    squash, crop = trained.predict(files)[0], trained.predict(files, transform=Transform(32, policy="crop"))[0]
+    assert squash.shape == crop.shape and not torch.allclose(squash, crop)
+
+
+def test_predict_bad_input(trained, tiny_backbone, tmp_path, images):
+    "Each says what to do."
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    for given, words in ((tmp_path / "empty", "no image in this folder"), (tmp_path / "broken.png", "cannot be decoded"), (tmp_path / "none.png", "missing")):
+        with pytest.raises(DataError, match=words) as error:
+            trained.predict(given)
+        assert given.name in str(error.value)
+    with pytest.raises(ValueError, match="call fit first"):
+        FastFlow(tiny_backbone(), steps=1).predict(images)
+    unfair = FastFlow(tiny_backbone(), steps=1, score=PUBLISHED["cflow"])
+    with pytest.raises(ValueError, match="whole test set"):
+        unfair.predict(images)
+    with pytest.raises(ValueError, match="3, H, W"):
+        trained.predict(torch.zeros(2, 1, 32, 32))
+
+
+@pytest.mark.parametrize("nothing", [[], torch.zeros(0, 3, 32, 32)], ids=["no paths", "no images"])
+def test_predict_nothing(trained, nothing):
+    "No images give no maps and no scores, or an error that says so; never something that cannot be unpacked."
+    try:
+        maps, scores = trained.predict(nothing)
+    except ValueError as error:
+        assert "no image" in str(error)
+    else:
+        assert len(maps) == len(scores) == 0
+
+
+# -- every part matters --------------------------------------------------------------------------------------------
+
+def test_scores_depend_on_every_part(trained, images):
+    "Of every level, the base density changes map and score; the log-determinant changes the map, and the score if it is asked to."
+    with torch.no_grad():
+        parts = trained.parts(trained.backbone(images))
+    maps, scores = trained.score_parts(parts)
+    both = replace(trained.score, image_logdet=True)
+    _, scores_both = trained.score_parts(parts, both)
+    for level in range(len(parts)):
+        for field in Parts._fields:
+            less = trained.calibration[:, level, 1].max()  # one standard deviation
+            changed = [p._replace(**{field: getattr(p, field) - less}) if l == level else p for l, p in enumerate(parts)]
+            new_maps, new_scores = trained.score_parts(changed)
+            assert (new_maps > maps).all(), f"{field} of level {level} is not in the map"
+            assert (new_scores > scores).all() if field == "base" else torch.equal(new_scores, scores)
+            assert (trained.score_parts(changed, both)[1] > scores_both).all()
+
+
+def test_scores_depend_on_every_tensor(trained, images, tmp_path):
+    "Every trained or measured tensor, and every level of the features, moves the maps; but not the last shuffle, as N(0, I) knows no order."
+    trained.save(tmp_path / "m.safetensors")
+    maps, _ = trained.predict(images)
+    for key in load_file(tmp_path / "m.safetensors").keys() - {"flows.0.steps.1.mixing.perm", "flows.1.steps.1.mixing.perm"}:
+        model = Detector.load(tmp_path / "m.safetensors")
+        tensor = dict(model.named_parameters()).get(key, dict(model.named_buffers()).get(key))
+        with torch.no_grad():
+            tensor.copy_(tensor.roll(1) if key.endswith("perm") else tensor + 0.05 * (1 + torch.rand_like(tensor)))
+        assert (model.predict(images)[0] - maps).abs().max() > 1e-5, key
+    with torch.no_grad():
+        x = trained.backbone(images)
+        for level in range(len(x)):
+            y = [v + 0.1 * torch.randn_like(v) if l == level else v for l, v in enumerate(x)]
+            assert (trained.score_parts(trained.parts(y))[0] - maps).abs().max() > 1e-3
+
+
+def test_calibration_is_of_the_training_images(trained, parts_folder):
+    "Mean 0 and deviation 1 of each level's log-likelihood over them, with and without log-determinant."
+    train, _ = load("folder", parts_folder, transform=Transform(32))
+    with torch.no_grad():
+        parts = trained.parts(trained.backbone(torch.stack([train[i].image for i in range(len(train))])))
+    for logdet in (0, 1):
+        for level, part in enumerate(parts):
+            ell = part.loglik(bool(logdet))
+            torch.testing.assert_close(trained.calibration[logdet, level], torch.stack([ell.mean(), ell.std()]), rtol=1e-3, atol=1e-4)
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+def rewrite(source, target, tensors=None, **about):
+    "A copy of a detector's file with other tensors or other metadata."
+    with safe_open(str(source), "pt") as f:
+        old = f.metadata()
+    save_file(load_file(source) if tensors is None else tensors, str(target), metadata={k: v for k, v in (old | about).items() if v is not None})
+    return target
+
+
+@pytest.fixture
+def saved(trained, tmp_path):
+    trained.save(tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize("settings", [
+    dict(steps=2), dict(steps=1, norm="layer", soft=True, score=PUBLISHED["fastflow"]), dict(steps=3, kernels=(1, 3), ratio=0.5, clamp=1.5, rule="unit-gain", norm="none",
+    score=Score(normalise="none", top=0.1, levels="linear")), dict(steps=1, norm="layer-fixed", score=Score(normalise="none", image="max"))])
+def test_save_and_load(settings, tiny_backbone, images, tmp_path):
+    "The same settings, the same numbers, whatever seed is set meanwhile."
+    model = FastFlow(tiny_backbone(levels=(1, 2, 3), weights="random:4"), **settings)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p) if p.requires_grad else 0
+    model.calibration.copy_(torch.tensor([-2.0, 3.0]).expand(2, 3, 2))
+    model.save(tmp_path / "m.safetensors")
+    torch.manual_seed(99)
+    again = Detector.load(tmp_path / "m.safetensors")
+    assert type(again) is FastFlow and again.config == model.config and again.score == model.score and again.backbone.config() == model.backbone.config()
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(model.predict(images), again.predict(images)))
+    assert all(torch.equal(a, b) for a, b in zip(model.predict(images), FastFlow.load(str(tmp_path / "m.safetensors")).predict(images)))
+
+
+def test_file_holds_no_backbone(saved, trained):
+    assert not any(k.startswith("backbone") for k in load_file(saved))
+    assert saved.stat().st_size < 4.5 * sum(v.numel() for k, v in trained.state_dict().items() if not k.startswith("backbone")) + 50_000
+
+
+def test_load_nothing(tmp_path):
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(DataError, match="no detector at .*model.safetensors"):
+            Detector.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello" * 100, b"\x10" + b"\0" * 7 + b"{" * 16], ids=["empty", "text", "broken header"])
+def test_load_something_else(content, tmp_path):
+    "A file that is no safetensors file is named."
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="model.safetensors"):
+        Detector.load(path)
+
+
+def test_load_cut_off(saved):
+    "So is one whose end is missing."
+    saved.write_bytes(saved.read_bytes()[:-100])
+    with pytest.raises(DataError, match="model.safetensors"):
+        Detector.load(saved)
+
+
+def test_load_other_tensors(saved, tmp_path):
+    "Weights of something else, or of a method unknown here."
+    save_file({"a": torch.zeros(3)}, str(tmp_path / "plain.safetensors"))
+    for path in (tmp_path / "plain.safetensors", rewrite(saved, tmp_path / "other.safetensors", method="glow")):
+        with pytest.raises(DataError, match=f"{path.name} holds no flowrepro detector of a known method .fastflow"):
+            Detector.load(path)
+
+
+def test_load_tampered(saved, tmp_path):
+    "A tensor missing, one too many, one of another shape: named."
+    state = load_file(saved)
+    key = "flows.0.steps.1.mixing.gamma"
+    for name, tensors in (("less", {k: v for k, v in state.items() if k != key}), ("more", state | {key + "2": state[key].clone()}), ("shape", state | {key: state[key][:-1].clone()})):
+        with pytest.raises(DataError) as error:
+            Detector.load(rewrite(saved, tmp_path / f"{name}.safetensors", tensors))
+        assert key in str(error.value) and name in str(error.value)
+
+
+def test_load_other_settings(saved, tmp_path):
+    "Tensors that do not fit the settings beside them."
+    with safe_open(str(saved), "pt") as f:
+        config = json.loads(f.metadata()["config"])
+    with pytest.raises(DataError, match="deeper.safetensors does not fit its own settings"):
+        Detector.load(rewrite(saved, tmp_path / "deeper.safetensors", config=json.dumps(config | {"steps": 3})))
+
+
+def test_load_other_backbone_weights(saved, tmp_path):
+    "The weights that it was trained on, or an error; never maps from others."
+    with pytest.raises(DataError, match="was trained on backbone weights random:0:.* here are random:3"):
+        Detector.load(saved, weights="random:3")
+    with pytest.raises(DataError, match="trained on backbone weights random:0:000"):
+        Detector.load(rewrite(saved, tmp_path / "changed.safetensors", weight_id="random:0:000"))
+    with pytest.raises(WeightsError, match="no such weight file"):
+        Detector.load(saved, weights=str(tmp_path / "weights.pth"))
+
+
+def test_backbone_weights_from_a_file(tiny_backbone, images, tmp_path):
+    "Only the caller knows where the file is now."
+    import timm
+    net = timm.create_model("test_resnet.r160_in1k")
+    torch.save(net.state_dict(), tmp_path / "weights.pth")
+    model = FastFlow(tiny_backbone(weights=str(tmp_path / "weights.pth")), steps=1, score=Score(normalise="none"))
+    model.save(tmp_path / "m.safetensors")
+    with pytest.raises(DataError, match="pass that file as weights="):
+        Detector.load(tmp_path / "m.safetensors")
+    again = Detector.load(tmp_path / "m.safetensors", weights=str(tmp_path / "weights.pth"))
+    assert torch.equal(model.predict(images)[0], again.predict(images)[0])
+
+
+def test_packaged_backbone_weights(tmp_path):
+    "A detector on packaged weights loads without being told where they are."
+    model = FastFlow(Backbone(levels=(2,), size=32), steps=1, score=Score(normalise="none"))
+    model.save(tmp_path / "m.safetensors")
+    assert Detector.load(tmp_path / "m.safetensors").backbone.weight_id == model.backbone.weight_id
+
+
+# -- in five lines -------------------------------------------------------------------------------------------------
+
+def test_five_lines(parts_folder, monkeypatch):
+    "The usage that the notebook shows, on somebody's own folder: fit, predict, and the spots stand out where they are."
+    monkeypatch.chdir(parts_folder.parent)
+    from flowrepro import FastFlow, load
+
+    train, test = load("folder", "my_parts")           # good/ and others
+    model = FastFlow().fit(train, epochs=3, progress=False)
+    maps, scores = model.predict(test)                 # heat maps (N, H, W), one score per image
+
+    labels = np.array(test.labels)
+    assert maps.shape == (len(test), 256, 256) and scores.shape == (len(test),)
+    assert scores[labels == 1].min() > scores[labels == 0].max()
+    for i in np.flatnonzero(labels):
+        y, x = divmod(int(maps[i].argmax()), 256)
+        assert 60 < y < 180 and 30 < x < 190, f"the maximum is at ({x}, {y}), outside of the spot"
+
+
+def test_registry():
+    assert DETECTORS["fastflow"] is FastFlow and all(cls.method == name for name, cls in DETECTORS.items())
+
+
+def test_unknown_setting():
+    with pytest.raises(TypeError):
+        FastFlow("resnet18", depth=3)
+    with pytest.raises(ValueError, match="unknown backbone"):
+        FastFlow("resnet1800")

@@ -1,0 +1,361 @@
+"""One battery over every flow: inverse, Jacobian, gradients, independence, conditions, storage, precision, FrEIA; and bad input."""
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from flowrepro import flows
+from flowrepro.flows import UNIT, Coupling, conv_flow, dense_flow, from_freia, log_scale, positive, random_rotation, to_freia
+
+
+@dataclass(frozen=True)
+class Case:
+    "One kind of flow, and how to feed it."
+
+    channels: int
+    steps: int
+    kernels: tuple | None = None  # None: dense
+    soft: bool = False
+    c_cond: int = 0
+    rule: str = "published"
+    clamp: float = 2.0
+
+    def build(self, dtype=torch.float64, seed=0, random=True) -> flows.Flow:
+        "The flow; with `random`, away from its initial scale, offset and small networks."
+        torch.manual_seed(seed)
+        kw = dict(steps=self.steps, clamp=self.clamp, soft=self.soft, rule=self.rule, c_cond=self.c_cond)
+        flow = dense_flow(self.channels, **kw) if self.dense else conv_flow(self.channels, kernels=self.kernels, **kw)
+        if random:
+            for name, p in flow.named_parameters():
+                nn.init.normal_(p, std=0.5) if "subnet" in name else p.data.add_(torch.randn_like(p))
+        return flow.to(dtype)
+
+    @property
+    def dense(self) -> bool:
+        return self.kernels is None
+
+    def inputs(self, n=3, dtype=torch.float64, seed=1) -> tuple[torch.Tensor, torch.Tensor | None]:
+        "Features and, broadcast over the samples, a condition per position."
+        g = torch.Generator().manual_seed(seed)
+        where = (lambda c: (4, c)) if self.dense else (lambda c: (c, 3, 4))
+        x = torch.randn(n, *where(self.channels), generator=g, dtype=torch.float64) * 1.5 + 0.3
+        cond = torch.randn(*where(self.c_cond), generator=g, dtype=torch.float64) if self.c_cond else None
+        return x.to(dtype), None if cond is None else (cond if self.dense else cond[None]).to(dtype)
+
+
+CASES = {
+    "conv even hard": Case(6, 4, (3, 1)),
+    "conv odd hard": Case(5, 3, (3, 1)),
+    "conv 1x1 one step": Case(4, 1, (1,)),
+    "conv 3x3 one step": Case(5, 1, (3,), rule="unit-gain", clamp=1.9),
+    "conv two channels": Case(2, 3, (3,)),
+    "conv 5x5": Case(4, 2, (5,)),
+    "conv even soft": Case(6, 2, (1, 3), soft=True),
+    "conv odd soft unit-gain": Case(7, 3, (3, 1), soft=True, rule="unit-gain"),
+    "conv hard conditional": Case(6, 3, (3, 1), c_cond=4, rule="unit-gain", clamp=1.5),
+    "conv odd soft conditional": Case(5, 2, (3,), soft=True, c_cond=3),
+    "dense even soft": Case(6, 4, soft=True, clamp=1.9),
+    "dense odd soft": Case(7, 2, soft=True, clamp=1.9),
+    "dense odd hard": Case(5, 3),
+    "dense even hard unit-gain": Case(8, 1, rule="unit-gain", clamp=3.0),
+    "dense two channels": Case(2, 2, soft=True),
+    "dense soft conditional": Case(6, 3, soft=True, c_cond=4, clamp=1.9),
+    "dense odd hard conditional": Case(5, 4, c_cond=6, rule="unit-gain", clamp=1.9),
+}
+every_flow = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
+    "Equal up to `tolerance` of the largest value of b (at least 1)."
+    assert a.shape == b.shape
+    assert (error := (a - b).abs().max().item()) <= tolerance * max(1.0, b.abs().max().item()), f"off by {error:.1e}"
+
+
+# -- the battery ---------------------------------------------------------------------------------------------------
+
+@every_flow
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-4)], ids=["float64", "float32"])
+def test_inverse(case, dtype, tolerance):
+    "Features come back from the latent, and the latent from the features; neither is the input itself."
+    flow, (x, cond) = case.build(dtype), case.inputs(dtype=dtype)
+    with torch.no_grad():
+        z, _ = flow(x, cond)
+        assert z.dtype == dtype and z.shape == x.shape and (z - x).abs().max() > 0.1
+        close(flow.inverse(z, cond), x, tolerance)
+        close(flow(flow.inverse(x, cond), cond)[0], x, tolerance)
+
+
+@every_flow
+@pytest.mark.parametrize("random", [True, False], ids=["random", "initial"])
+def test_logdet_is_that_of_the_jacobian(case, random):
+    "Against the determinant of autograd's Jacobian, for one position (dense) or one image (convolutional)."
+    flow, (x, cond) = case.build(random=random), case.inputs(n=2)
+    _, logdet = flow(x, cond)
+    assert logdet.shape == ((2, 4) if case.dense else (2,))
+    places = [(n, p) for n in range(2) for p in range(4)] if case.dense else [(0,), (1,)]
+    for place in places:
+        own, c = x[place], None if cond is None else cond[place[1]] if case.dense else cond[0]
+        one = (lambda v: flow(v, c)[0]) if case.dense else (lambda v: flow(v[None], None if c is None else c[None])[0][0])
+        jacobian = torch.autograd.functional.jacobian(one, own).reshape(own.numel(), own.numel())
+        close(logdet[place], torch.linalg.slogdet(jacobian).logabsdet, 5e-6 if case.soft else 1e-9)  # rotations are kept in float32
+    if random:
+        assert logdet.abs().max() > 0.05, "a log-determinant of zero shows nothing"
+
+
+@every_flow
+def test_gradient_of_every_parameter(case):
+    "None is missing, zero or not finite; at the start as well as later."
+    for random in (True, False):
+        flow, (x, cond) = case.build(random=random), case.inputs()
+        z, logdet = flow(x, cond)
+        (z.square().sum() / 2 - logdet.sum()).backward()
+        for name, p in flow.named_parameters():
+            assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
+        assert all(p.requires_grad for p in flow.parameters())
+
+
+@every_flow
+def test_gradients_by_finite_differences(case):
+    "Of z and logdet, by features, condition and every parameter."
+    flow, (x, cond) = case.build(), case.inputs(n=1)
+    x = x[:, :2] if case.dense else x[..., :2, :2]
+    cond = cond if cond is None else cond[:2] if case.dense else cond[..., :2, :2]
+    names, values = zip(*flow.named_parameters())
+    variables = [v.detach().clone().requires_grad_() for v in (x, *([] if cond is None else [cond]), *values)]
+
+    def run(x, *rest):
+        c, weights = (rest[0], rest[1:]) if cond is not None else (None, rest)
+        return torch.func.functional_call(flow, dict(zip(names, weights)), (x, c))
+
+    assert torch.autograd.gradcheck(run, variables, fast_mode=True, eps=1e-6, atol=1e-5)
+
+
+@every_flow
+def test_samples_do_not_see_each_other(case):
+    "Each alone gives what it gives in the batch; nor do the positions of a dense flow."
+    flow, (x, cond) = case.build(), case.inputs(n=4)
+    z, logdet = flow(x, cond)
+    for i in range(4):
+        alone, j = flow(x[i:i + 1], cond)
+        close(alone[0], z[i], 1e-12), close(j[0], logdet[i], 1e-12)
+    if case.dense:
+        alone, j = flow(x[0, 2], None if cond is None else cond[2])
+        close(alone, z[0, 2], 1e-12), close(j, logdet[0, 2], 1e-12)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES.values() if c.c_cond], ids=[n for n, c in CASES.items() if c.c_cond])
+def test_condition_once_or_for_every_sample(case):
+    "A condition per position gives what the same one repeated for every sample gives, and another one gives something else."
+    flow, (x, cond) = case.build(), case.inputs()
+    full = cond.expand(len(x), *cond.shape[-2:] if case.dense else cond.shape[1:]).clone()
+    for a, b in zip(flow(x, cond), flow(x, full)):
+        close(a, b, 1e-12)
+    close(flow.inverse(x, cond), flow.inverse(x, full), 1e-12)
+    full[1] += 1.0
+    z, changed = flow(x, cond)[0], flow(x, full)[0]
+    close(changed[[0, 2]], z[[0, 2]], 1e-12)
+    assert (changed[1] - z[1]).abs().max() > 1e-3
+
+
+@every_flow
+def test_local_logdet(case):
+    "Per position it sums to the whole, and with 1×1 kernels it is each position's own."
+    flow, (x, cond) = case.build(), case.inputs()
+    (z, logdet), (same, local) = flow(x, cond), flow(x, cond, local=True)
+    assert torch.equal(z, same) and local.shape == ((3, 4) if case.dense else (3, 3, 4))
+    close(local if case.dense else local.sum((1, 2)), logdet, 1e-12)
+    if case.kernels == (1,):
+        pixel = flow(x[:, :, 1:2, 2:3])[1]
+        close(pixel, local[:, 1, 2], 1e-12)
+
+
+@every_flow
+def test_state_dict(case):
+    "A flow of other draws, loaded, is the same flow; the permutation is part of it."
+    a, b, (x, cond) = case.build(seed=0), case.build(seed=7), case.inputs()
+    assert (a(x, cond)[0] - b(x, cond)[0]).abs().max() > 1e-3
+    b.load_state_dict(a.state_dict(), strict=True)
+    assert all(torch.equal(p, q) for p, q in zip(a(x, cond), b(x, cond)))
+    assert sum(".perm" in k for k in a.state_dict()) == case.steps
+
+
+@every_flow
+def test_bfloat16_networks(case):
+    "Under autocast the networks run in bfloat16; latent and log-determinant stay float32, and close."
+    flow, (x, cond) = case.build(torch.float32, random=False), case.inputs(n=8, dtype=torch.float32)
+    for p in flow.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    z, logdet = flow(x, cond)
+    with torch.autocast("cpu", torch.bfloat16):
+        z16, logdet16 = flow(x, cond)
+        assert flow.inverse(z16, cond).dtype == torch.float32
+    assert z16.dtype == logdet16.dtype == torch.float32
+    assert not torch.equal(z, z16), "the networks were not in bfloat16"
+    close(z16, z, 0.02), close(logdet16, logdet, 0.05)
+
+
+@every_flow
+def test_bfloat16_gradients(case):
+    "Gradients under autocast point where those of float32 point."
+    flow, (x, cond) = case.build(torch.float32, random=False), case.inputs(n=8, dtype=torch.float32)
+    grads = []
+    for enabled in (False, True):
+        flow.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            z, logdet = flow(x, cond)
+            (z.square().sum() / 2 - logdet.sum()).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in flow.parameters()]))
+    assert grads[1].dtype == torch.float32 and torch.cosine_similarity(*grads, dim=0) > 0.999
+
+
+# -- FrEIA 0.2 -----------------------------------------------------------------------------------------------------
+
+def freia_twin(case: Case) -> nn.Module:
+    "FrEIA's blocks of the same sizes, randomised."
+    inn, block = pytest.importorskip("FrEIA.framework").SequenceINN, pytest.importorskip("FrEIA.modules").AllInOneBlock
+    torch.manual_seed(5)
+    ours = case.build()
+    place = () if case.dense else (3, 4)
+    twin = inn(case.channels, *place)
+    for step in ours.steps:
+        def subnet(c_in, c_out, kernel=getattr(step.coupling.subnet.first, "kernel_size", None)):
+            hidden = 2 * c_in if case.dense else case.channels - case.channels // 2
+            layer = nn.Linear if case.dense else lambda i, o: nn.Conv2d(i, o, kernel, padding=kernel[0] // 2)
+            return nn.Sequential(layer(c_in, hidden), nn.ReLU(), layer(hidden, c_out))
+        given = dict(cond=0, cond_shape=(case.c_cond, *place)) if case.c_cond else {}
+        twin.append(block, subnet_constructor=subnet, affine_clamping=case.clamp, permute_soft=case.soft, **given)
+    for p in twin.parameters():
+        if p.requires_grad:
+            p.data.add_(0.3 * torch.randn_like(p))
+    return twin.double()
+
+
+def rows(case: Case, x, cond):
+    "The features as FrEIA takes them: rows of positions for dense flows, the condition repeated."
+    if case.dense:
+        return x.reshape(-1, case.channels), None if cond is None else [cond.repeat(len(x), 1)]
+    return x, None if cond is None else [cond.expand(len(x), -1, -1, -1)]
+
+
+published = pytest.mark.parametrize("case", [c for c in CASES.values() if c.rule == "published"], ids=[n for n, c in CASES.items() if c.rule == "published"])
+
+
+@published
+def test_freia_weights_give_freia_numbers(case):
+    "z, logdet and their gradients by the input."
+    twin, flow, (x, cond) = freia_twin(case), case.build(seed=9), case.inputs()
+    from_freia(flow, twin.state_dict())
+    x.requires_grad_()
+    z, logdet = flow(x, cond)
+    theirs_z, theirs_logdet = twin(*rows(case, x, cond))
+    close(z, theirs_z.view_as(z), 1e-10), close(logdet, theirs_logdet.view_as(logdet), 1e-10)
+    ours, theirs = (torch.autograd.grad(a.square().sum() - b.sum(), x)[0] for a, b in ((z, logdet), (theirs_z, theirs_logdet)))
+    close(ours, theirs, 1e-9)
+
+
+@published
+def test_our_weights_in_freia(case):
+    "The exported state dict fits FrEIA strictly, comes back unchanged, and FrEIA's inverse undoes our flow."
+    twin, flow, (x, cond) = freia_twin(case), case.build(), case.inputs()
+    twin.load_state_dict(to_freia(flow), strict=True)
+    assert twin.state_dict().keys() == to_freia(flow).keys()
+    z, logdet = flow(x, cond)
+    theirs_z, theirs_logdet = twin(*rows(case, x, cond))
+    close(z, theirs_z.view_as(z), 1e-6), close(logdet, theirs_logdet.view_as(logdet), 1e-6)
+    close(twin(rows(case, z, None)[0], rows(case, x, cond)[1], rev=True)[0].view_as(x), x, 1e-5)
+    again = from_freia(case.build(seed=4), to_freia(flow))
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in flow.state_dict().items())
+
+
+@every_flow
+def test_freia_dict_of_another_flow(case):
+    "A missing key, another shape, too few steps, a rotation where channels are shuffled: ValueError names the key."
+    flow, last = case.build(), case.steps - 1
+    good = to_freia(flow, "net.")
+    for key in (f"net.{last}.global_scale", "net.0.subnet.2.bias", f"net.{last}.w_perm"):
+        with pytest.raises(ValueError, match=key.replace(".", r"\.") + " is missing"):
+            from_freia(flow, {k: v for k, v in good.items() if k != key}, "net.")
+        with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+            from_freia(flow, good | {key: good[key][:-1]}, "net.")
+    with pytest.raises(ValueError, match=r"module_list\.0\..* is missing"):
+        from_freia(flow, good)
+    if not case.soft:
+        turned = random_rotation(case.channels).double().view_as(good["net.0.w_perm"])
+        before = {k: v.clone() for k, v in flow.state_dict().items()}
+        with pytest.raises(ValueError, match=r"net\.0\.w_perm is a rotation"):
+            from_freia(flow, good | {"net.0.w_perm": turned}, "net.")
+        assert all(torch.equal(v, before[k]) for k, v in flow.state_dict().items())
+    more = Case(**{**vars(case), "steps": case.steps + 1}).build()
+    with pytest.raises(ValueError, match=rf"net\.{case.steps}\."):
+        from_freia(more, good, "net.")
+
+
+# -- the pieces ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("channels", [0, 1])
+def test_too_few_channels(channels):
+    for make in (lambda: conv_flow(channels, steps=1), lambda: dense_flow(channels, steps=1), lambda: Coupling(channels, 4, None, 0, 2.0, "published")):
+        with pytest.raises(ValueError, match="too few"):
+            make()
+
+
+def test_log_scale_rules():
+    "Bounded by the clamp; slopes at zero 0.1·c (published) and 0.1 (unit-gain); the published one against its formula."
+    a = torch.linspace(-300, 300, 601, dtype=torch.float64, requires_grad=True)
+    for clamp in (1.9, 3.0):
+        for rule, slope in (("published", 0.1 * clamp), ("unit-gain", 0.1)):
+            s = log_scale(a, clamp, rule)
+            assert s.abs().max() <= clamp and s[0].item() == pytest.approx(-clamp) and (s.diff() >= 0).all()
+            assert torch.autograd.grad(s[300], a)[0][300].item() == pytest.approx(slope)
+        assert log_scale(torch.tensor(5.0), clamp).item() == pytest.approx(clamp * 0.46211715726)
+
+
+def test_global_scale():
+    "Starts at one, stays positive, and is FrEIA's 0.1·softplus with β = 0.5."
+    assert positive(torch.tensor(UNIT)).item() == pytest.approx(1.0, abs=1e-6)
+    g = torch.linspace(-20, 20, 41, dtype=torch.float64)
+    assert (positive(g) > 0).all()
+    close(positive(g), 0.1 * torch.log1p(torch.exp(0.5 * g)) / 0.5, 1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 33])
+def test_rotation(n):
+    "Orthogonal with determinant one, another for every draw, the same for the same generator."
+    draw = lambda seed: random_rotation(n, torch.Generator().manual_seed(seed))
+    close(draw(0) @ draw(0).T, torch.eye(n), 1e-5)
+    assert all(torch.linalg.det(draw(s).double()) == pytest.approx(1, abs=1e-5) for s in range(8))
+    assert torch.equal(draw(1), draw(1)) and not torch.allclose(draw(1), draw(2), atol=1e-3)
+
+
+def test_rotations_are_uniform():
+    "Every entry of a uniform rotation has mean 0 and variance 1/n."
+    g = torch.Generator().manual_seed(0)
+    drawn = torch.stack([random_rotation(3, g) for _ in range(3000)])
+    assert drawn.mean(0).abs().max() < 0.04 and (drawn.var(0) - 1 / 3).abs().max() < 0.03
+
+
+def test_starts_near_the_identity():
+    "At the start each step keeps volume but for the small networks, and shuffles: the sorted channels come back."
+    flow = Case(6, 1, (1,)).build(random=False)
+    nn.init.zeros_(flow.steps[0].coupling.subnet.last.weight), nn.init.zeros_(flow.steps[0].coupling.subnet.last.bias)
+    x = torch.randn(2, 6, 3, 3, dtype=torch.float64)
+    z, logdet = flow(x)
+    close(z, x[:, flow.steps[0].mixing.perm], 1e-6), close(logdet, torch.zeros(2, dtype=torch.float64), 1e-5)
+
+
+def test_same_seed_same_flow():
+    "Every draw comes from torch's generator, or from the one given."
+    for case in (CASES["conv even soft"], CASES["dense odd hard"]):
+        a, b, c = (case.build(seed=s).state_dict() for s in (3, 3, 4))
+        assert all(torch.equal(a[k], b[k]) for k in a) and any(not torch.equal(a[k], c[k]) for k in a if "perm" in k)
+    perms = [conv_flow(16, 2, generator=torch.Generator().manual_seed(s)).steps[1].mixing.perm for s in (0, 0, 1)]
+    assert torch.equal(perms[0], perms[1]) and not torch.equal(perms[0], perms[2])
+
+
+def test_hidden_widths():
+    "FastFlow: ratio times the passive half; CFLOW-AD and HGAD: twice the network's input."
+    first = lambda flow: flow.steps[0].coupling.subnet.first.weight.shape
+    assert first(conv_flow(101, 1, ratio=0.16)) == (8, 51, 3, 3) and first(dense_flow(9, 1, c_cond=4)) == (18, 9)
+    assert [s.coupling.subnet.first.kernel_size[0] for s in conv_flow(4, 5).steps] == [3, 1, 3, 1, 3]
+    assert len(dense_flow(4, 12).steps) == 12

@@ -1,0 +1,429 @@
+"""Configuration refused before any work, the run folder as scripts rely on it, and the run notebook under papermill."""
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from flowrepro import runs
+from flowrepro.data import DataError
+from flowrepro.detectors import Detector
+from flowrepro.runs import PARAMETERS, PRESETS, SETTINGS, ConfigError, Run, best_results, configure, evaluation_epochs, mean_results, run_notebook, write_json
+from flowrepro.scores import PUBLISHED, Score
+
+ROOT = Path(__file__).resolve().parents[1]
+METRICS = ["image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro_30", "aupro_05"]
+PIXEL = [m for m in METRICS if not m.startswith("image")]
+FILES = {"config.json", "environment.json", "history.csv", "scores.csv", "model.safetensors", "metrics.json"}
+
+
+def execute(out, **parameters) -> Run:
+    "A whole run in this process."
+    run = Run(configure({"out_dir": str(out)} | parameters), progress=False).train()
+    run.metrics = run.finish()
+    return run
+
+
+@pytest.fixture(scope="module")
+def done(toy, tmp_path_factory) -> Run:
+    "A run of one category of the small toy set at preset smoke."
+    return execute(tmp_path_factory.mktemp("runs") / "done", data_root=str(toy))
+
+
+@pytest.fixture(scope="module")
+def unified(toy, tmp_path_factory) -> Run:
+    "One model for all categories, evaluated three times."
+    return execute(tmp_path_factory.mktemp("runs") / "all", data_root=str(toy), category="all", overrides='{"epochs": 6, "evaluations": 3}')
+
+
+def stored(run) -> dict:
+    return json.loads((run.out / "metrics.json").read_text())
+
+
+# -- configuration -------------------------------------------------------------------------------------------------
+
+def test_defaults():
+    "Those of the contract; a CPU run of seconds on toy data."
+    config = configure()
+    assert PARAMETERS == dict(method="fastflow", altub=False, dataset="toy", data_root=None, category="weave", backbone="auto", weights="auto",
+                              preset="smoke", seed=0, device="auto", out_dir="runs/run", overrides="{}")
+    assert config.device in ("cpu", "cuda") and config.settings["schedule"]["epochs"] <= 2 and config.settings["transform"]["size"] == 64
+
+
+def test_notebook_parameters_are_these():
+    "The notebook's parameters cell has the same names and defaults."
+    cells = json.loads((ROOT / "nbs/experiments/run.ipynb").read_text())["cells"]
+    (cell,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    given = {}
+    exec("".join(cell["source"]), {}, given)
+    assert given == PARAMETERS
+
+
+@pytest.mark.parametrize("parameters, words", [
+    (dict(methd="fastflow"), ["'methd'", *PARAMETERS]), (dict(method="patchcore"), ["method='patchcore'", "fastflow"]),
+    (dict(dataset="coco"), ["dataset='coco'", "toy, mvtec, btad, visa, mvtec3d, union, folder"]), (dict(preset="large"), ["preset='large'", "smoke, demo, real, paper"]),
+    (dict(device="tpu"), ["device='tpu'", "auto, cpu, cuda"]), (dict(altub="yes"), ["altub='yes'", "False"]), (dict(altub=0), ["altub=0", "False"]),
+    (dict(seed=-1), ["seed=-1", "from 0"]), (dict(seed=1.5), ["seed=1.5"]), (dict(seed=True), ["seed=True"]), (dict(seed="1"), ["seed='1'"]),
+    (dict(dataset="mvtec"), ["dataset='mvtec' needs data_root"]), (dict(dataset="folder", data_root=""), ["needs data_root"]),
+    (dict(overrides="epochs=5"), ["overrides is not JSON", "{\"epochs\": 5}"]), (dict(overrides="[1]"), ["JSON object", "list"]),
+    (dict(overrides='{"epoch": 5}'), ["'epoch' is unknown", "epochs"]), (dict(overrides='{"schedule.epoch": 5}'), ["'schedule.epoch' is unknown", "schedule.epochs"]),
+    (dict(overrides='{"schedule": {"lrr": 5}}'), ["'schedule.lrr'", "schedule.lr"]), (dict(overrides='{"size": 5, "dtype": "float16", "seed": 3}'), ["'seed' is unknown"]),
+    (dict(overrides='{"decay": "linear"}'), ["decay 'linear'", "cosine, constant"]), (dict(overrides='{"levels": "sum"}'), ["levels"]),
+    (dict(overrides='{"score": {"levels": "sum"}}'), ["levels 'sum'", "linear, probability"]), (dict(overrides='{"policy": "stretch"}'), ["policy='stretch'", "squash, crop"]),
+    (dict(overrides='{"epochs": "ten"}'), []), (dict(overrides='{"top": 2}'), ["(0, 1]"]),
+], ids=str)
+def test_refused(parameters, words, tmp_path):
+    "An unknown parameter, value or override is named, with the allowed ones."
+    with pytest.raises(ConfigError) as error:
+        configure(parameters | {"out_dir": str(tmp_path / "out")})
+    assert all(w in str(error.value) for w in words), str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_cuda_where_there_is_none():
+    with pytest.raises(ConfigError, match="no CUDA device.*'auto' or 'cpu'"):
+        configure(device="cuda")
+
+
+@pytest.mark.parametrize("overrides", [
+    {"norm": "batch"}, {"steps": 0}, {"steps": "two"}, {"kernels": [2]}, {"ratio": 0}, {"rule": "soft"}, {"where": "moon"}, {"dtype": "int8"}, {"evaluations": 0}, {"evaluations": "all"},
+    {"backbone": {"levels": [9]}}, {"backbone": {"pyramid": [2.0]}}, {"name": "resnet1800"}, {"clamp": -1.0}, {"rotate": 5.0}], ids=str)
+def test_impossible_values_stop_before_any_work(overrides, toy, tmp_path):
+    "Found when the run is made at the latest: ValueError, and no folder."
+    with pytest.raises(ValueError):
+        Run(configure(data_root=str(toy), out_dir=str(tmp_path / "out"), overrides=overrides), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("parameters, error", [(dict(category="wave"), DataError), (dict(data_root="nowhere"), DataError), (dict(backbone="resnet1800"), ValueError),
+                                               (dict(weights="no-such-file.pth"), RuntimeError)], ids=str)
+def test_wrong_data_or_backbone_leaves_no_folder(parameters, error, toy, tmp_path):
+    with pytest.raises(error, match=next(iter(parameters.values())).split(".")[0]):
+        Run(configure({"data_root": str(toy), "out_dir": str(tmp_path / "out")} | parameters), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_overrides():
+    "By name, dotted or nested, as text or dict; over the preset, and the rest stays."
+    forms = ['{"epochs": 7, "temperature": 3}', {"schedule.epochs": 7, "score.temperature": 3}, {"schedule": {"epochs": 7}, "score": {"temperature": 3}}]
+    default = configure(preset="real").settings
+    for form in forms:
+        settings = configure(preset="real", overrides=form).settings
+        assert settings["schedule"]["epochs"] == 7 and settings["score"]["temperature"] == 3
+        settings["schedule"]["epochs"], settings["score"]["temperature"] = default["schedule"]["epochs"], default["score"]["temperature"]
+        assert settings == default
+    with pytest.raises(ConfigError, match="ambiguous: .*score.levels"):
+        configure(overrides='{"levels": [2, 3]}')
+    assert configure(overrides={"backbone": {"levels": [2]}, "evaluations": 1}).settings["backbone"]["levels"] == (2,)
+
+
+@pytest.mark.parametrize("preset", PRESETS["fastflow"])
+def test_presets(preset):
+    "Every setting is one that exists, and one that can be overridden; the notebook's table shows all."
+    config = configure(preset=preset)
+    assert config.settings.keys() == SETTINGS.keys() | {"evaluations"} and all(config.settings[g].keys() == SETTINGS[g].keys() for g in SETTINGS)
+    table = config.table()
+    assert len(table) == len(PARAMETERS) - 1 + sum(map(len, SETTINGS.values())) + 1 and table.loc["preset", "value"] == preset
+    assert config.settings["transform"]["size"] == (64 if preset == "smoke" else 256)
+
+
+def test_paper_preset():
+    "The public code's settings, and those of its other backbones by name."
+    s = configure(preset="paper").settings
+    assert s["backbone"]["name"] == "wide_resnet50_2.racm_in1k" and Score(**s["score"]) == PUBLISHED["fastflow"] and s["detector"]["norm"] == "layer"
+    assert (s["schedule"]["epochs"], s["schedule"]["batch"], s["schedule"]["lr"], s["schedule"]["weight_decay"], s["schedule"]["decay"]) == (500, 32, 1e-3, 1e-5, "constant")
+    deit = configure(preset="paper", backbone="deit_base_distilled_patch16_384.fb_in1k", overrides={"steps": 3}).settings
+    assert (deit["transform"]["size"], deit["backbone"]["levels"], deit["detector"]["ratio"], deit["detector"]["norm"], deit["detector"]["steps"]) == (384, (7,), 0.16, "none", 3)
+
+
+def test_other_backbone():
+    settings = configure(backbone="resnet18", overrides={"backbone": {"levels": [1, 2]}}).settings
+    assert settings["backbone"]["name"] == "resnet18" and settings["backbone"]["levels"] == (1, 2)
+
+
+def test_globals_of_a_notebook():
+    "Modules, functions, private names and Jupyter's own pass; a plain value that is no parameter is refused, before anything else."
+    namespace = {**PARAMETERS, "seed": 4, "np": np, "configure": configure, "_i1": "text", "__name__": "__main__", "In": ["x"], "Out": {}, "Path": Path, "exit": "exit"}
+    assert configure(namespace).seed == 4
+    with pytest.raises(ConfigError, match="unknown parameter 'bogus'.*method, altub"):
+        configure(namespace | {"bogus": 1})
+
+
+@pytest.mark.parametrize("given", [dict(out_dir=Path("elsewhere")), dict(data_root=Path("here")), dict(seed=np.int64(3)), dict(bogus=Path("x"))], ids=str)
+def test_no_argument_is_dropped(given):
+    "A value of another type than expected is taken or refused; never replaced by the default without a word."
+    try:
+        config = configure(**given)
+    except ConfigError:
+        return
+    ((name, value),) = given.items()
+    assert str(getattr(config, name)) == str(value)
+
+
+def test_btad_categories_are_two_digits():
+    "papermill reads `-p category 01` as a number."
+    assert configure(dataset="btad", data_root="x", category=1).category == "01"
+
+
+# -- the run folder ------------------------------------------------------------------------------------------------
+
+def test_folder(done):
+    "The files of the contract, and nothing unfinished."
+    assert {p.name for p in done.out.iterdir()} == FILES
+
+
+def test_metrics_json(done):
+    m = stored(done)
+    assert list(m) == ["config", "results", "timing", "environment"] and m["results"].keys() == {"last", "best"}
+    for protocol in ("last", "best"):
+        assert m["results"][protocol].keys() == {"weave", "mean"}
+        for values in m["results"][protocol].values():
+            assert list(values) == METRICS and all(isinstance(v, float) and 0 <= v <= 1 for v in values.values())
+        assert m["results"][protocol]["mean"] == m["results"][protocol]["weave"]
+    assert m["config"] == json.loads((done.out / "config.json").read_text()) and m["environment"] == json.loads((done.out / "environment.json").read_text())
+    assert {k: m["config"][k] for k in ("method", "dataset", "category", "preset", "seed")} == dict(method="fastflow", dataset="toy", category="weave", preset="smoke", seed=0)
+    assert m["config"]["settings"]["schedule"]["epochs"] == 2
+
+
+def test_environment(done):
+    "Versions, hardware and the code's revision stand beside the numbers."
+    e, t = stored(done)["environment"], stored(done)["timing"]
+    assert e["torch"] == torch.__version__.split("+")[0] or e["torch"] == torch.__version__
+    assert {"revision", "python", "flowrepro", "timm", "numpy", "device", "device_name", "cpus", "threads", "system"} <= e.keys() and e["device"] == done.config.device
+    assert e["revision"] is None or len(e["revision"].rstrip("+")) == 12
+    assert {"features_s", "train_s", "evaluate_s", "epoch_s", "epoch_without_bank_s", "ram_mib"} <= t.keys() and all(t[k] > 0 for k in t)
+    assert t["epoch_without_bank_s"] > t["epoch_s"] and t["ram_mib"] > 50
+
+
+def test_history_csv(unified):
+    "A row per evaluation; the mean and each category."
+    rows = pd.read_csv(unified.out / "history.csv")
+    assert list(rows["epoch"]) == [2, 4, 6] and {"loss", "lr", "seconds", *METRICS, "bolt/aupro_30", "weave/image_auroc"} <= set(rows.columns)
+    last = stored(unified)["results"]["last"]
+    assert rows["pixel_ap"].iloc[-1] == pytest.approx(last["mean"]["pixel_ap"]) and rows["bolt/image_ap"].iloc[-1] == pytest.approx(last["bolt"]["image_ap"])
+
+
+def test_scores_csv(done):
+    "A row per test image, in the data set's order; its scores give the image metrics."
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    with open(done.out / "scores.csv") as f:
+        rows = list(csv.DictReader(f))
+    assert list(rows[0]) == ["image", "category", "defect", "label", "score"] and len(rows) == len(done.test_set) == 10
+    assert [r["image"] for r in rows] == [str(r.image) for r in done.test_set.records] and {r["defect"] for r in rows} == {"good", "pull", "stain", "misweave"}
+    labels, scores = [int(r["label"]) for r in rows], [float(r["score"]) for r in rows]
+    last = stored(done)["results"]["last"]["weave"]
+    assert roc_auc_score(labels, scores) == pytest.approx(last["image_auroc"]) and average_precision_score(labels, scores) == pytest.approx(last["image_ap"])
+
+
+def test_model_file_gives_the_same_scores(done):
+    "The detector in the folder predicts what the run has measured."
+    maps, scores = Detector.load(done.out / "model.safetensors").predict(done.test_set)
+    np.testing.assert_allclose(scores, pd.read_csv(done.out / "scores.csv")["score"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(maps, done.maps, rtol=1e-4, atol=1e-4)
+
+
+def test_unified_run(unified):
+    "category='all': one model, a row for every category, and their mean."
+    results = stored(unified)["results"]
+    assert list(results["last"]) == list(results["best"]) == ["biscuit", "bolt", "speckle", "weave", "mean"]
+    for m in METRICS:
+        assert results["last"]["mean"][m] == pytest.approx(np.mean([results["last"][c][m] for c in ("biscuit", "bolt", "speckle", "weave")]))
+    assert len(unified.train_set) == 40 and len(pd.read_csv(unified.out / "scores.csv")) == 40
+
+
+def test_categories_are_evaluated_alone(unified):
+    "The numbers of a category are those of its own images."
+    from flowrepro.metrics import evaluate
+
+    rows = [i for i, r in enumerate(unified.test_set.records) if r.category == "bolt"]
+    own = unified.test_set.filter(category="bolt")
+    assert evaluate(unified.maps[rows], own.masks(), unified.scores[rows], own.labels) == pytest.approx(stored(unified)["results"]["last"]["bolt"])
+
+
+def test_best_is_at_least_last(unified):
+    "Best on test is the maximum over evaluations of each metric alone; last is the last one."
+    results, evaluated = stored(unified)["results"], [r["results"] for r in unified.history if "results" in r]
+    assert len(evaluated) == 3
+    for c, values in results["best"].items():
+        for m, best in values.items():
+            assert best >= results["last"][c][m] and best == pytest.approx(max(r[c][m] for r in evaluated))
+            assert results["last"][c][m] == pytest.approx(evaluated[-1][c][m])
+    assert results["best"] != results["last"]
+
+
+def test_best_and_mean_of_given_numbers():
+    rows = [{"results": {"a": {"x": 0.2, "y": 0.9}}}, {"loss": 1.0}, {"results": {"a": {"x": 0.5, "y": 0.1}}}]
+    assert best_results(rows) == {"a": {"x": 0.5, "y": 0.9}} and best_results([{"loss": 1.0}]) == {}
+    assert mean_results({"a": {"x": 0.2}, "b": {"x": 0.4}}) == {"x": pytest.approx(0.3)}
+    assert math.isnan(mean_results({"a": {"x": 0.2}, "b": {"x": float("nan")}})["x"])
+
+
+@pytest.mark.parametrize("epochs, evaluations, expected", [(10, 5, (2, 4, 6, 8, 10)), (2, 2, (1, 2)), (3, 10, (1, 2, 3)), (7, 1, (7,)), (40, 8, tuple(range(5, 41, 5)))])
+def test_evaluation_epochs(epochs, evaluations, expected):
+    assert evaluation_epochs(epochs, evaluations) == expected
+
+
+def test_same_seed_same_numbers(done, toy, tmp_path):
+    "Every number, score and weight; with another seed, others."
+    again, other = (execute(tmp_path / str(s), data_root=str(toy), seed=s) for s in (0, 1))
+    assert stored(again)["results"] == stored(done)["results"]
+    for name in ("scores.csv", "model.safetensors"):
+        assert (again.out / name).read_bytes() == (done.out / name).read_bytes()
+        assert (other.out / name).read_bytes() != (done.out / name).read_bytes()
+
+
+def test_features_from_a_cache(done, toy, tmp_path):
+    "The second run finds the features, says so, and gives the same numbers."
+    first, second = (execute(tmp_path / str(i), data_root=str(toy), overrides={"cache": str(tmp_path / "cache")}) for i in range(2))
+    assert stored(first)["results"] == stored(second)["results"] == stored(done)["results"]
+    assert stored(first)["timing"]["features_s"] > 0 and stored(second)["timing"]["features_s"] == 0 and stored(second)["timing"]["epoch_without_bank_s"] is None
+
+
+def test_no_masks_no_pixel_metrics(parts_folder, tmp_path):
+    "Null in the file, NaN in Python; the image metrics are there, in the results, the means and the tables."
+    from flowrepro.reports import metrics_table, report
+
+    run = execute(tmp_path / "run", dataset="folder", data_root=str(parts_folder), category="all")
+    text = (run.out / "metrics.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    for protocol in stored(run)["results"].values():
+        for values in protocol.values():
+            assert all(values[m] is None for m in PIXEL) and all(0 <= values[m] <= 1 for m in set(METRICS) - set(PIXEL))
+    assert metrics_table(run.metrics)["pixel AUROC"].isna().all()
+    assert report(tmp_path).read_text().count("–") >= len(PIXEL)
+
+
+def test_mask_size(toy, tmp_path):
+    "Masks and maps of another size than the images."
+    run = execute(tmp_path / "run", data_root=str(toy), overrides={"mask_size": 32})
+    assert run.maps.shape == (10, 32, 32) and all(v is not None for v in stored(run)["results"]["last"]["weave"].values())
+
+
+def test_other_scores_of_the_same_run(done):
+    "A row per form; this run's own form repeats its numbers."
+    forms = runs.score_forms(done)
+    assert set(forms.index.get_level_values("score")) == {"this run", "default", "published (fastflow)", "published (cflow)"}
+    assert forms.loc[("weave", "this run")].to_dict() == pytest.approx(stored(done)["results"]["last"]["weave"])
+    assert not forms.loc[("weave", "published (fastflow)")].equals(forms.loc[("weave", "this run")])
+
+
+def test_test_images_do_not_train(done, toy, tmp_path):
+    "Calibration and standardisation are of the training images alone: other test images, the same model."
+    import shutil
+    shutil.copytree(toy, tmp_path / "toy")
+    (tmp_path / "toy" / "toy.json").unlink()
+    for kind in ("test", "ground_truth"):
+        for f in (tmp_path / "toy" / "weave" / kind).rglob("001*.png"):
+            f.unlink()
+    run = execute(tmp_path / "run", data_root=str(tmp_path / "toy"))
+    assert len(run.test_set) == 6 and (run.out / "model.safetensors").read_bytes() == (done.out / "model.safetensors").read_bytes()
+    scores = pd.read_csv(done.out / "scores.csv")["score"][[not r.image.name.startswith("001") for r in done.test_set.records]]
+    np.testing.assert_allclose(pd.read_csv(run.out / "scores.csv")["score"], scores, rtol=1e-4, atol=1e-5)
+
+
+# -- complete or not -----------------------------------------------------------------------------------------------
+
+def test_metrics_json_comes_last(toy, tmp_path, monkeypatch):
+    "When it appears, everything else is there; a run that ends before leaves none."
+    run = Run(configure(data_root=str(toy), out_dir=str(tmp_path / "run")), progress=False).train()
+    own, seen = runs.write_json, []
+    monkeypatch.setattr(runs, "write_json", lambda path, value: seen.append((path.name, {p.name for p in run.out.iterdir()})) or own(path, value))
+    assert not (run.out / "metrics.json").exists()
+    run.finish()
+    assert seen == [("metrics.json", FILES - {"metrics.json"})]
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+        again = Run(configure(data_root=str(toy), out_dir=str(tmp_path / "run")), progress=False)
+        assert not (run.out / "metrics.json").exists(), "an older result must not stand for an unfinished run"
+        with pytest.raises(OSError, match="disk full"):
+            again.train().finish()
+    assert not (run.out / "metrics.json").exists()
+
+
+def test_json_is_written_atomically(tmp_path, monkeypatch):
+    "A crash while writing leaves what was there."
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 1})
+    own = Path.write_text
+
+    def crash(self, text, *a, **k):
+        own(self, text[:3])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", crash)
+    with pytest.raises(OSError):
+        write_json(path, {"x": 2})
+    assert json.loads(path.read_text()) == {"x": 1}
+
+
+def test_json_values(tmp_path):
+    "What is not finite becomes null; numpy and paths become plain."
+    write_json(tmp_path / "a.json", {"a": float("nan"), "b": [np.float32(0.5), float("inf"), (1, np.int64(2))], 3: {"p": Path("x"), "t": True, "n": None}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": None, "b": [0.5, None, [1, 2]], "3": {"p": "x", "t": True, "n": None}}
+
+
+# -- real images ---------------------------------------------------------------------------------------------------
+
+def test_tiny_visa(tiny_visa, tmp_path):
+    "A smoke run on real images in the original layout."
+    run = execute(tmp_path / "run", dataset="visa", data_root=str(tiny_visa), category="fryum")
+    last = stored(run)["results"]["last"]["fryum"]
+    assert all(v is not None and 0 <= v <= 1 for v in last.values()) and last["pixel_auroc"] > 0.5
+    assert asdict(run.config)["dataset"] == "visa" and run.history[-1]["loss"] < run.history[0]["loss"]
+
+
+# -- the notebook --------------------------------------------------------------------------------------------------
+
+def papermill(out, *arguments) -> subprocess.CompletedProcess:
+    "The command line of the contract."
+    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/experiments/run.ipynb"), str(out), "-k", "python3", "--no-progress-bar", *arguments]
+    return subprocess.run(command, cwd=out.parent, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
+
+def test_papermill(toy, tmp_path):
+    "The whole notebook at preset smoke: run folder, figures and tables; the numbers are those of the same run in Python."
+    ran = papermill(tmp_path / "out.ipynb", "-p", "data_root", str(toy), "-p", "category", "bolt", "-p", "out_dir", "run", "-p", "seed", "2", "-p", "overrides", '{"epochs": 3}')
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    out = tmp_path / "run"
+    assert FILES <= {p.name for p in out.iterdir()} and [p.name for p in sorted((out / "figures").iterdir())] == ["1_data.png", "2_history.png", "3_scores.png", "4_gallery.png"]
+    assert all(p.stat().st_size > 2000 for p in (out / "figures").iterdir()) and len(pd.read_csv(out / "score_forms.csv")) == 4
+    m = json.loads((out / "metrics.json").read_text())
+    assert (m["config"]["seed"], m["config"]["category"], m["config"]["settings"]["schedule"]["epochs"]) == (2, "bolt", 3)
+    same = execute(tmp_path / "again", data_root=str(toy), category="bolt", seed=2, overrides='{"epochs": 3}')
+    assert m["results"]["last"]["bolt"] == pytest.approx(stored(same)["results"]["last"]["bolt"], abs=2e-3)
+    cells = json.loads((tmp_path / "out.ipynb").read_text())["cells"]
+    shown = [o for c in cells for o in c.get("outputs", []) if "data" in o]
+    assert sum("image/png" in o["data"] for o in shown) == 4 and sum("text/html" in o["data"] for o in shown) >= 3
+    assert "best on test" in str(shown) and "last epoch" in str(shown)
+
+
+def test_papermill_unknown_parameter(tmp_path):
+    "Papermill itself would let it pass: the run stops, names it and the allowed ones, and leaves no folder."
+    ran = papermill(tmp_path / "out.ipynb", "-p", "bogus", "1", "-p", "out_dir", "run")
+    assert ran.returncode != 0 and "unknown parameter 'bogus'" in ran.stderr and "data_root" in ran.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_notebook_checks_first(tmp_path):
+    "No kernel is started, no folder made, for parameters that cannot be."
+    for parameters in (dict(preset="large"), dict(bogus=1), dict(overrides='{"epoch": 1}')):
+        with pytest.raises(ConfigError):
+            run_notebook(parameters | {"out_dir": str(tmp_path / "run")})
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_notebook_that_fails(toy, tmp_path):
+    "The error is named with the notebook that shows where; there is no metrics.json."
+    with pytest.raises(RuntimeError, match="DataError.*wave.*run.ipynb"):
+        run_notebook(dict(data_root=str(toy), category="wave", out_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run" / "metrics.json").exists()
