@@ -2,6 +2,7 @@
 
     python tools/readme.py [--check]
 """
+import base64
 import difflib
 import json
 import re
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PICTURES: dict[str, bytes] = {}
 BANNER = "<!-- Generated from nbs/index.ipynb by `make export`. Edit the notebook, not this file. -->"
 
 
@@ -17,8 +19,23 @@ def directives(source: str) -> str:
     return "\n".join(line for line in source.splitlines() if line.startswith("#|"))
 
 
-def output(out: dict) -> str:
-    "The Markdown of one stored output: Markdown as it is, text as a code block, other kinds not at all."
+def option(name: str, source: str) -> str | None:
+    "The value of a cell option such as `#| label: fig-x`."
+    found = re.search(rf'^#\| *{name}: *"?(.*?)"?$', source, re.M)
+    return found and found.group(1)
+
+
+def picture(png: str, source: str) -> str:
+    "The Markdown of a figure, whose file is named by the cell's label; the file is written when README.md is."
+    path = f"nbs/images/{option('label', source)}.png"
+    PICTURES[path] = base64.b64decode(png)
+    return f"![{option('fig-cap', source)}]({path})"
+
+
+def output(out: dict, source: str) -> str:
+    "The Markdown of one stored output: a picture, Markdown as it is, text as a code block, other kinds not at all."
+    if png := out.get("data", {}).get("image/png"):
+        return picture(png, source)
     data = {"text/plain": out.get("text", "")} if out["output_type"] == "stream" else out.get("data", {})
     kind = next((k for k in ("text/markdown", "text/plain") if data.get(k)), None)
     text = "".join(data.get(kind, "")).rstrip()
@@ -34,7 +51,7 @@ def blocks(cell: dict) -> list[str]:
         return []
     code = "\n".join(line for line in source.splitlines() if not line.startswith("#|")).strip()
     hidden = re.search(r"^#\| *echo: *false", directives(source), re.M)
-    return ([] if hidden or not code else [f"```python\n{code}\n```"]) + [text for o in cell["outputs"] if (text := output(o))]
+    return ([] if hidden or not code else [f"```python\n{code}\n```"]) + [text for o in cell["outputs"] if (text := output(o, source))]
 
 
 def readme() -> str:
@@ -48,6 +65,9 @@ def main() -> None:
     path, new = ROOT / "README.md", readme()
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     if "--check" not in sys.argv:
+        for name, content in PICTURES.items():
+            (ROOT / name).parent.mkdir(exist_ok=True)
+            (ROOT / name).write_bytes(content)
         if new != old:
             path.write_text(new, encoding="utf-8")
             print("wrote README.md")
