@@ -10,7 +10,7 @@ pytest.importorskip("FrEIA"), pytest.importorskip("sklearn"), pytest.importorski
 from flowrepro import bench as B
 from flowrepro.flows import Flow
 
-KEYS = {"benchmark", "setting", "variant", "precision", "seconds", "all_seconds", "against", "ratio", "ratio_low", "ratio_high", "extra_mib",
+KEYS = {"benchmark", "setting", "variant", "precision", "seconds", "all_seconds", "against", "ratio", "ratio_fastest", "ratio_low", "ratio_high", "extra_mib",
         "error", "tolerance", "target", "reached", "threads", "repeats"}
 
 

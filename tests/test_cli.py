@@ -1,0 +1,260 @@
+"""The command line: exit codes, help with examples, and each command on small data."""
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from flowrepro import __version__
+from flowrepro.cli import main, parser
+from flowrepro.detectors import Detector
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    "Exit code, standard output and standard error of a command."
+    try:
+        code = main([str(a) for a in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def helps(p, path=()) -> dict[str, str]:
+    "The help of every command and action, by name."
+    found = {" ".join(path): p.format_help()} if path else {}
+    for action in p._subparsers._group_actions if p._subparsers else []:
+        for name, sub in action.choices.items():
+            found |= helps(sub, (*path, name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(parts_folder, tmp_path_factory):
+    "A detector that `fit` wrote, of packaged weights and one epoch."
+    path = tmp_path_factory.mktemp("model") / "parts.safetensors"
+    assert main(["fit", str(parts_folder), "--size", "64", "--epochs", "1", "--device", "cpu", "--out", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(toy, tmp_path_factory):
+    "A folder with one finished run, by `flowrepro run`."
+    out = tmp_path_factory.mktemp("runs")
+    assert main(["run", "--data-root", str(toy), "--category", "weave", "--preset", "smoke", "--device", "cpu", "--out", str(out)]) == 0
+    return out
+
+
+# -- help ----------------------------------------------------------------------------------------------------------
+
+def test_every_command_has_an_example():
+    "Which parses, as it stands."
+    texts = helps(parser())
+    assert {"run", "report", "bench", "data", "fit", "predict", "data toy", "data check"} <= texts.keys()
+    for name, text in texts.items():
+        examples = re.findall(r"^\s*(?:example: )?flowrepro (.+)$", text.partition("example:")[2] and text[text.index("example:"):], re.M)
+        assert examples and all(e.startswith(name) for e in examples), f"{name} --help has no example of its own"
+        for example in examples:
+            parser().parse_args(shlex.split(example))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["data", "check", "--help"], ["predict", "--help"]], ids=" ".join)
+def test_help(arguments, capsys):
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0 and out.startswith("usage: flowrepro")
+
+
+def test_version(capsys):
+    assert run(capsys, "--version")[:2] == (0, f"flowrepro {__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["run", "--epochs", "3"], ["data"], ["data", "check", "x"], ["fit"], ["predict", "m"], ["run", "--seeds", "one"]], ids=" ".join)
+def test_wrong_usage(arguments, capsys):
+    "Exit code 2 and the usage."
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and "usage: flowrepro" in err and not out
+
+
+def test_as_a_program(tmp_path):
+    "The installed entry point hands the exit code on; the message is one line, no traceback."
+    command = [sys.executable, "-c", "import sys; from flowrepro.cli import main; sys.exit(main())", "data", "check", str(tmp_path / "none"), "--dataset", "mvtec"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr and "none" in ran.stdout + ran.stderr
+
+
+# -- data ----------------------------------------------------------------------------------------------------------
+
+def test_data_toy(tmp_path, capsys, monkeypatch):
+    "Writes the set in MVTec AD's layout; again changes nothing; another folder's content is not touched."
+    from flowrepro import data
+    own = data.make_toy
+    monkeypatch.setattr(data, "make_toy", lambda folder, seed=0: own(folder, seed, size=32, n_train=5, n_test_good=2, n_per_defect=1))
+    code, out, _ = run(capsys, "data", "toy", tmp_path / "toy", "--seed", 3)
+    assert code == 0 and str(tmp_path / "toy") in out and json.loads((tmp_path / "toy/toy.json").read_text())["seed"] == 3
+    assert len(list((tmp_path / "toy/weave/train/good").iterdir())) == 5 and (tmp_path / "toy/bolt/ground_truth/rust/000_mask.png").is_file()
+    assert run(capsys, "data", "toy", tmp_path / "toy", "--seed", 3)[0] == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    for other in ([tmp_path / "toy", "--seed", 4], [tmp_path / "mine"]):
+        code, _, err = run(capsys, "data", "toy", *other)
+        assert code == 2 and str(other[0]) in err and "new folder" in err
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_data_check(toy, capsys):
+    "Counts per category and split; no problem, exit code 0."
+    code, out, _ = run(capsys, "data", "check", toy, "--dataset", "toy")
+    assert code == 0 and "0 problems" in out
+    rows = {tuple(line.split()[:2]): line.split()[2:4] for line in out.splitlines() if len(line.split()) >= 4}
+    assert all(rows[c, "train"] == ["10", "0"] and rows[c, "test"] == ["4", "6"] for c in ("weave", "speckle", "bolt", "biscuit"))
+
+
+def test_data_check_finds_every_problem(toy, tmp_path, capsys):
+    "A broken copy: exit code 2, each file named with its remedy, all in one pass."
+    root = tmp_path / "broken"
+    shutil.copytree(toy, root)
+    (root / "toy.json").unlink()
+    image, mask, small = root / "weave/train/good/003.png", root / "bolt/ground_truth/rust/001_mask.png", root / "speckle/ground_truth/bald/000_mask.png"
+    image.write_bytes(image.read_bytes()[:500])
+    mask.unlink()
+    Image.new("L", (9, 9), 255).save(small)
+    shutil.copy(toy / "weave/train/good/000.png", root / "biscuit/lost.png")
+    code, out, _ = run(capsys, "data", "check", root, "--dataset", "toy")
+    assert code == 2 and "4 problems:" in out
+    for path, words in ((image, "truncated"), (mask, "missing"), (small, "9×9"), (root / "biscuit/lost.png", "without a label")):
+        (line,) = [line for line in out.splitlines() if path.name in line and path.parent.name in line and "restore" in line or str(path) in line]
+        assert words in line and ("restore" in line or "move" in line)
+
+
+def test_data_check_against_official_counts(toy, tmp_path, capsys):
+    "Fewer images than the official release are a problem."
+    shutil.copytree(toy / "weave", tmp_path / "bottle")
+    code, out, _ = run(capsys, "data", "check", tmp_path, "--dataset", "mvtec")
+    assert code == 2 and "officially 209" in out and "not here: cable" in out
+
+
+def test_data_check_crop(tiny_visa, capsys):
+    "What a center crop of images that are no squares would lose."
+    code, out, _ = run(capsys, "data", "check", tiny_visa, "--dataset", "visa", "--crop")
+    assert code == 2 and "officially 450" in out and "center crop" not in out  # fewer images than the release
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["data", "check", "{}", "--dataset", "coco"], "allowed: toy, mvtec"), (["data", "check", "{}/weave", "--dataset", "toy"], "one level too low"),
+    (["run", "--dataset", "mvtec", "--category", "bottle"], "needs data_root"), (["run", "--preset", "large", "--category", "weave"], "smoke, demo, real, paper"),
+    (["run", "--overrides", "{{\"epoch\": 1}}", "--category", "weave"], "epochs"), (["run", "--method", "patchcore"], "fastflow"), (["run", "--data-root", "{}/nowhere", "--preset", "smoke"], "nowhere"),
+    (["fit", "{}/nowhere"], "no such folder"), (["fit", "{}", "--size", "64"], "no folder good"), (["fit", "{}", "--dataset", "toy", "--category", "wave"], "weave"),
+    (["fit", "{}", "--dataset", "toy", "--backbone", "resnet1800"], "unknown backbone"), (["fit", "{}", "--dataset", "toy", "--weights", "nowhere.pth"], "no such weight file"),
+    (["fit", "{}", "--dataset", "toy", "--method", "patchcore"], "fastflow"), (["fit", "{}", "--dataset", "toy", "--epochs", "0", "--size", "64"], "epochs 0"),
+    (["fit", "{}", "--dataset", "toy", "--size", "0"], "size"),
+    (["predict", "{}/none.safetensors", "{}"], "model.safetensors"), (["predict", "{}/toy.json", "{}"], "toy.json"), (["report", "{}"], "metrics.json"),
+    (["report", "{}/nowhere"], "nowhere"),
+], ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_errors(arguments, words, toy, tmp_path, capsys, monkeypatch):
+    "Exit code 2; one line on standard error that says what to do; no file is made."
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *[a.format(toy) for a in arguments])
+    assert code == 2 and err.startswith("flowrepro: ") and words in err and "Traceback" not in err
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+# -- own images ----------------------------------------------------------------------------------------------------
+
+def test_fit(model):
+    "A detector of the size and backbone asked for."
+    detector = Detector.load(model)
+    assert detector.backbone.size == 64 and detector.backbone.name == "tf_efficientnet_lite0" and detector.calibration.isfinite().all()
+
+
+def test_fit_says_where(parts_folder, tmp_path, capsys):
+    code, out, _ = run(capsys, "fit", parts_folder, "--size", 64, "--epochs", 1, "--seed", 1, "--weights", "random", "--out", tmp_path / "m.safetensors")
+    assert code == 0 and f"fastflow trained on 10 images: {tmp_path / 'm.safetensors'}" in out and (tmp_path / "m.safetensors").is_file()
+
+
+def test_fit_is_seeded(parts_folder, model, tmp_path):
+    "The same command, the same detector; another seed, another."
+    from safetensors.torch import load_file
+    for seed in (0, 1):
+        main(["fit", str(parts_folder), "--size", "64", "--epochs", "1", "--device", "cpu", "--seed", str(seed), "--out", str(tmp_path / f"{seed}")])
+    a, b, c = (load_file(p) for p in (model, tmp_path / "0", tmp_path / "1"))
+    assert all((a[k] == b[k]).all() for k in a) and any((a[k] != c[k]).any() for k in a if k.endswith("perm"))
+
+
+def test_predict(model, parts_folder, tmp_path, capsys):
+    "A score for each image, the highest first, and a heat map over each."
+    code, out, _ = run(capsys, "predict", model, parts_folder, "--device", "cpu", "--out", tmp_path / "heat")
+    table = pd.read_csv(tmp_path / "heat/scores.csv")
+    assert code == 0 and "15 images scored" in out and list(table.columns) == ["image", "score"] and len(table) == 15
+    assert (table["score"].diff().dropna() <= 0).all() and set(table["image"]) == {str(p) for p in parts_folder.rglob("*.*") if p.is_file()}
+    pictures = sorted((tmp_path / "heat").glob("*.png"))
+    assert len(pictures) == 15 and {Image.open(p).size for p in pictures} == {(64, 64)}
+    maps, scores = Detector.load(model).predict([table["image"][0]])
+    assert scores.item() == pytest.approx(table["score"][0], rel=1e-4)
+
+
+def test_predict_one_image(model, parts_folder, tmp_path, capsys):
+    code, out, _ = run(capsys, "predict", model, parts_folder / "spot/00.bmp", "--device", "cpu", "--out", tmp_path / "heat")
+    assert code == 0 and {p.name for p in (tmp_path / "heat").iterdir()} == {"scores.csv", "spot_00.png"}
+
+
+def test_predict_keeps_pictures_apart(model, parts_folder, tmp_path, capsys):
+    "Images of the same name in folders of the same name, or of another format: a picture each."
+    for where in ("a/good/1.png", "b/good/1.png", "a/good/1.bmp"):
+        (tmp_path / "in" / where).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(parts_folder / "good/00.bmp").save(tmp_path / "in" / where)
+    assert run(capsys, "predict", model, tmp_path / "in", "--device", "cpu", "--out", tmp_path / "out")[0] == 0
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 3
+
+
+def test_predict_bad_images(model, tmp_path, capsys):
+    "An empty folder or a broken image: exit code 2, the file named, no table."
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    for given, words in ((tmp_path / "empty", "no image"), (tmp_path / "broken.png", "cannot be decoded"), (tmp_path / "none.png", "missing")):
+        code, _, err = run(capsys, "predict", model, given, "--out", tmp_path / "out")
+        assert code == 2 and given.name in err and words in err
+    assert not (tmp_path / "out" / "scores.csv").exists()
+
+
+# -- runs and reports ----------------------------------------------------------------------------------------------
+
+def test_run(finished):
+    "A run folder with its executed notebook, and a report."
+    (folder,) = [p for p in finished.iterdir() if p.is_dir()]
+    assert folder.name == "fastflow-toy-weave-smoke-0" and (folder / "metrics.json").is_file() and (folder / "run.ipynb").is_file()
+    assert (finished / "report.html").is_file()
+
+
+def test_report(finished, capsys):
+    "The table on the terminal, the page with everything in it: figures inlined, nothing loaded from elsewhere."
+    (finished / "report.html").unlink()
+    code, out, _ = run(capsys, "report", finished)
+    page = (finished / "report.html").read_text()
+    assert code == 0 and "last epoch" in out and "best on test" in out and f"report: {finished / 'report.html'}" in out
+    assert page.count("<img") == 4 and "best on test" in page and not re.findall(r"""(?:src|href)="(?!data:)(?!fastflow-toy)[^"]*""", page)
+    metrics = json.loads((finished / "fastflow-toy-weave-smoke-0/metrics.json").read_text())["results"]["last"]["weave"]
+    assert f"{metrics['image_auroc']:.3f}" in out and f"{metrics['aupro_30']:.3f}" in page
+
+
+def test_report_leaves_out_what_is_not_complete(finished, tmp_path, capsys):
+    "A run without metrics.json does not count; two seeds become mean ± deviation."
+    root = tmp_path / "runs"
+    shutil.copytree(finished, root)
+    second = root / "second"
+    shutil.copytree(root / "fastflow-toy-weave-smoke-0", second)
+    m = json.loads((second / "metrics.json").read_text())
+    m["config"]["seed"] = 1
+    m["results"]["last"]["weave"]["image_auroc"] = 0.5
+    (second / "metrics.json").write_text(json.dumps(m))
+    first = json.loads((root / "fastflow-toy-weave-smoke-0/metrics.json").read_text())["results"]["last"]["weave"]["image_auroc"]
+    _, out, _ = run(capsys, "report", root)
+    assert f"{(first + 0.5) / 2:.3f} ± {np.std([first, 0.5], ddof=1):.3f}" in out
+    (second / "metrics.json").unlink()
+    _, out, _ = run(capsys, "report", root)
+    assert "±" not in out
