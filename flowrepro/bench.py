@@ -155,7 +155,8 @@ def compare(
         each = [a / b for a, b in zip(seconds[first], seconds[name])]
         rows.append(dict(variant=name, precision=v.precision, seconds=statistics.median(seconds[name]), all_seconds=seconds[name],
                          against=first, ratio=ratio, ratio_fastest=min(seconds[first]) / min(seconds[name]),
-                         ratio_low=min(each), ratio_high=max(each), extra_mib=memory[name], error=errors[name], tolerance=v.tolerance, target=v.target, reached=None if v.target is None else ratio >= v.target))
+                         ratio_low=min(each), ratio_high=max(each), extra_mib=memory[name], error=errors[name],
+                         tolerance=v.tolerance, target=v.target, reached=None if v.target is None else ratio >= v.target))
     return rows
 
 # %% ../nbs/12a_bench.ipynb #8b2f290f

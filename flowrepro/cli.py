@@ -16,20 +16,22 @@ from pathlib import Path
 # %% ../nbs/13_cli.ipynb #5dc38780
 def cmd_run(args: argparse.Namespace) -> int:
     "Execute the run notebook, once or once a category, and write the report."
-    from flowrepro.data import read
+    from flowrepro.data import load, read
     from flowrepro.reports import report, read_runs, summary
     from flowrepro.runs import configure, run_notebook
 
     parameters = {k: v for k, v in vars(args).items() if k not in ("command", "action", "out", "seeds")}
+    configure(parameters)
     categories = [args.category]
     if args.category == "each":
-        configure(parameters | {"category": "all", "seed": 0})
         categories = sorted({r.category for r in read(args.dataset, args.data_root)})
+    else:
+        load(args.dataset, args.data_root, args.category)
     jobs = [parameters | {"category": c, "seed": s, "out_dir": str(Path(args.out) / f"{args.method}-{args.dataset}-{c}-{args.preset}-{s}".replace("/", "_"))}
             for c in categories for s in args.seeds]
     for i, job in enumerate(jobs):
         print(f"[{i + 1}/{len(jobs)}] {job['category']}, seed {job['seed']} → {job['out_dir']}", flush=True)
-        run_notebook(job)
+        run_notebook(job, progress=True)
     print_summary(summary(read_runs(args.out)))
     print(f"\nreport: {report(args.out).resolve()}")
     return 0

@@ -262,7 +262,8 @@ class Run:
         torch.manual_seed(config.seed)
         self.backbone = Backbone(**s["backbone"], weights=config.weights, size=s["transform"]["size"]).to(config.device)
         self.detector = DETECTORS[config.method](self.backbone, score=Score(**s["score"]), **s["detector"]).to(config.device)
-        self.schedule, self.history, self.seconds_evaluating = Schedule(**s["schedule"], seed=config.seed), [], 0.0
+        self.schedule, self.history = Schedule(**s["schedule"], seed=config.seed), []
+        self.parts, self.seconds_evaluating = None, 0.0
         self.size = s["transform"]["mask_size"] or s["transform"]["size"]  # of maps and masks
         self.out = open_folder(config)
 
@@ -276,7 +277,10 @@ class Run:
         self.masks = masks_by_category(self.test_set)
         self.detector.prepare(self.train_bank)
         when = evaluation_epochs(self.schedule.epochs, self.config.settings["evaluations"])
-        self.history = fit(self.detector, self.train_bank, self.schedule, evaluate=self.evaluate, when=when, progress=self.progress)
+        checkpoint = self.out / "checkpoint.pt"
+        self.history = fit(self.detector, self.train_bank, self.schedule, evaluate=self.evaluate, when=when, checkpoint=checkpoint, progress=self.progress)
+        if self.parts is None:  # resumed after the last evaluation
+            self.evaluate(self.schedule.epochs)
         return self
 
     def evaluate(self, epoch: int) -> dict:
@@ -299,11 +303,17 @@ def evaluation_epochs(epochs: int, evaluations: int) -> tuple[int, ...]:
 
 
 def open_folder(config: Config) -> Path:
-    "The run folder with its configuration and environment; an older run's `metrics.json` is removed, since this one is not complete yet."
+    """The run folder with its configuration and environment.
+
+    An older run's `metrics.json` is removed, since this one is not complete yet; its checkpoint is kept, to be resumed from, if it had the same configuration.
+    """
     out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").unlink(missing_ok=True)
+    before = (out / "config.json").read_text() if (out / "config.json").exists() else None
     write_json(out / "config.json", asdict(config))
+    if before != (out / "config.json").read_text():
+        (out / "checkpoint.pt").unlink(missing_ok=True)
     write_json(out / "environment.json", environment(config.device))
     return out
 
@@ -332,6 +342,7 @@ def write_results(run: Run) -> dict:
     results = {"last": run.history[-1]["results"], "best": best_results(run.history)}
     metrics = {"config": asdict(run.config), "results": results, "timing": timing(run), "environment": environment(run.config.device)}
     write_json(run.out / "metrics.json", metrics)
+    (run.out / "checkpoint.pt").unlink(missing_ok=True)
     return metrics
 
 # %% ../nbs/11_runs.ipynb #cb28dd27

@@ -88,7 +88,7 @@ def fit(
     labels: Tensor | None = None,  # category number of each image, for methods that use it
     evaluate: Callable[[int], dict] | None = None,  # called after the epochs in `when`; what it returns joins the history
     when: tuple[int, ...] = (),  # epochs, counted from 1
-    checkpoint: Path | None = None,  # file to resume from and to write after each epoch
+    checkpoint: Path | None = None,  # file to resume from, and to write after each evaluation (after each epoch if there are none)
     progress: bool = True,
 ) -> list[dict]:  # one row an epoch: epoch, loss, lr, seconds, and what `evaluate` returned
     "Train `model` on the features in `bank`; raises TrainingError at the first loss that is not finite."
@@ -114,7 +114,7 @@ def fit(
             row |= evaluate(epoch + 1)
         history.append(row)
         bar.set_postfix(loss=f"{row['loss']:.4g}")
-        if checkpoint is not None:
+        if checkpoint is not None and (not when or epoch + 1 in when):
             write_checkpoint(Path(checkpoint), model, optimizer, epoch, history, schedule)
     return history
 

@@ -132,6 +132,12 @@ def test_data_check_finds_every_problem(toy, tmp_path, capsys):
         assert words in line and ("restore" in line or "move" in line)
 
 
+@pytest.mark.parametrize("root, dataset, words", [("", "coco", "allowed: toy, mvtec"), ("weave", "toy", "one level too low"), ("nowhere", "visa", "no such folder")])
+def test_data_check_of_something_else(root, dataset, words, toy, capsys):
+    code, out, _ = run(capsys, "data", "check", toy / root, "--dataset", dataset)
+    assert code == 2 and "1 problem:" in out and words in out
+
+
 def test_data_check_against_official_counts(toy, tmp_path, capsys):
     "Fewer images than the official release are a problem."
     shutil.copytree(toy / "weave", tmp_path / "bottle")
@@ -146,10 +152,9 @@ def test_data_check_crop(tiny_visa, capsys):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["data", "check", "{}", "--dataset", "coco"], "allowed: toy, mvtec"), (["data", "check", "{}/weave", "--dataset", "toy"], "one level too low"),
     (["run", "--dataset", "mvtec", "--category", "bottle"], "needs data_root"), (["run", "--preset", "large", "--category", "weave"], "smoke, demo, real, paper"),
     (["run", "--overrides", "{{\"epoch\": 1}}", "--category", "weave"], "epochs"), (["run", "--method", "patchcore"], "fastflow"), (["run", "--data-root", "{}/nowhere", "--preset", "smoke"], "nowhere"),
-    (["fit", "{}/nowhere"], "no such folder"), (["fit", "{}", "--size", "64"], "no folder good"), (["fit", "{}", "--dataset", "toy", "--category", "wave"], "weave"),
+    (["fit", "{}/nowhere"], "no such folder"), (["fit", "{}", "--size", "64"], "one level too high; use root"), (["fit", "{}", "--dataset", "toy", "--category", "wave"], "weave"),
     (["fit", "{}", "--dataset", "toy", "--backbone", "resnet1800"], "unknown backbone"), (["fit", "{}", "--dataset", "toy", "--weights", "nowhere.pth"], "no such weight file"),
     (["fit", "{}", "--dataset", "toy", "--method", "patchcore"], "fastflow"), (["fit", "{}", "--dataset", "toy", "--epochs", "0", "--size", "64"], "epochs 0"),
     (["fit", "{}", "--dataset", "toy", "--size", "0"], "size"),
