@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -137,6 +137,8 @@ def predict(
     while chunk := list(islice(source, batch)):
         parts = detector.parts(detector.backbone(torch.stack(chunk).to(detector.device)))
         out.append([t.cpu() for t in detector.score_parts(parts)])
+    if not out:
+        raise DataError("no image to score: an empty data set, tensor or list was given")
     return tuple(torch.cat(column) for column in zip(*out))
 
 
@@ -167,8 +169,11 @@ def load(path: str | Path, weights: str | None = None) -> Detector:
     """
     if not Path(path).is_file():
         raise DataError(f"no detector at {path}: give the file that fit or a run wrote (model.safetensors)")
-    with safe_open(str(path), "pt") as file:
-        about, state = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
+    try:
+        with safe_open(str(path), "pt") as file:
+            about, state = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
+    except SafetensorError as error:
+        raise DataError(f"{path} is no readable safetensors file ({error}): train again, or copy it again") from error
     if about.get("method") not in DETECTORS:
         raise DataError(f"{path} holds no flowrepro detector of a known method ({', '.join(DETECTORS)})")
     told = {k: v for k, v in json.loads(about["backbone"]).items() if k not in ("mean", "std", "weight_id")}  # these follow from the weights
@@ -176,9 +181,11 @@ def load(path: str | Path, weights: str | None = None) -> Detector:
     detector = DETECTORS[about["method"]](backbone=backbone, score=Score(**json.loads(about["score"])), **json.loads(about["config"]))
     if detector.backbone.weight_id != about["weight_id"]:
         raise DataError(f"{path} was trained on backbone weights {about['weight_id']}, here are {detector.backbone.weight_id}: pass weights=")
-    missing = detector.load_state_dict(state, strict=False)
-    if missing.unexpected_keys or any(not k.startswith("backbone.") for k in missing.missing_keys):
-        raise DataError(f"{path} does not fit its own settings: {missing.unexpected_keys or missing.missing_keys}")
+    wanted = {k: v.shape for k, v in detector.state_dict().items() if not k.startswith("backbone.")}
+    wrong = sorted(k for k in wanted.keys() | state.keys() if k not in state or wanted.get(k) != state[k].shape)
+    if wrong:
+        raise DataError(f"{path} does not fit its own settings at {', '.join(wrong[:3])}: it was changed after it was written")
+    detector.load_state_dict(state, strict=False)
     return detector
 
 

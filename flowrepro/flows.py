@@ -107,19 +107,20 @@ class Mixing(nn.Module):
         return v if self.dim == -1 else v.view(-1, 1, 1)
 
     def matmul(self, w: Tensor, x: Tensor, b: Tensor | None = None) -> Tensor:
-        "w·x + b over channels, never in lower precision than x."
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, w, b) if self.dim == -1 else F.conv2d(x, w[:, :, None, None], b)
+        "w·x + b over channels."
+        return F.linear(x, w, b) if self.dim == -1 else F.conv2d(x, w[:, :, None, None], b)
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
         g = positive(self.gamma)
         if self.soft:
-            return self.matmul(self.perm * g, y, self.perm @ self.offset), g.log().sum()
+            with torch.autocast(y.device.type, enabled=False):  # the stream is never rotated in lower precision
+                return self.matmul(self.perm * g, y, self.perm @ self.offset), g.log().sum()
         y = y.index_select(self.dim, self.perm)
         return torch.addcmul(self.over_channels(self.offset[self.perm]), y, self.over_channels(g[self.perm])), g.log().sum()
 
     def inverse(self, z: Tensor) -> Tensor:
-        y = self.matmul(self.perm.T, z) if self.soft else z.index_select(self.dim, self.perm.argsort())
+        with torch.autocast(z.device.type, enabled=False):
+            y = self.matmul(self.perm.T, z) if self.soft else z.index_select(self.dim, self.perm.argsort())
         return (y - self.over_channels(self.offset)) / self.over_channels(positive(self.gamma))
 
 # %% ../nbs/03_flows.ipynb #53343637

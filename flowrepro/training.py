@@ -42,9 +42,13 @@ class Schedule:
         for field, allowed in (("decay", ("cosine", "constant")), ("precision", ("float32", "bfloat16"))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} {getattr(self, field)!r}: one of {', '.join(allowed)}")
-        for field in ("epochs", "batch", "lr"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field} {getattr(self, field)} must be positive")
+        for field in ("epochs", "batch"):
+            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
+                raise ValueError(f"{field} {getattr(self, field)}: a whole number from 1")
+        for field, right in (("lr", self.lr > 0), ("weight_decay", self.weight_decay >= 0), ("clip", self.clip is None or self.clip > 0),
+                             ("betas", all(0 <= b < 1 for b in self.betas))):
+            if not right:
+                raise ValueError(f"{field} {getattr(self, field)}: out of range")
 
     def rate(self, progress: float) -> float:
         "The learning rate at a share of the whole training in [0, 1)."

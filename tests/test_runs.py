@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowrepro import runs
+from flowrepro import runs, training
 from flowrepro.data import DataError
 from flowrepro.detectors import Detector
 from flowrepro.runs import PARAMETERS, PRESETS, SETTINGS, ConfigError, Run, best_results, configure, evaluation_epochs, mean_results, run_notebook, write_json
@@ -345,14 +345,60 @@ def test_metrics_json_comes_last(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "write_json", lambda path, value: seen.append((path.name, {p.name for p in run.out.iterdir()})) or own(path, value))
     assert not (run.out / "metrics.json").exists()
     run.finish()
-    assert seen == [("metrics.json", FILES - {"metrics.json"})]
+    assert [name for name, _ in seen] == ["metrics.json"] and seen[0][1] - {"checkpoint.pt"} == FILES - {"metrics.json"}
+
+
+def crash(*args):
+    raise OSError("disk full")
+
+
+def test_unfinished_run_has_no_result(done, toy, tmp_path, monkeypatch):
+    "An older result does not stand for it; started again it finishes, with the numbers of a run that was never stopped."
+    config = configure(data_root=str(toy), out_dir=str(tmp_path / "run"))
+    shutil.copytree(done.out, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(Detector, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-        again = Run(configure(data_root=str(toy), out_dir=str(tmp_path / "run")), progress=False)
-        assert not (run.out / "metrics.json").exists(), "an older result must not stand for an unfinished run"
+        patch.setattr(Detector, "save", crash)
+        run = Run(config, progress=False)
+        assert not (run.out / "metrics.json").exists()
         with pytest.raises(OSError, match="disk full"):
-            again.train().finish()
-    assert not (run.out / "metrics.json").exists()
+            run.train().finish()
+    assert not (run.out / "metrics.json").exists() and (run.out / "checkpoint.pt").exists()
+    again = Run(config, progress=False).train()
+    again.finish()
+    assert stored(again)["results"] == stored(done)["results"] and weights(again) == weights(done)
+    assert (run.out / "scores.csv").read_bytes() == (done.out / "scores.csv").read_bytes() and {p.name for p in run.out.iterdir()} == FILES
+
+
+def test_resumed_run(unified, toy, tmp_path, monkeypatch):
+    "Killed after the first of three evaluations: history, best and last are those of the whole run, without repeating what is done."
+    config = configure(data_root=str(toy), category="all", overrides='{"epochs": 6, "evaluations": 3}', out_dir=str(tmp_path / "run"))
+    own, trained = training.train_step, []
+
+    def step(*args):
+        trained.append(1)
+        return crash() if len(trained) == 18 else own(*args)  # 5 steps an epoch: in the fourth
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_step", step)
+        with pytest.raises(OSError):
+            Run(config, progress=False).train()
+    trained.clear()
+    monkeypatch.setattr(training, "train_step", lambda *args: trained.append(1) or own(*args))
+    again = Run(config, progress=False).train()
+    again.finish()
+    assert len(trained) == 20 and stored(again)["results"] == stored(unified)["results"] and weights(again) == weights(unified)
+    assert pd.read_csv(again.out / "history.csv").drop(columns="seconds").equals(pd.read_csv(unified.out / "history.csv").drop(columns="seconds"))
+
+
+def test_checkpoint_of_another_configuration(done, toy, tmp_path, monkeypatch):
+    "Is not resumed from: a changed setting, even one that the schedule does not know, starts anew."
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "save", crash)
+        with pytest.raises(OSError):
+            execute(out, data_root=str(toy), overrides='{"clamp": 1.0}')
+    run = execute(out, data_root=str(toy))
+    assert weights(run) == weights(done) and stored(run)["results"] == stored(done)["results"]
 
 
 def test_json_is_written_atomically(tmp_path, monkeypatch):
@@ -361,11 +407,7 @@ def test_json_is_written_atomically(tmp_path, monkeypatch):
     write_json(path, {"x": 1})
     own = Path.write_text
 
-    def crash(self, text, *a, **k):
-        own(self, text[:3])
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Path, "write_text", crash)
+    monkeypatch.setattr(Path, "write_text", lambda self, text, *a, **k: own(self, text[:3]) and crash())
     with pytest.raises(OSError):
         write_json(path, {"x": 2})
     assert json.loads(path.read_text()) == {"x": 1}

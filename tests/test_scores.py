@@ -26,7 +26,7 @@ def up(x, size, align_corners=False):
     return F.interpolate(x[:, None], size, mode="bilinear", align_corners=align_corners)[:, 0]
 
 
-PLAIN = Score(logdet=False, levels="linear", normalise="none", smooth=0, image="max")
+PLAIN = Score(logdet=0.0, image_logdet=0.0, levels="linear", normalise="none", smooth=0, image="max")
 
 
 # -- the published forms -------------------------------------------------------------------------------------------
@@ -52,17 +52,16 @@ def test_cflow_as_published():
 
 def test_published_settings_are_fixed():
     "A change of the default does not change them."
-    assert asdict(PUBLISHED["fastflow"]) | {"top": 0, "levels": ""} == dict(
-        logdet=False, levels="", temperature=1, normalise="none", smooth=0, image="max", top=0, image_logdet=False)
-    assert PUBLISHED["fastflow"].levels == PUBLISHED["cflow"].levels == "probability"
-    assert (PUBLISHED["cflow"].logdet, PUBLISHED["cflow"].normalise, PUBLISHED["cflow"].temperature, PUBLISHED["cflow"].smooth) == (True, "paper", 1, 0)
+    form = dict(levels="probability", temperature=1.0, smooth=0.0, image="max", image_smooth=0.0)
+    own = {"fastflow": dict(logdet=0.0, image_logdet=0.0, normalise="none"), "cflow": dict(logdet=1.0, image_logdet=1.0, normalise="paper")}
+    assert {name: {k: v for k, v in asdict(s).items() if k != "top"} for name, s in PUBLISHED.items()} == {name: form | o for name, o in own.items()}
 
 
 # -- each switch ---------------------------------------------------------------------------------------------------
 
 def test_loglik():
     p = Parts(torch.full((1, 2, 2), -3.0), torch.full((1, 2, 2), 0.5))
-    assert torch.equal(p.loglik(), torch.full((1, 2, 2), -2.5)) and torch.equal(p.loglik(False), p.base)
+    assert torch.equal(p.loglik(), torch.full((1, 2, 2), -2.5)) and torch.equal(p.loglik(0.0), p.base) and torch.equal(p.loglik(0.5), torch.full((1, 2, 2), -2.75))
 
 
 def test_join():
@@ -75,40 +74,41 @@ def test_join():
 
 @pytest.mark.parametrize("shift", [0.0, 3e4])
 def test_calibration(shift):
-    "[0] without and [1] with the log-determinant, mean and standard deviation of each level; far from zero as well."
+    "The means of a and j of each level; far from zero as well."
     parts = [Parts(p.base.double() + shift, p.logdet.double()) for p in make(6)]
     stats = calibration(parts)
-    assert stats.shape == (2, 2, 2) and stats.dtype == torch.float32
-    for l, p in enumerate(parts):
-        for with_logdet, ell in ((0, p.base), (1, p.base + p.logdet)):
-            np.testing.assert_allclose(stats[with_logdet, l], [ell.numpy().mean(), ell.numpy().std(ddof=1)], rtol=1e-5)
-    assert not torch.allclose(stats[0], stats[1])
+    assert stats.shape == (2, 2) and stats.dtype == torch.float32
+    np.testing.assert_allclose(stats, [[p.base.numpy().mean(), p.logdet.numpy().mean()] for p in parts], rtol=1e-5)
+    assert len(set(stats.flatten().tolist())) == 4
 
 
-def test_calibration_of_a_constant_level():
-    "No division by zero: the maps stay finite."
-    parts = [Parts(torch.full((2, 3, 3), -1.5), torch.zeros(2, 3, 3))]
-    stats = calibration(parts)
-    assert (stats[..., 1] > 0).all() and combine(parts, 8, Score(), stats).isfinite().all()
+def test_calibration_levels_the_levels():
+    "On the training images each level's ℓ has mean zero, whatever the share of the log-determinant; a constant of a level is gone."
+    parts = make(6)
+    shifted = [Parts(p.base + 5 * l, p.logdet - 3 * l) for l, p in enumerate(parts)]
+    for share in (0.0, 0.5, 1.0):
+        score = replace(PLAIN, logdet=share, normalise="train")
+        one = [combine([p], p.base.shape[1:], score, calibration([p])) for p in parts]
+        assert all(abs(m.mean()) < 1e-5 for m in one)
+        torch.testing.assert_close(combine(shifted, 8, score, calibration(shifted)), combine(parts, 8, score, calibration(parts)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("logdet", [False, True])
+@pytest.mark.parametrize("logdet", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("levels", ["linear", "probability"])
 @pytest.mark.parametrize("normalise", ["none", "train", "paper"])
 def test_combine(logdet, levels, normalise):
     "Every combination against the formula, in numpy up to the interpolation."
     parts, train, tau = make(), make(7, seed=5), 1.7
-    stats = calibration(train)
     total = 0
     for p, q in zip(parts, train):
-        ell, seen = ((x.base + x.logdet if logdet else x.base).numpy().astype(float) for x in (p, q))
+        ell, seen = ((x.base + logdet * x.logdet).numpy().astype(float) for x in (p, q))
         if normalise == "train":
-            ell = (ell - seen.mean()) / seen.std(ddof=1)
+            ell = ell - seen.mean()
         if normalise == "paper":
             ell = ell - ell.max()
         total = total - up(torch.from_numpy(tau * np.exp(ell / tau) if levels == "probability" else ell), (16, 20)).numpy()
     score = Score(logdet=logdet, levels=levels, normalise=normalise, temperature=tau, smooth=0)
-    np.testing.assert_allclose(combine(parts, (16, 20), score, stats).numpy(), total / 2, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(combine(parts, (16, 20), score, calibration(train)).numpy(), total / 2, rtol=2e-5, atol=2e-5)
 
 
 def test_high_temperature_is_linear():
@@ -196,27 +196,34 @@ def test_maximum():
     assert torch.equal(image_scores(maps, Score(image="max", top=0.5)), maps.flatten(1).amax(1))
 
 
-@pytest.mark.parametrize("logdet", [False, True])
-@pytest.mark.parametrize("image_logdet", [False, True])
-def test_image_score_has_its_own_likelihood(logdet, image_logdet):
-    "The map shows one likelihood, the image score may stand on the other."
+@pytest.mark.parametrize("logdet, smooth", [(0.0, 0.0), (0.5, 0.0), (0.5, 9.0)])
+@pytest.mark.parametrize("image_logdet, image_smooth", [(0.0, 0.0), (1.0, 0.0), (0.5, 5.0)])
+def test_image_score_has_its_own_likelihood(logdet, smooth, image_logdet, image_smooth):
+    "The map shows one likelihood, the image score may stand on another, smoothed otherwise."
     parts, stats = make(), calibration(make(6, 2))
-    score = Score(logdet=logdet, image_logdet=image_logdet, smooth=0)
-    maps, images = score_batch(parts, 16, score, stats)
-    torch.testing.assert_close(maps, combine(parts, 16, replace(score, logdet=logdet), stats))
-    torch.testing.assert_close(images, image_scores(combine(parts, 16, replace(score, logdet=image_logdet), stats), score))
-    if logdet != image_logdet:
-        assert not torch.allclose(images, image_scores(maps, score))
+    score = Score(logdet=logdet, smooth=smooth, image_logdet=image_logdet, image_smooth=image_smooth, top=0.02)
+    maps, images = score_batch(parts, 48, score, stats)
+    torch.testing.assert_close(maps, combine(parts, 48, score, stats))
+    behind = combine(parts, 48, Score(logdet=image_logdet, smooth=image_smooth), stats)
+    torch.testing.assert_close(images, image_scores(behind, score))
+    if (logdet, smooth) != (image_logdet, image_smooth):
+        assert not torch.allclose(images, image_scores(maps, score), rtol=1e-4)
 
 
 # -- bad settings --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("field, value, allowed", [
     ("levels", "sum", "linear, probability"), ("normalise", "test", "train, paper, none"), ("image", "mean", "max, top"),
-    ("top", 0.0, "(0, 1]"), ("top", 1.5, "(0, 1]"), ("top", float("nan"), "(0, 1]"), ("smooth", -1.0, "not be negative"), ("temperature", 0.0, "positive"),
+    ("top", 0.0, "(0, 1]"), ("top", 1.5, "(0, 1]"), ("top", float("nan"), "(0, 1]"), ("temperature", -2.0, "positive"), ("temperature", 0.0, "positive"),
 ])
 def test_impossible_settings(field, value, allowed):
     "Named, with what is allowed."
     with pytest.raises(ValueError) as error:
         Score(**{field: value})
     assert field in str(error.value) and str(value) in str(error.value) and allowed in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["smooth", "image_smooth"])
+def test_negative_smoothing(field):
+    with pytest.raises(ValueError, match="smooth.* must not be negative"):
+        Score(**{field: -1.0})

@@ -72,28 +72,39 @@ class Killed(Exception):
     pass
 
 
-def killed_in(epoch):
-    "An `evaluate` that ends the program after the training of an epoch, before its checkpoint."
-    def evaluate(e):
-        if e == epoch:
+def kill_in(model, step):
+    "From now on, training ends in this step (from 0) of the model's life."
+    own, calls = model.loss, iter(range(10**6))
+
+    def loss(x, labels=None):
+        if next(calls) == step:
             raise Killed
-        return {}
-    return dict(evaluate=evaluate, when=(epoch,))
+        return own(x, labels)
+
+    model.loss = loss
 
 
-@pytest.mark.parametrize("epoch", [1, 2, 4])
-def test_resume_is_exact(epoch, make, features, tmp_path):
-    "Killed in any epoch and started again with another model: every weight and loss as if nothing had happened."
-    path, whole, part = tmp_path / "checkpoint.pt", make(), make()
-    history = fit(whole, features.bank, SCHEDULE, progress=False)
+def without_time(history) -> list[dict]:
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in history]
+
+
+@pytest.mark.parametrize("when", [(), (1, 3)], ids=["each epoch", "evaluations"])
+@pytest.mark.parametrize("step", [0, 2, 3, 7, 11])
+def test_resume_is_exact(step, when, make, features, tmp_path):
+    "Killed in any step and started again with another model: every weight, loss and evaluation as if nothing had happened."
+    path, whole, part, seen = tmp_path / "checkpoint.pt", make(), make(), []
+    evaluation = dict(evaluate=lambda e: seen.append(e) or {"score": e / 7}, when=when)
+    history = fit(whole, features.bank, SCHEDULE, **evaluation, progress=False)
+    kill_in(part, step)
+    seen.clear()
     with pytest.raises(Killed):
-        fit(part, features.bank, SCHEDULE, checkpoint=path, progress=False, **killed_in(epoch))
-    assert path.exists() == (epoch > 1)
-    resumed = make(seed=0 if epoch == 1 else 77)
-    again = fit(resumed, features.bank, SCHEDULE, checkpoint=path, progress=False)
-    assert same(whole, resumed)
-    assert [{k: v for k, v in r.items() if k != "seconds"} for r in again] == [{k: v for k, v in r.items() if k != "seconds"} for r in history]
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+        fit(part, features.bank, SCHEDULE, checkpoint=path, **evaluation, progress=False)
+    saved = [e for e in (when or (1, 2, 3, 4)) if 3 * e <= step]  # 3 steps an epoch
+    assert path.exists() == bool(saved)
+    resumed = make(seed=77 if saved else 0)
+    again = fit(resumed, features.bank, SCHEDULE, checkpoint=path, **evaluation, progress=False)
+    assert same(whole, resumed) and without_time(again) == without_time(history) and seen == list(when)
+    assert not [p for p in tmp_path.iterdir() if p != path]
 
 
 def test_finished_training_is_not_repeated(make, features, tmp_path):
