@@ -116,6 +116,7 @@ def plot_scores(table: pd.DataFrame):
         for label, name, color, hatch in ((0, "normal", "C0", ""), (1, "anomalous", "C1", "///")):
             ax.hist(own.loc[own["label"] == label, "score"], bins, alpha=0.6, label=name, color=color, hatch=hatch, edgecolor="white")
         ax.set(title=category, xlabel="image score", ylabel="images")
+        ax.locator_params(axis="x", nbins=5)
     axes[0][0].legend(frameon=False, fontsize=8)
     return fig
 

@@ -64,7 +64,7 @@ SETTINGS = {  # what overrides may name: group -> {key: default}
     "detector": dict(steps=8, kernels=(3, 1), ratio=1.0, clamp=2.0, soft=False, rule="published", norm="standard"),
     "score": asdict(Score()),
     "schedule": {k: v for k, v in asdict(Schedule()).items() if k != "seed"},
-    "features": dict(where="auto", dtype="float32", cache=None),
+    "features": dict(where="auto", dtype="float32", cache=None, copies=1),  # copies: fixed rotated variants of each image, with transform.rotate
 }
 
 
@@ -268,8 +268,9 @@ class Run:
         self.out = open_folder(config)
 
     def bank(self, dataset: Dataset) -> FeatureBank:
-        "Features of a data set, held as the settings say."
-        return FeatureBank(dataset, self.backbone, **self.config.settings["features"], device=self.config.device, progress=self.progress)
+        "Features of a data set, held as the settings say; only randomly transformed images have several copies."
+        held = self.config.settings["features"] | ({} if dataset.transform.random else {"copies": 1})
+        return FeatureBank(dataset, self.backbone, **held, device=self.config.device, progress=self.progress)
 
     def train(self) -> "Run":
         "Features once, the training, an evaluation after each of the scheduled epochs and after the last."

@@ -318,6 +318,15 @@ def test_calibration_is_of_the_training_images(trained, parts_folder):
     torch.testing.assert_close(trained.calibration, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_parts_of_a_bank(features, stand_in):
+    "In eval mode, without gradients, whatever the size of the batches."
+    model = FastFlow(stand_in(features.shapes), steps=2).train()
+    parts = model.all_parts(features.bank, batch=4)
+    assert not model.training and all(not p.base.requires_grad for p in parts)
+    for a, b in zip(parts, model.parts(features.bank[slice(None)])):
+        torch.testing.assert_close(a.base, b.base), torch.testing.assert_close(a.logdet, b.logdet)
+
+
 # -- files ---------------------------------------------------------------------------------------------------------
 
 def rewrite(source, target, tensors=None, **about):

@@ -413,6 +413,14 @@ def test_json_is_written_atomically(tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == {"x": 1}
 
 
+def test_json_is_replaced_whole(tmp_path):
+    "Who has the old one open reads the old one to its end."
+    write_json(tmp_path / "a.json", {"x": 1})
+    with open(tmp_path / "a.json") as old:
+        write_json(tmp_path / "a.json", {"x": 2})
+        assert json.load(old) == {"x": 1}
+
+
 def test_json_values(tmp_path):
     "What is not finite becomes null; numpy and paths become plain."
     write_json(tmp_path / "a.json", {"a": float("nan"), "b": [np.float32(0.5), float("inf"), (1, np.int64(2))], 3: {"p": Path("x"), "t": True, "n": None}})

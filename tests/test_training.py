@@ -144,6 +144,17 @@ def test_checkpoint_is_replaced_atomically(make, features, tmp_path, monkeypatch
     assert read_checkpoint(path, make(), torch.optim.Adam(model.parameters()), SCHEDULE) == (1, [{"epoch": 1}])
 
 
+def test_checkpoint_is_replaced_whole(make, tmp_path):
+    "Who has the old one open reads the old one to its end."
+    path, model = tmp_path / "checkpoint.pt", make()
+    optimizer = torch.optim.Adam(model.parameters())
+    write_checkpoint(path, model, optimizer, 0, [], SCHEDULE)
+    before = path.read_bytes()
+    with open(path, "rb") as old:
+        write_checkpoint(path, model, optimizer, 1, [{"epoch": 1}], SCHEDULE)
+        assert old.read() == before != path.read_bytes()
+
+
 def test_checkpoint_holds_no_backbone(tiny_backbone, tmp_path):
     model = FastFlow(tiny_backbone(), steps=1)
     write_checkpoint(tmp_path / "c.pt", model, torch.optim.Adam(model.flows.parameters()), 0, [], SCHEDULE)
@@ -320,6 +331,21 @@ def test_only_normal_images_are_trained_on(tiny_backbone, toy):
     assert same(*models) and models[0].calibration.isfinite().all()
     with pytest.raises(ValueError, match="no normal image"):
         fit_dataset(models[0], dirty.filter(label=1), epochs=1)
+
+
+def test_fit_dataset_prepares_and_calibrates(tiny_backbone, toy):
+    "The features of the training images are standardised before training and the levels put on one scale after it."
+    train, _ = load("toy", toy, "weave", Transform(32))
+    model = FastFlow(tiny_backbone(), steps=1).fit(train, epochs=2, batch=4, progress=False)
+    x = model.backbone(torch.stack([train[i].image for i in range(len(train))]))
+    for v, norm in zip(x, model.norms):
+        torch.testing.assert_close(norm(v).mean((0, 2, 3)), torch.zeros(v.shape[1]), atol=1e-4, rtol=0)
+        alive = v.std((0, 2, 3)) > 1e-6
+        torch.testing.assert_close(norm(v).std((0, 2, 3))[alive], torch.ones(int(alive.sum())), atol=0.02, rtol=0)
+        assert alive.sum() > 20
+    with torch.no_grad():
+        expected = torch.tensor([[p.base.mean(), p.logdet.mean()] for p in model.parts(x)])
+    torch.testing.assert_close(model.calibration, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_fit_dataset_refuses_unknown_settings(tiny_backbone, toy):
