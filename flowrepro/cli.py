@@ -76,11 +76,16 @@ def cmd_data(args: argparse.Namespace) -> int:
 # %% ../nbs/13_cli.ipynb #72193fae
 def cmd_fit(args: argparse.Namespace) -> int:
     "Train a detector on the normal images of a folder and save it."
+    import torch
+
     from flowrepro.backbones import Backbone
     from flowrepro.data import Transform, load
     from flowrepro.detectors import DETECTORS
 
+    if args.method not in DETECTORS:
+        raise ValueError(f"method {args.method!r}: in this version only {', '.join(DETECTORS)}")
     train, _ = load(args.dataset, args.data_root, args.category, Transform(args.size))
+    torch.manual_seed(args.seed)
     detector = DETECTORS[args.method](Backbone(args.backbone, size=args.size, weights=args.weights)).to(best_device(args.device))
     detector.fit(train, epochs=args.epochs, seed=args.seed)
     detector.save(args.out)
@@ -107,12 +112,13 @@ def cmd_predict(args: argparse.Namespace) -> int:
     detector = Detector.load(args.model).to(best_device(args.device))
     files = image_files(args.images)
     maps, scores = detector.predict(files)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out, top = Path(args.out), Path(args.images) if Path(args.images).is_dir() else Path(args.images).parent
     low, high = np.percentile(maps.numpy(), [50, 99.8])
     for file, heat in zip(files, maps.numpy()):
         picture = np.asarray(Image.open(file).convert("RGB").resize(heat.shape[::-1]))
-        Image.fromarray(overlay(picture, heat, low, high)).save(out / f"{file.parent.name}_{file.stem}.png")
+        drawn = out / file.relative_to(top).with_name(f"{file.name}.png")
+        drawn.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(overlay(picture, heat, low, high)).save(drawn)
     pd.DataFrame({"image": [str(f) for f in files], "score": scores}).sort_values("score", ascending=False).to_csv(out / "scores.csv", index=False)
     print(f"{len(files)} images scored: {(out / 'scores.csv').resolve()}")
     return 0

@@ -71,6 +71,8 @@ class Coupling(nn.Module):
         super().__init__()
         if channels < 2:
             raise ValueError(f"a coupling splits the channels in two: {channels} channel is too few")
+        if not clamp > 0 or rule not in ("published", "unit-gain"):
+            raise ValueError(f"clamp {clamp} must be positive, and rule {rule!r} one of published, unit-gain")
         self.sizes, self.dim = [channels - channels // 2, channels // 2], -1 if kernel is None else 1
         self.clamp, self.rule = clamp, rule
         self.subnet = Subnet(self.sizes[0], 2 * self.sizes[1], c_cond, hidden, kernel)
@@ -186,8 +188,11 @@ def conv_flow(
     clamp: float = 2.0,  # bound of the log-scale
     **kwargs,  # further arguments of `Step`
 ) -> Flow:
-    "The convolutional flow of FastFlow (Yu et al. 2021): kernels in turn, hidden width `ratio` times the input's."
-    hidden = int((channels - channels // 2) * ratio)
+    "The convolutional flow of FastFlow (Yu et al. 2021): kernels in turn, hidden width `ratio` times the input's. ValueError for impossible sizes."
+    whole = lambda v: isinstance(v, int) and v >= 1
+    if not whole(steps) or not kernels or not all(whole(k) and k % 2 for k in kernels) or not ratio > 0:
+        raise ValueError(f"steps {steps!r}: a whole number from 1; kernels {kernels!r}: odd numbers; ratio {ratio!r}: positive")
+    hidden = max(1, int((channels - channels // 2) * ratio))
     return Flow(Step(channels, hidden, kernels[i % len(kernels)], clamp=clamp, **kwargs) for i in range(steps))
 
 

@@ -6,8 +6,8 @@ Docs: https://flowrepro.github.io/flowrepro/runs.html.md"""
 
 # %% auto #0
 __all__ = ['LITE', 'PRESETS', 'PARAMETERS', 'CHOICES', 'SETTINGS', 'PLAIN', 'HERE', 'ConfigError', 'resolve', 'parse_overrides',
-           'Config', 'given_parameters', 'check_choices', 'configure', 'write_json', 'revision', 'environment',
-           'peak_memory', 'masks_by_category', 'evaluate_parts', 'mean_results', 'best_results', 'Run',
+           'Config', 'given_parameters', 'check_choices', 'check_settings', 'configure', 'write_json', 'revision',
+           'environment', 'peak_memory', 'masks_by_category', 'evaluate_parts', 'mean_results', 'best_results', 'Run',
            'evaluation_epochs', 'open_folder', 'timing', 'score_table', 'write_results', 'score_forms', 'run_notebook']
 
 # %% ../nbs/11_runs.ipynb #c6d1b3a8
@@ -31,7 +31,7 @@ import flowrepro
 from .backbones import Backbone
 from .data import Dataset, Transform, load
 from .detectors import DETECTORS, FASTFLOW_PUBLISHED, Detector
-from .features import FeatureBank
+from .features import STORAGE, FeatureBank
 from .metrics import evaluate
 from .scores import PUBLISHED, Parts, Score, score_batch
 from .training import Schedule, fit
@@ -132,12 +132,14 @@ PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 
 def given_parameters(namespace: dict) -> dict:
-    "The parameters in a notebook's globals; ConfigError names a plain value that is none (papermill itself would let it pass)."
-    jupyter = {"In", "Out", "exit", "quit", "get_ipython", "open"}
-    plain = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in jupyter and isinstance(v, PLAIN)}
-    for name in plain.keys() - PARAMETERS.keys():
+    "The parameters in a dict or in a notebook's globals; ConfigError names what is none (papermill itself would let it pass)."
+    given = namespace
+    if "__name__" in namespace:  # a notebook's globals: leave out what Python and Jupyter put there, and what was imported
+        jupyter = {"In", "Out", "exit", "quit", "get_ipython", "open"}
+        given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in jupyter and isinstance(v, PLAIN)}
+    for name in given.keys() - PARAMETERS.keys():
         raise ConfigError(f"unknown parameter {name!r}: the parameters are {', '.join(PARAMETERS)}")
-    return plain
+    return {k: str(v) if isinstance(v, Path) else v.item() if isinstance(v, np.generic) else v for k, v in given.items()}
 
 
 def check_choices(p: dict) -> None:
@@ -153,9 +155,25 @@ def check_choices(p: dict) -> None:
         raise ConfigError("device='cuda': no CUDA device is available here; use 'auto' or 'cpu'")
 
 # %% ../nbs/11_runs.ipynb #abfc73fb
+def check_settings(settings: dict) -> None:
+    "ConfigError for a setting that makes no sense by itself; what depends on the backbone is found when the run is made."
+    try:
+        Score(**settings["score"]), Schedule(**settings["schedule"]), Transform(**settings["transform"])
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+    held, n = settings["features"], settings["evaluations"]
+    for name, allowed in (("where", ("auto", "device", "ram", "disk")), ("dtype", tuple(STORAGE))):
+        if held[name] not in allowed:
+            raise ConfigError(f"features.{name} {held[name]!r}: one of {', '.join(allowed)}")
+    if not isinstance(n, int) or n < 1:
+        raise ConfigError(f"evaluations {n!r}: a whole number from 1")
+    if (settings["transform"]["rotate"] > 0) != (held["copies"] > 1):
+        raise ConfigError("a random rotation needs a fixed set of rotated copies, and copies need a rotation: set both transform.rotate and features.copies (2 or more)")
+
+# %% ../nbs/11_runs.ipynb #5b22e64e
 def configure(parameters: dict | None = None, **more) -> Config:
     "The checked `Config` of some parameters (missing ones take the defaults): a dict, keywords, or a notebook's `globals()`."
-    p = PARAMETERS | given_parameters(dict(parameters or {}) | more)
+    p = PARAMETERS | given_parameters(parameters or {}) | given_parameters(more)
     p["category"] = str(p["category"]).zfill(2) if p["dataset"] == "btad" and isinstance(p["category"], int) else str(p["category"])
     check_choices(p)
     overrides = parse_overrides(p["overrides"])
@@ -167,10 +185,7 @@ def configure(parameters: dict | None = None, **more) -> Config:
         settings["detector"] |= {k: v for k, v in published.items() if k not in ("levels", "size")} | overrides.get("detector", {})
         settings["transform"] |= {k: v for k, v in published.items() if k == "size"} | overrides.get("transform", {})
     settings["evaluations"] = overrides.get("evaluations", preset["evaluations"])
-    try:
-        Score(**settings["score"]), Schedule(**settings["schedule"]), Transform(**settings["transform"])
-    except (ValueError, TypeError) as error:
-        raise ConfigError(str(error)) from error
+    check_settings(settings)
     p["device"] = ("cuda" if torch.cuda.is_available() else "cpu") if p["device"] == "auto" else p["device"]
     return Config(**p | {"overrides": overrides, "settings": settings, "data_root": p["data_root"] and str(p["data_root"]), "out_dir": str(p["out_dir"])})
 
@@ -250,7 +265,7 @@ def mean_results(results: dict) -> dict:
 def best_results(history: list[dict]) -> dict:
     "Each metric's maximum over the evaluated epochs, per category: *best on test*, the protocol of the papers, chosen with the test set."
     rows = [r["results"] for r in history if "results" in r]
-    return {c: {m: max(r[c][m] for r in rows) for m in rows[0][c]} for c in rows[0]} if rows else {}
+    return {c: {m: float(np.fmax.reduce([r[c][m] for r in rows])) for m in rows[0][c]} for c in rows[0]} if rows else {}
 
 # %% ../nbs/11_runs.ipynb #073cb633
 class Run:

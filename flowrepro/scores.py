@@ -56,7 +56,7 @@ class Score:
         for field, allowed in (("levels", ("linear", "probability")), ("normalise", ("train", "paper", "none")), ("image", ("max", "top"))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"score {field} {getattr(self, field)!r}: one of {', '.join(allowed)}")
-        if not 0 < self.top <= 1 or min(self.smooth, self.image_smooth) < 0 or self.temperature <= 0:
+        if not (0 < self.top <= 1 and self.smooth >= 0 and self.image_smooth >= 0 and self.temperature > 0):
             raise ValueError(f"score top {self.top} must lie in (0, 1], smoothing must not be negative, temperature {self.temperature} must be positive")
 
 

@@ -197,7 +197,7 @@ def test_predict(model, parts_folder, tmp_path, capsys):
     table = pd.read_csv(tmp_path / "heat/scores.csv")
     assert code == 0 and "15 images scored" in out and list(table.columns) == ["image", "score"] and len(table) == 15
     assert (table["score"].diff().dropna() <= 0).all() and set(table["image"]) == {str(p) for p in parts_folder.rglob("*.*") if p.is_file()}
-    pictures = sorted((tmp_path / "heat").glob("*.png"))
+    pictures = sorted((tmp_path / "heat").rglob("*.png"))
     assert len(pictures) == 15 and {Image.open(p).size for p in pictures} == {(64, 64)}
     maps, scores = Detector.load(model).predict([table["image"][0]])
     assert scores.item() == pytest.approx(table["score"][0], rel=1e-4)
@@ -205,7 +205,7 @@ def test_predict(model, parts_folder, tmp_path, capsys):
 
 def test_predict_one_image(model, parts_folder, tmp_path, capsys):
     code, out, _ = run(capsys, "predict", model, parts_folder / "spot/00.bmp", "--device", "cpu", "--out", tmp_path / "heat")
-    assert code == 0 and {p.name for p in (tmp_path / "heat").iterdir()} == {"scores.csv", "spot_00.png"}
+    assert code == 0 and {p.name for p in (tmp_path / "heat").iterdir()} == {"scores.csv", "00.bmp.png"}
 
 
 def test_predict_keeps_pictures_apart(model, parts_folder, tmp_path, capsys):
