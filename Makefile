@@ -14,6 +14,8 @@ COPIED := nbs flowrepro pyproject.toml settings.ini _quarto.yml
 
 # Threads of each process: the machine's cores, at most four (the tensors of the tests are small).
 export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+# Waiting threads do not spin, so that a busy machine does not stall.
+export OMP_WAIT_POLICY ?= passive
 
 help: ## list the commands
 	awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

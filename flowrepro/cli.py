@@ -10,6 +10,7 @@ __all__ = ['cmd_run', 'print_summary', 'cmd_report', 'cmd_bench', 'cmd_data', 'c
 
 # %% ../nbs/13_cli.ipynb #149ba2fc
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -205,6 +206,7 @@ def add_own_images(commands) -> None:
 def main(arguments: list[str] | None = None) -> int:
     "Entry point of `flowrepro`; returns the exit code."
     args = parser().parse_args(arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not spin, so that runs beside each other do not stall
     try:
         return args.command(args)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
