@@ -193,7 +193,7 @@ def add_own_images(commands) -> None:
     p.set_defaults(backbone="tf_efficientnet_lite0")
     p.add_argument("--dataset", default="folder", help="layout of the folder")
     p.add_argument("--size", type=int, default=256, help="pixels that images are resized to")
-    p.add_argument("--epochs", type=int, default=20)
+    p.add_argument("--epochs", type=int, default=30)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="model.safetensors")
     p = add(commands, "predict", cmd_predict, "flowrepro predict my_parts.safetensors new_images --out heat_maps")

@@ -41,11 +41,11 @@ LITE = "tf_efficientnet_lite0"
 PRESETS = {
     "fastflow": {
         "smoke": dict(transform=dict(size=64), backbone=dict(name=LITE, levels=(2, 3)), detector=dict(steps=2),
-                      schedule=dict(epochs=2, batch=8), evaluations=2),
+                      schedule=dict(epochs=2, batch=8, lr=1e-3), evaluations=2),
         "demo": dict(transform=dict(size=192), backbone=dict(name=LITE, levels=(2, 3)), detector=dict(steps=4),
                      schedule=dict(epochs=40, batch=8, lr=3e-3), evaluations=4),
         "real": dict(transform=dict(size=256), backbone=dict(name=LITE, levels=(2, 3, 4)), detector=dict(steps=8),
-                     schedule=dict(epochs=40, batch=32), evaluations=8),
+                     schedule=dict(epochs=40, batch=32, lr=1e-3), evaluations=8),
         "paper": dict(
             transform=dict(size=256), backbone=dict(name="wide_resnet50_2.racm_in1k", levels=(1, 2, 3)),
             detector=dict(steps=8, kernels=(3, 1), ratio=1.0, norm="layer"), score=asdict(PUBLISHED["fastflow"]),

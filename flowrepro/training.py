@@ -28,10 +28,10 @@ from .features import FeatureBank
 class Schedule:
     "How a detector is trained; ValueError names a field that makes no sense."
 
-    epochs: int = 20
-    batch: int = 32  # images a step
-    lr: float = 1e-3  # Adam (gathierry/FastFlow)
-    weight_decay: float = 1e-5  # idem
+    epochs: int = 30  # public code: 500
+    batch: int = 8  # images a step; public code: 32
+    lr: float = 3e-3  # of Adam; public code: 1e-3
+    weight_decay: float = 1e-5  # as the public code (gathierry/FastFlow)
     betas: tuple[float, float] = (0.9, 0.999)
     decay: str = "cosine"  # 'cosine' to zero, or 'constant' (the public code)
     clip: float | None = None  # norm that the gradient is clipped to
