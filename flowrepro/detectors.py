@@ -102,7 +102,7 @@ class Detector(nn.Module):
     def __init__(self, backbone: Backbone, score: Score, config: dict, flow: Callable[[tuple], Flow], base: Callable[[tuple], Base]):
         super().__init__()
         self.backbone, self.score, self.config = backbone, score, config
-        self.register_buffer("calibration", torch.full((len(backbone.shapes), 4), float("nan")))
+        self.register_buffer("calibration", torch.full((len(backbone.shapes), 6), float("nan")))
         self.norms = nn.ModuleList(norm_layer(config["norm"], s) for s in backbone.shapes)
         self.flows = nn.ModuleList(map(flow, backbone.shapes))
         self.bases = nn.ModuleList(map(base, backbone.shapes))
