@@ -85,6 +85,7 @@ def cmd_fit(args: argparse.Namespace) -> int:
     "Train a detector on the normal images of a folder and save it."
     import torch
 
+    from flowrepro.altub import AltUB
     from flowrepro.backbones import Backbone
     from flowrepro.data import Transform, load
     from flowrepro.detectors import DETECTORS
@@ -93,8 +94,10 @@ def cmd_fit(args: argparse.Namespace) -> int:
         raise ValueError(f"method {args.method!r}: in this version only {', '.join(DETECTORS)}")
     train, _ = load(args.dataset, args.data_root, args.category, Transform(args.size))
     torch.manual_seed(args.seed)
-    detector = DETECTORS[args.method](Backbone(args.backbone, size=args.size, weights=args.weights)).to(best_device(args.device))
-    detector.fit(train, epochs=args.epochs, seed=args.seed)
+    kind = DETECTORS[args.method]
+    learnable = {"base": "diagonal"} if args.altub and args.method != "hgad" else {}
+    detector = kind(Backbone(args.backbone, **kind.features, size=args.size, weights=args.weights), **learnable).to(best_device(args.device))
+    detector.fit(train, epochs=args.epochs, seed=args.seed, altub=AltUB() if args.altub else None)
     detector.save(args.out)
     print(f"{args.method} trained on {len(train)} images: {Path(args.out).resolve()}")
     return 0
@@ -142,6 +145,7 @@ def add(commands, name: str, run, example: str):
 def add_source(p: argparse.ArgumentParser, category: str) -> None:
     "The flags that say which images, which backbone and which device."
     p.add_argument("--method", default="fastflow", help="fastflow, cflow or hgad")
+    p.add_argument("--altub", action="store_true", help="alternate with updates of the base distribution")
     p.add_argument("--category", default=category, help=f"a category, or 'all' for one unified model (default {category})")
     p.add_argument("--backbone", default="auto", help="a timm name")
     p.add_argument("--weights", default="auto", help="auto, packaged, random, or a file")
@@ -170,7 +174,6 @@ def add_run(commands) -> None:
     "`flowrepro run`."
     p = add(commands, "run", cmd_run, "flowrepro run --dataset visa --data-root VISA --category fryum --preset real --seeds 0 1 2")
     add_source(p, "each")
-    p.add_argument("--altub", action="store_true", help="alternate with updates of the base distribution")
     p.add_argument("--tag", default="", help="a word for the names of the run folders, to tell overrides apart")
     p.add_argument("--dataset", default="toy", help="toy, mvtec, btad, visa, mvtec3d, union, folder")
     p.add_argument("--data-root", default=None, help="folder of the data set")

@@ -98,6 +98,7 @@ class Detector(nn.Module):
 
     method = ""
     labelled = False  # must the categories of training images be known?
+    features = dict(levels=(2, 3, 4))  # of a backbone that is given by its name: strides 8, 16, 32
 
     def __init__(self, backbone: Backbone, score: Score, config: dict, flow: Callable[[tuple], Flow], base: Callable[[tuple], Base]):
         super().__init__()
@@ -283,7 +284,7 @@ class FastFlow(Detector):
         score: Score | None = None,  # default `Score()`; the public code's is scores.PUBLISHED["fastflow"]
     ):
         config = dict(steps=steps, kernels=list(kernels), ratio=ratio, clamp=clamp, soft=soft, rule=rule, norm=norm, base=base, per=per, scale=scale)
-        super().__init__(Backbone(backbone) if isinstance(backbone, str) else backbone, score or Score(), config,
+        super().__init__(Backbone(backbone, **self.features) if isinstance(backbone, str) else backbone, score or Score(), config,
                          lambda shape: conv_flow(shape[0], steps, tuple(kernels), ratio, clamp, soft=soft, rule=rule),
                          lambda shape: normal_base(base, shape, 1, per, scale))
 
@@ -350,7 +351,7 @@ class CFlow(DenseDetector):
         backbone: str | Backbone = "tf_efficientnet_lite0",  # a timm name, or a `Backbone` with its levels and size
         steps: int = 8,
         code: int = 128,  # channels of the position code
-        fibers: int | None = 2048,  # rows of a fiber batch, each with a step; None: all rows of a level at once
+        fibers: int | None = None,  # rows of a fiber batch, each with a step (public code: 256); None: all rows of a level at once
         clamp: float = 1.9,
         soft: bool = True,  # rotations
         rule: str = "published",
@@ -365,7 +366,7 @@ class CFlow(DenseDetector):
         if fibers is not None and (not isinstance(fibers, int) or fibers < 1):
             raise ValueError(f"fibers {fibers!r}: a whole number from 1, or None for all rows of a level")
         config = dict(steps=steps, code=code, fibers=fibers, clamp=clamp, soft=soft, rule=rule, norm=norm, base=base, per=per, scale=scale)
-        super().__init__(Backbone(backbone) if isinstance(backbone, str) else backbone, score or Score(), config,
+        super().__init__(Backbone(backbone, **self.features) if isinstance(backbone, str) else backbone, score or Score(), config,
                          lambda shape: normal_base(base, shape, -1, per, scale))
 
     def check_batch(self, images: int) -> None:
@@ -408,6 +409,7 @@ class HGAD(DenseDetector):
     "HGAD (Yao et al. 2024): one conditional dense flow a level for all categories, against a hierarchical Gaussian mixture."
 
     method, labelled = "hgad", True
+    features = dict(levels=(3,), pyramid=(1.0, 0.5, 0.25))  # stride 16 of three sizes
 
     def __init__(
         self,
@@ -436,7 +438,7 @@ class HGAD(DenseDetector):
         if not (0 <= stage_one <= 1 and 0 <= smoothing < 1 and centre_rate > 0 and min(lambda1, lambda2, lambda_e) >= 0):
             raise ValueError(f"stage_one {stage_one} in [0, 1], smoothing {smoothing} in [0, 1), centre_rate {centre_rate} positive, weights not negative")
         if isinstance(backbone, str):
-            backbone = Backbone(backbone, levels=(3,), pyramid=(1, 0.5, 0.25), size=384)
+            backbone = Backbone(backbone, **self.features, size=384)
         config = dict(categories=None, steps=steps, code=code, centres=centres, base=base, lambda1=lambda1, lambda2=lambda2, lambda_e=lambda_e, smoothing=smoothing,
                       stage_one=stage_one, joint=joint, centre_rate=centre_rate, class_mode=class_mode, clamp=clamp, soft=soft, rule=rule, norm=norm)
         self.mixture, self.intra = base in ("hierarchical", "classes"), base == "hierarchical"
