@@ -72,8 +72,8 @@ PRESETS = {
                       schedule=dict(epochs=2, batch=8, lr=1e-3), evaluations=2),
         "demo": dict(transform=dict(size=192), backbone=PYRAMID, detector=dict(steps=6, code=64, joint=True),
                      schedule=dict(epochs=20, batch=8, lr=2e-3, weight_decay=1e-4, betas=(0.95, 0.99)), evaluations=4),
-        "real": dict(transform=dict(size=384), backbone=PYRAMID, detector=dict(joint=True),
-                     schedule=dict(epochs=14, batch=8, lr=1e-3, weight_decay=1e-4, betas=(0.95, 0.99)), evaluations=4),
+        "real": dict(transform=dict(size=384), backbone=PYRAMID, detector=dict(joint=True, code=64),
+                     schedule=dict(epochs=20, batch=8, lr=1e-3, weight_decay=1e-4, betas=(0.95, 0.99)), evaluations=4),
         "paper": dict(  # xcyao00/HGAD: main.py, train.py, models/model.py, datasets/*.py
             transform=dict(size=1024, policy="crop", interpolation="lanczos", mask_size=256),
             backbone=dict(name="tf_efficientnet_b6.aa_in1k", levels=(3,), pyramid=(1.0, 0.5, 0.25)),
