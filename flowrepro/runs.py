@@ -422,7 +422,7 @@ def score_table(run: Run) -> pd.DataFrame:
 def by_class_mode(run: Run) -> dict[str, dict]:
     "Results of the last epoch for each way to treat the category of a test image; empty for a method without categories."
     config, out = run.detector.config, {}
-    if not run.detector.labelled or len(config["categories"]) < 1 or not run.detector.mixture:
+    if not run.detector.labelled or not run.detector.mixture:
         return out
     chosen, before = config["class_mode"], run.detector.calibration.clone()
     for mode in CLASS_MODES:
