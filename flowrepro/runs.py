@@ -61,7 +61,7 @@ PRESETS = {
                       schedule=dict(epochs=2, batch=8, lr=1e-3), evaluations=2),
         "demo": dict(transform=dict(size=192), backbone=dict(name=LITE, levels=(2, 3)), detector=dict(steps=4, code=64, fibers=512),
                      schedule=dict(epochs=12, batch=8, lr=2e-3), evaluations=4),
-        "real": dict(transform=dict(size=256), backbone=THREE, detector=dict(fibers=1024), schedule=dict(epochs=12, batch=16, lr=1e-3, weight_decay=0.0), evaluations=6),
+        "real": dict(transform=dict(size=256), backbone=THREE, detector=dict(fibers=512), schedule=dict(epochs=6, batch=16, lr=1e-3, weight_decay=0.0), evaluations=3),
         "paper": dict(  # gudovskiy/cflow-ad: config.py, main.py, train.py, model.py; size by category: CFLOW_SIZES
             transform=dict(size=256, rotate=5.0), backbone=dict(name="wide_resnet50_2.tv_in1k", levels=(2, 3, 4)),
             detector=dict(steps=8, code=128, fibers=256, clamp=1.9, norm="none"), score=asdict(PUBLISHED["cflow"]), features=dict(copies=8),
@@ -73,7 +73,7 @@ PRESETS = {
         "demo": dict(transform=dict(size=192), backbone=PYRAMID, detector=dict(steps=6, code=64, joint=True),
                      schedule=dict(epochs=20, batch=8, lr=2e-3, weight_decay=1e-4, betas=(0.95, 0.99)), evaluations=4),
         "real": dict(transform=dict(size=384), backbone=PYRAMID, detector=dict(joint=True, code=64),
-                     schedule=dict(epochs=20, batch=8, lr=1e-3, weight_decay=1e-4, betas=(0.95, 0.99)), evaluations=4),
+                     schedule=dict(epochs=10, batch=8, lr=1e-3, weight_decay=1e-4, betas=(0.95, 0.99)), evaluations=2),
         "paper": dict(  # xcyao00/HGAD: main.py, train.py, models/model.py, datasets/*.py
             transform=dict(size=1024, policy="crop", interpolation="lanczos", mask_size=256),
             backbone=dict(name="tf_efficientnet_b6.aa_in1k", levels=(3,), pyramid=(1.0, 0.5, 0.25)),
