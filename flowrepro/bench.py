@@ -6,7 +6,9 @@ Docs: https://flowrepro.github.io/flowrepro/bench.html.md"""
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'NEEDS', 'SMALL', 'Variant', 'OutputsDiffer', 'relative_error', 'check_outputs', 'ExtraMemory',
-           'time_rounds', 'compare', 'freia_chain', 'training_step', 'flow_pair', 'bench_fastflow', 'timm_features',
+           'time_rounds', 'compare', 'freia_chain', 'freia_conv', 'training_step', 'flow_pair', 'bench_fastflow',
+           'freia_dense', 'dense_pair', 'code_rows', 'bench_cflow', 'plain_hgad', 'our_hgad', 'drawn_mixture',
+           'loss_step', 'bench_hgad_loss', 'has_bf16', 'hgad_step_variants', 'bench_hgad_step', 'timm_features',
            'timm_forward', 'bench_extraction', 'one_epoch', 'bench_epoch', 'make_maps', 'sorted_metrics',
            'bench_metrics', 'chosen', 'table', 'load_note', 'main']
 
@@ -33,10 +35,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .backbones import Backbone, full_name, load_net
+from .bases import LOG_2PI, HierarchicalMixture
 from .data import Dataset, Transform, load
 from .detectors import FastFlow
 from .features import FeatureBank, LiveFeatures
-from .flows import FREIA_NAMES, Flow, conv_flow, from_freia
+from .flows import FREIA_NAMES, Flow, conv_flow, dense_flow, from_freia, positional_code
+from .hgad import hgad_loss, hgad_terms
 from .metrics import aupro, evaluate
 from .runs import environment, write_json
 from .training import Schedule, fit
@@ -50,6 +54,7 @@ class Variant:
     precision: str = "float32"
     tolerance: float = 1e-4  # largest relative error of any output against the first variant
     target: float | None = None  # ratio to reach
+    memory: float | None = None  # how many times less extra memory than the first variant to need
 
 # %% ../nbs/12a_bench.ipynb #c8df1036
 class OutputsDiffer(RuntimeError):
@@ -149,55 +154,62 @@ def compare(
             memory[name] = m.mib
             bar.update()
         seconds = time_rounds({n: v.run for n, v in variants.items()}, repeats, bar.update)
-    rows = []
+    rows, reached = [], lambda target, ratio: None if target is None else ratio >= target
     for name, v in variants.items():
         ratio = statistics.median(seconds[first]) / statistics.median(seconds[name])
+        less = memory[first] / memory[name] if memory[name] else float("inf")
         each = [a / b for a, b in zip(seconds[first], seconds[name])]
         rows.append(dict(variant=name, precision=v.precision, seconds=statistics.median(seconds[name]), all_seconds=seconds[name],
                          against=first, ratio=ratio, ratio_fastest=min(seconds[first]) / min(seconds[name]),
-                         ratio_low=min(each), ratio_high=max(each), extra_mib=memory[name], error=errors[name],
-                         tolerance=v.tolerance, target=v.target, reached=None if v.target is None else ratio >= v.target))
+                         ratio_low=min(each), ratio_high=max(each), extra_mib=memory[name], extra_ratio=less,
+                         error=errors[name], tolerance=v.tolerance, target=v.target, reached=reached(v.target, ratio),
+                         memory_target=v.memory, memory_reached=reached(v.memory, less)))
     return rows
 
 # %% ../nbs/12a_bench.ipynb #8b2f290f
-def freia_chain(channels: int, side: int, steps: int, kernels: tuple[int, ...] = (3, 1), seed: int = 0) -> nn.Module:
-    "A level's flow as public FastFlow codes build it from FrEIA, with drawn weights."
+def freia_chain(shape: tuple[int, ...], steps: int, subnet: Callable[[int], Callable], seed: int = 0, **settings) -> nn.Module:
+    "A chain of FrEIA's blocks for features of `shape`, with drawn weights; `subnet` gives step k its constructor."
     import FrEIA.framework as Ff
     import FrEIA.modules as Fm
 
-    def subnet(kernel: int) -> Callable[[int, int], nn.Module]:
-        conv = lambda i, o: nn.Conv2d(i, o, kernel, padding="same")
-        return lambda c_in, c_out: nn.Sequential(conv(c_in, c_in), nn.ReLU(), conv(c_in, c_out))
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        chain = Ff.SequenceINN(channels, side, side)
+        chain = Ff.SequenceINN(*shape)
         for k in range(steps):
-            chain.append(Fm.AllInOneBlock, subnet_constructor=subnet(kernels[k % len(kernels)]), affine_clamping=2.0, permute_soft=False)
+            chain.append(Fm.AllInOneBlock, subnet_constructor=subnet(k), **settings)
         with torch.no_grad():
             for block in chain.module_list:
                 block.global_scale += 0.1 * torch.randn_like(block.global_scale)
                 block.global_offset += 0.1 * torch.randn_like(block.global_offset)
     return chain
 
+
+def freia_conv(channels: int, side: int, steps: int, kernels: tuple[int, ...] = (3, 1)) -> nn.Module:
+    "A level's flow as public FastFlow codes build it."
+    def subnet(k: int) -> Callable[[int, int], nn.Module]:
+        conv = lambda i, o: nn.Conv2d(i, o, kernels[k % len(kernels)], padding="same")
+        return lambda c_in, c_out: nn.Sequential(conv(c_in, c_in), nn.ReLU(), conv(c_in, c_out))
+
+    return freia_chain((channels, side, side), steps, subnet, affine_clamping=2.0, permute_soft=False)
+
 # %% ../nbs/12a_bench.ipynb #45c74685
 def training_step(
-    flow: nn.Module,  # z, logdet = flow(x)
+    forward: Callable[[], tuple[Tensor, Tensor]],  # z, logdet = forward(), of one batch
     parameters: list[nn.Parameter],
-    x: Tensor,  # (B, C, H, W) features
-    precision: str = "float32",  # or bfloat16: autocast
+    loss: Callable[[Tensor, Tensor], Tensor],  # of z and logdet, both float32
+    precision: str = "float32",  # or bfloat16: the flow under autocast
 ) -> dict:  # loss, z and the gradients, in the order of `parameters`
     "Forward, loss and backward of one batch."
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        z, logdet = flow(x)
-        loss = (z.float().square().sum((1, 2, 3)) / 2 - logdet.float()).mean()
-    return {"loss": loss.detach(), "z": z.detach(), "gradient": [g.flatten() for g in torch.autograd.grad(loss, parameters)]}
+        z, logdet = forward()
+    z, logdet = z.float(), logdet.float()
+    value = loss(z, logdet)
+    return {"loss": value.detach(), "z": z.detach().flatten(0, -2), "gradient": [g.flatten() for g in torch.autograd.grad(value, parameters)]}
 
 
-def flow_pair(channels: int, side: int, steps: int) -> list[tuple[nn.Module, list[nn.Parameter]]]:
-    "FrEIA's chain and our flow with the same weights, each with its parameters in the same order."
-    chain = freia_chain(channels, side, steps)
-    flow: Flow = from_freia(conv_flow(channels, steps), chain.state_dict())
+def flow_pair(chain: nn.Module, flow: Flow) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+    "FrEIA's chain and our flow with the chain's weights, each with its parameters in the same order."
+    flow = from_freia(flow, chain.state_dict())
     return [(m, [block.get_parameter(n) for block in blocks for n in names])
             for m, blocks, names in ((chain, chain.module_list, FREIA_NAMES.values()), (flow, flow.steps, FREIA_NAMES))]
 
@@ -211,18 +223,186 @@ def bench_fastflow(
     "FastFlow's training step: FrEIA 0.2 against ours, float32 and bfloat16."
     rows = []
     for channels, side, steps in settings:
-        (freia, p), (flow, q) = flow_pair(channels, side, steps)
+        (freia, p), (flow, q) = flow_pair(freia_conv(channels, side, steps), conv_flow(channels, steps))
         x = torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(1))
-        one = lambda *args: lambda: training_step(*args)
+        loss = lambda z, logdet: (z.square().sum((1, 2, 3)) / 2 - logdet).mean()
+        one = lambda f, parameters, *precision: lambda: training_step(lambda: f(x), parameters, loss, *precision)
         variants = {
-            "FrEIA 0.2": Variant(one(freia, p, x)),
-            "flowrepro": Variant(one(flow, q, x), tolerance=1e-4, target=1.1),
-            "FrEIA 0.2 bf16": Variant(one(freia, p, x, "bfloat16"), "bfloat16", 0.05),
-            "flowrepro bf16": Variant(one(flow, q, x, "bfloat16"), "bfloat16", 0.05, target=1.8),
+            "FrEIA 0.2": Variant(one(freia, p)),
+            "flowrepro": Variant(one(flow, q), tolerance=1e-4, target=1.1),
+            "FrEIA 0.2 bf16": Variant(one(freia, p, "bfloat16"), "bfloat16", 0.05),
+            "flowrepro bf16": Variant(one(flow, q, "bfloat16"), "bfloat16", 0.05, target=1.8),
         }
         text = f"training step of a flow (forward, loss, backward), C={channels}, {side}x{side}, {steps} steps, kernels 3/1, batch {batch}"
         rows += [row | {"setting": text} for row in compare(variants, repeats, progress)]
     return rows
+
+# %% ../nbs/12a_bench.ipynb #c1f10a02
+def freia_dense(channels: int, steps: int, c_cond: int) -> nn.Module:
+    "A level's flow as the public codes of CFLOW-AD and HGAD build it: dense, conditional, with rotations."
+    subnet = lambda k: lambda c_in, c_out: nn.Sequential(nn.Linear(c_in, 2 * c_in), nn.ReLU(), nn.Linear(2 * c_in, c_out))
+    return freia_chain((channels,), steps, subnet, cond=0, cond_shape=(c_cond,), affine_clamping=1.9, permute_soft=True)
+
+
+def dense_pair(channels: int, steps: int, c_cond: int) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+    "The same for FrEIA and for us (`flow_pair`)."
+    return flow_pair(freia_dense(channels, steps, c_cond), dense_flow(channels, steps, c_cond))
+
+
+def code_rows(channels: int, grid: tuple[int, int]) -> Tensor:
+    "The position code of every position of a grid, (positions, channels)."
+    return positional_code(channels, *grid).flatten(1).T.contiguous()
+
+# %% ../nbs/12a_bench.ipynb #c1f10a03
+def bench_cflow(
+    repeats: int = 5,
+    rows: tuple[int, ...] = (256, 16384),  # N of a fiber batch
+    channels: int = 512,
+    code: int = 128,  # channels of the position code
+    steps: int = 8,
+    grid: tuple[int, int] = (32, 32),  # positions of the level
+    images: int = 32,  # that the fiber batch is drawn from
+    progress: bool = True,
+) -> list[dict]:
+    "CFLOW-AD's training step on a fiber batch: FrEIA 0.2 against ours, float32."
+    (freia, p), (flow, q) = dense_pair(channels, steps, code)
+    loss = lambda z, logdet: -F.logsigmoid((logdet - z.square().sum(-1) / 2) / channels - LOG_2PI / 2).mean()
+    table, out = code_rows(code, grid), []
+    for n in rows:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(n, channels, generator=generator)
+        own = table[torch.randperm(images * len(table), generator=generator)[:n] % len(table)]
+        variants = {
+            "FrEIA 0.2": Variant(lambda: training_step(lambda: freia(x, [own]), p, loss)),
+            "flowrepro": Variant(lambda: training_step(lambda: flow(x, own), q, loss), tolerance=2e-3, target=1.0),
+        }
+        text = f"CFLOW-AD's training step (forward, loss, backward), fiber batch of {n} rows, C={channels}, position code {code}, {steps} steps"
+        out += [row | {"setting": text} for row in compare(variants, repeats, progress)]
+    return out
+
+# %% ../nbs/12a_bench.ipynb #a6ad0a02
+def plain_hgad(
+    z: Tensor,  # rows (N, D)
+    logdet: Tensor,  # (N,)
+    y: Tensor,  # category of each row, (N,)
+    mixture: HierarchicalMixture,  # the owner of mu, delta, phi and psi
+    smoothing: float = 0.02,
+) -> dict[str, Tensor]:
+    "The terms of HGAD's second stage, each formula as it reads, and their total."
+    mu, delta, phi, psi = mixture.mu, mixture.delta, mixture.phi, mixture.psi
+    D, (K, M) = z.shape[1], psi.shape
+    expanded = lambda centres: z.square().sum(1, keepdim=True) - 2 * z @ centres.T + centres.square().sum(1)
+    a, log_p = -expanded(mu) / 2, phi.log_softmax(0)
+    q, fixed = a.softmax(1), log_p.detach()
+    target = (1 - smoothing) * F.one_hot(y, K) + smoothing / K
+    L_g = (-(a + log_p).logsumexp(1) - logdet).mean() / D
+    L_mi = (target * ((a + fixed).log_softmax(1) - fixed)).sum(1).mean()
+    L_e = -(q * a.log_softmax(1)).sum(1).mean()
+    main = mu.detach()[:, None]
+    centres, log_w = torch.cat([main, main + delta], 1), psi.log_softmax(1)[y]
+    own = -expanded(centres.flatten(0, 1)).view(-1, K, M)[torch.arange(len(z)), y] / 2
+    L_in = (-(own + log_w).logsumexp(1) - logdet).mean() / D
+    direct = -(z[:, None] - centres[y]).square().sum(2) / 2
+    log_lik = (direct + log_w).logsumexp(1) + logdet - D / 2 * LOG_2PI
+    L_z = -F.logsigmoid(log_lik / D).mean()
+    return {"L_g": L_g, "L_mi": L_mi, "L_e": L_e, "L_in": L_in, "L_z": L_z, "total": L_g - 100 * L_mi + L_e + L_in + L_z}
+
+# %% ../nbs/12a_bench.ipynb #a6ad0a03
+def our_hgad(z: Tensor, logdet: Tensor, label: Tensor, mixture: HierarchicalMixture) -> dict[str, Tensor]:
+    "The same by `hgad_terms` and `hgad_loss`; rows (B, P, D), categories of the images (B,)."
+    terms = hgad_terms(z, logdet, label, mixture)
+    return terms | {"total": hgad_loss(terms, lambda2=100.0)}
+
+
+def drawn_mixture(classes: int, channels: int, centres: int, images: int, seed: int = 0) -> tuple[HierarchicalMixture, Tensor]:
+    "A mixture of unequal weights and near centres, and a category for each image."
+    generator = torch.Generator().manual_seed(seed)
+    mixture = HierarchicalMixture(classes, channels, centres, generator=generator)
+    with torch.no_grad():
+        mixture.delta *= 0.3
+        for logits in (mixture.phi, mixture.psi):
+            logits += 0.1 * torch.randn(logits.shape, generator=generator)
+    return mixture, torch.randint(classes, (images,), generator=generator)
+
+# %% ../nbs/12a_bench.ipynb #a6ad0a04
+def loss_step(loss: Callable[[Tensor, Tensor], dict], z: Tensor, logdet: Tensor, mixture: HierarchicalMixture) -> dict:
+    "The terms that `loss` returns, and the gradients of their total by name."
+    leaves = {"z": z, "logdet": logdet} | dict(mixture.named_parameters())
+    terms = loss(z, logdet)
+    gradients = torch.autograd.grad(terms["total"], list(leaves.values()))
+    return {k: v.detach() for k, v in terms.items()} | {f"gradient of {k}": g for k, g in zip(leaves, gradients)}
+
+
+def bench_hgad_loss(
+    repeats: int = 5,
+    images: int = 8,
+    positions: int = 2048,
+    classes: int = 15,  # K
+    centres: int = 10,  # M
+    channels: int = 200,  # D
+    progress: bool = True,
+) -> list[dict]:
+    "HGAD's loss, forward and backward: the straightforward form against ours."
+    mixture, label = drawn_mixture(classes, channels, centres, images)
+    y, generator = label.repeat_interleave(positions), torch.Generator().manual_seed(1)
+    z = mixture.sample(len(y), y, generator).view(images, positions, channels).requires_grad_()
+    logdet = torch.randn(images, positions, generator=generator).requires_grad_()
+    plain = lambda z, logdet: plain_hgad(z.flatten(0, 1), logdet.flatten(), y, mixture)
+    ours = lambda z, logdet: our_hgad(z, logdet, label, mixture)
+    variants = {
+        "straightforward": Variant(lambda: loss_step(plain, z, logdet, mixture)),
+        "flowrepro": Variant(lambda: loss_step(ours, z, logdet, mixture), target=12, memory=6),
+    }
+    text = f"HGAD's loss (forward, backward), {images} images x {positions} positions, K={classes}, M={centres}, C={channels}"
+    return [row | {"setting": text} for row in compare(variants, repeats, progress)]
+
+# %% ../nbs/12a_bench.ipynb #a6ad0a07
+def has_bf16() -> bool:
+    "Does this CPU multiply in bfloat16?"
+    return any(v is True for k, v in getattr(torch.cpu, "get_capabilities", dict)().items() if "bf16" in k)
+
+
+def hgad_step_variants(images: int, grid: tuple[int, int], classes: int, centres: int, channels: int, code: int, steps: int) -> dict[str, Variant]:
+    "HGAD's training step by FrEIA and by us, in both precisions."
+    (freia, p), (flow, q) = dense_pair(channels, steps, code)
+    mixture, label = drawn_mixture(classes, channels, centres, images)
+    base, table = list(mixture.parameters()), code_rows(code, grid)
+    x = torch.randn(images, len(table), channels, generator=torch.Generator().manual_seed(1))
+    rows, each, y = x.flatten(0, 1), table.repeat(images, 1), label.repeat_interleave(len(table))
+    plain = lambda z, logdet: plain_hgad(z, logdet, y, mixture)["total"]
+    ours = lambda z, logdet: our_hgad(z, logdet, label, mixture)["total"]
+    theirs = lambda *precision: lambda: training_step(lambda: freia(rows, [each]), p + base, plain, *precision)
+    own = lambda *precision: lambda: training_step(lambda: flow(x, table), q + base, ours, *precision)
+    return {
+        "FrEIA 0.2": Variant(theirs()),
+        "flowrepro": Variant(own(), tolerance=2e-3, target=1.4),
+        "FrEIA 0.2 bf16": Variant(theirs("bfloat16"), "bfloat16", 0.1),
+        "flowrepro bf16": Variant(own("bfloat16"), "bfloat16", 0.1, target=4.5),
+    }
+
+# %% ../nbs/12a_bench.ipynb #a6ad0a08
+def bench_hgad_step(
+    repeats: int = 5,
+    images: int = 8,
+    grid: tuple[int, int] = (32, 64),  # positions of an image
+    few: tuple[int, int] = (8, 8),  # the same for bfloat16 where the CPU has none
+    classes: int = 15,
+    centres: int = 10,
+    channels: int = 200,
+    code: int = 256,  # channels of the position code
+    steps: int = 12,
+    native: bool | None = None,  # does the CPU multiply in bfloat16? None: ask it
+    progress: bool = True,
+) -> list[dict]:
+    "HGAD's training step, flow and loss: FrEIA 0.2 with the straightforward loss against ours, float32 and bfloat16."
+    native, out = has_bf16() if native is None else native, []
+    for size, full in ((grid, True),) if native else ((grid, False), (few, True)):
+        made = hgad_step_variants(images, size, classes, centres, channels, code, steps)
+        variants = {k: v for k, v in made.items() if full or v.precision == "float32"}
+        note = "" if native or not full else "; few rows, since this CPU has no bfloat16 arithmetic"
+        text = f"HGAD's training step (forward, loss, backward), {images} images x {size[0] * size[1]} positions, C={channels}, position code {code}, {steps} steps{note}"
+        out += [row | {"setting": text} for row in compare(variants, repeats, progress)]
+    return out
 
 # %% ../nbs/12a_bench.ipynb #54d5e840
 def timm_features(name: str, levels: tuple[int, ...], weights: str) -> nn.Module:
@@ -338,10 +518,14 @@ def bench_metrics(repeats: int = 5, n: int = 200, side: int = 256, progress: boo
     return [row | {"setting": text} for row in compare(variants, repeats, progress)]
 
 # %% ../nbs/12a_bench.ipynb #35232c00
-BENCHMARKS = {"fastflow": bench_fastflow, "extraction": bench_extraction, "epoch": bench_epoch, "metrics": bench_metrics}
-NEEDS = {"fastflow": {"FrEIA": "FrEIA"}, "metrics": {"sklearn": "scikit-learn"}}
+BENCHMARKS = {"fastflow": bench_fastflow, "cflow": bench_cflow, "hgad_loss": bench_hgad_loss, "hgad_step": bench_hgad_step,
+              "extraction": bench_extraction, "epoch": bench_epoch, "metrics": bench_metrics}
+NEEDS = {n: {"FrEIA": "FrEIA"} for n in ("fastflow", "cflow", "hgad_step")} | {"metrics": {"sklearn": "scikit-learn"}}
 SMALL = {
     "fastflow": dict(settings=((16, 6, 2),), batch=2),
+    "cflow": dict(rows=(16,), channels=8, code=8, steps=2, grid=(3, 4)),
+    "hgad_loss": dict(images=3, positions=8, classes=3, centres=3, channels=8),
+    "hgad_step": dict(images=2, grid=(3, 4), few=(2, 2), classes=3, centres=3, channels=8, code=8, steps=2, native=False),
     "extraction": dict(settings=(("tf_efficientnet_lite0", (2,), "packaged", 2),), size=64),
     "epoch": dict(images=8, size=64, batch=4, levels=(2,)),
     "metrics": dict(n=6, side=64),
@@ -362,10 +546,12 @@ def chosen(only: list[str] | None) -> list[str]:
 # %% ../nbs/12a_bench.ipynb #00f4b37c
 def table(rows: list[dict]) -> str:
     "The rows of one setting as text."
+    said = lambda target, ratio, what="": [] if target is None else [f"{what}{target:g}: {'reached' if ratio >= target else 'not reached'}"]
+    both = lambda r: "; ".join(said(r["target"], r["ratio"]) + said(r["memory_target"], r["extra_ratio"], "memory 1/"))
     shown = [{"": r["variant"], "precision": r["precision"], "median ms": f"{1e3 * r['seconds']:.1f}",
               "ratio": f"{r['ratio']:.2f}", "of fastest": f"{r['ratio_fastest']:.2f}", "in rounds": f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}",
               "extra MiB": f"{r['extra_mib']:.0f}", "error": f"{r['error']:.0e} <= {r['tolerance']:.0e}" if r["variant"] != r["against"] else "reference",
-              "target": "" if r["target"] is None else f"{r['target']:g}: {'reached' if r['reached'] else 'not reached'}"} for r in rows]
+              "target": both(r)} for r in rows]
     return f"{rows[0]['setting']}\n{pd.DataFrame(shown).to_string(index=False)}"
 
 

@@ -11,7 +11,7 @@ from flowrepro import bench as B
 from flowrepro.flows import Flow
 
 KEYS = {"benchmark", "setting", "variant", "precision", "seconds", "all_seconds", "against", "ratio", "ratio_fastest", "ratio_low", "ratio_high", "extra_mib",
-        "error", "tolerance", "target", "reached", "threads", "repeats"}
+        "extra_ratio", "error", "tolerance", "target", "reached", "memory_target", "memory_reached", "threads", "repeats"}
 
 
 @pytest.fixture(autouse=True)
@@ -40,13 +40,18 @@ def test_small_sizes_agree(name):
     rows = small(name)
     first = rows[0]
     assert first["error"] == 0 and first["ratio"] == 1 and len(rows) > 1
+    assert sum(r["variant"] == r["against"] for r in rows) == len({r["setting"] for r in rows}), "each setting has its own reference"
     for r in rows:
         assert r["against"] == first["variant"] and 0 <= r["error"] <= r["tolerance"] < 0.2 and r["seconds"] > 0 and r["extra_mib"] >= 0
         if r["precision"] == "float32": assert r["tolerance"] <= 1e-2
         assert r["reached"] == (None if r["target"] is None else r["ratio"] >= r["target"])
+        assert r["memory_reached"] == (None if r["memory_target"] is None else r["extra_ratio"] >= r["memory_target"])
 
 
 def break_fastflow(m): m.setattr(B, "from_freia", lambda flow, state: flow)  # other weights
+def break_cflow(m): break_fastflow(m)
+def break_hgad_loss(m): m.setattr(B, "hgad_terms", lambda *a, terms=B.hgad_terms: terms(*a, smoothing=0.1))
+def break_hgad_step(m): break_fastflow(m)
 def break_extraction(m): m.setattr(B, "load_net", lambda name, weights: (B.timm.create_model(name), ""))
 def break_epoch(m): m.setattr(B, "LiveFeatures", lambda d, b: B.FeatureBank(B.Dataset(d.records[1:] + d.records[:1], d.transform), b, progress=False))
 def break_metrics(m): m.setattr(B, "aupro", lambda maps, masks: 0.5)
@@ -66,6 +71,76 @@ def test_a_wrong_gradient_is_noticed(monkeypatch, untimed):
         return (z - z.detach())/2 + z.detach(), j
     monkeypatch.setattr(Flow, "forward", stop)
     with pytest.raises(B.OutputsDiffer, match="gradient"): small("fastflow")
+
+
+def test_every_gradient_of_the_loss_is_compared(monkeypatch, untimed):
+    "Each term is right, and the gradient of one leaf at a time is off by a factor."
+    def spoilt(leaf):
+        def terms(z, logdet, label, mixture, terms=B.hgad_terms):
+            off = lambda t, name: t.detach() + 1.01*(t - t.detach()) if name == leaf else t
+            own = {n: off(p, n) for n, p in mixture.named_parameters()}
+            return torch.func.functional_call(Terms(mixture, terms), {f"mixture.{n}": p for n, p in own.items()}, (off(z, "z"), off(logdet, "logdet"), label))
+        return terms
+    for leaf in ("z", "logdet", "mu", "phi", "delta", "psi"):
+        with monkeypatch.context() as m:
+            m.setattr(B, "hgad_terms", spoilt(leaf))
+            with pytest.raises(B.OutputsDiffer, match=f"gradient of {leaf} differs"): small("hgad_loss")
+
+
+class Terms(torch.nn.Module):
+    def __init__(self, mixture, terms):
+        super().__init__()
+        self.mixture, self.terms = mixture, terms
+    def forward(self, z, logdet, label): return self.terms(z, logdet, label, self.mixture)
+
+
+@pytest.mark.parametrize("term", ["L_g", "L_mi", "L_e", "L_in", "L_z", "total"])
+def test_every_term_of_the_loss_is_compared(term, monkeypatch, untimed):
+    ours = B.our_hgad
+    def spoilt(*a):
+        out = ours(*a)
+        return out | {term: out[term].detach()*1e-3 + out[term]}
+    monkeypatch.setattr(B, "our_hgad", spoilt)
+    with pytest.raises(B.OutputsDiffer, match=f"flowrepro: {term} differs"): small("hgad_loss")
+
+
+@pytest.mark.parametrize("name", ["cflow", "hgad_step"])
+def test_another_position_code_is_noticed(name, monkeypatch, untimed):
+    "The flow is conditional in earnest: with the code of other positions its output differs."
+    forward = Flow.forward
+    monkeypatch.setattr(Flow, "forward", lambda self, x, cond: forward(self, x, cond.roll(1, 0)))
+    with pytest.raises(B.OutputsDiffer, match="differs"): small(name)
+
+
+def test_hgad_step_compares_the_gradients_of_the_mixture(monkeypatch, untimed):
+    "The loss is the same number; only the gradient of the centres is off."
+    ours = B.our_hgad
+    def spoilt(z, logdet, label, mixture):
+        out, mu = ours(z, logdet, label, mixture), mixture.mu.sum()
+        return out | {"total": out["total"] + mu - mu.detach()}
+    monkeypatch.setattr(B, "our_hgad", spoilt)
+    with pytest.raises(B.OutputsDiffer, match="gradient differs"): small("hgad_step")
+
+
+def test_bfloat16_has_its_own_rows_where_the_cpu_has_none():
+    for native, precisions in ((False, ["float32"]*4 + ["bfloat16"]*2), (True, ["float32"]*2 + ["bfloat16"]*2)):
+        rows = B.bench_hgad_step(1, progress=False, **B.SMALL["hgad_step"] | dict(native=native))
+        assert [r["precision"] for r in rows] == precisions
+        assert ("no bfloat16" in rows[-1]["setting"]) is not native and "no bfloat16" not in rows[0]["setting"]
+        assert {r["against"] for r in rows} == {"FrEIA 0.2"} and rows[-1]["target"] == 4.5 and rows[1]["target"] == 1.4
+
+
+def test_fiber_rows_have_their_own_positions(monkeypatch):
+    "Shuffled over images and positions, as in training."
+    seen = []
+    forward = Flow.forward
+    def look(self, x, cond):
+        seen.append((x.shape, cond))
+        return forward(self, x, cond)
+    monkeypatch.setattr(Flow, "forward", look)
+    B.bench_cflow(1, rows=(24,), channels=8, code=8, steps=1, grid=(3, 4), images=4, progress=False)
+    (rows, channels), cond = seen[0]
+    assert (rows, channels) == (24, 8) and cond.shape == (24, 8) and 6 < len(cond.unique(dim=0)) <= 12 and not torch.equal(cond[:12], cond[12:])
 
 
 @pytest.mark.parametrize("got, want, error", [
@@ -94,7 +169,19 @@ def test_compare_measures_time_and_memory():
     assert slow["seconds"] >= 0.06 and fast["seconds"] >= 0.01 and fast["ratio"] == slow["seconds"]/fast["seconds"] > 1
     assert fast["ratio_low"] <= fast["ratio"] <= fast["ratio_high"] and len(fast["all_seconds"]) == 3
     assert 60 < slow["extra_mib"] < 90 and 6 < fast["extra_mib"] < 30 and fast["reached"] is False
+    assert slow["memory_target"] is None and slow["memory_reached"] is None
     with pytest.raises(ValueError, match="repeats"): B.compare({}, 0)
+
+
+def test_memory_has_a_target():
+    def work(mib):
+        block = np.ones(mib*2**17)
+        time.sleep(0.02)
+        return {"one": block[0]}
+    rows = B.compare({"all": B.Variant(lambda: work(96)), "less": B.Variant(lambda: work(16), target=1e9, memory=3), "hardly": B.Variant(lambda: work(80), memory=3)}, 1, progress=False)
+    assert [r["memory_reached"] for r in rows] == [None, True, False] and 4 < rows[1]["extra_ratio"] < 8 and 1 < rows[2]["extra_ratio"] < 1.5
+    text = B.table([r | {"setting": "three"} for r in rows])
+    assert "1e+09: not reached; memory 1/3: reached" in text and "  memory 1/3: not reached" in text
 
 
 def test_main_writes_json_and_a_table(tmp_path, capsys):
@@ -111,17 +198,17 @@ def test_main_writes_json_and_a_table(tmp_path, capsys):
 
 def test_main_refuses_what_it_does_not_know(monkeypatch):
     monkeypatch.setattr(B, "BENCHMARKS", dict.fromkeys(B.BENCHMARKS, never))
-    with pytest.raises(ValueError, match="'speed'.*fastflow, extraction, epoch, metrics"): B.main(["metrics", "speed"])
+    with pytest.raises(ValueError, match="'speed'.*fastflow, cflow, hgad_loss, hgad_step, extraction, epoch, metrics"): B.main(["metrics", "speed"])
     with pytest.raises(ValueError, match="threads"): B.main(["metrics"], threads=0)
 
 
-@pytest.mark.parametrize("module, package, only", [("FrEIA", "FrEIA", "fastflow"), ("sklearn", "scikit-learn", "metrics"), ("psutil", "psutil", "epoch")])
+@pytest.mark.parametrize("module, package, only", [("FrEIA", "FrEIA", "fastflow"), ("FrEIA", "FrEIA", "cflow"), ("FrEIA", "FrEIA", "hgad_step"), ("sklearn", "scikit-learn", "metrics"), ("psutil", "psutil", "epoch")])
 def test_missing_packages_are_named_before_any_work(monkeypatch, module, package, only):
     find = B.importlib.util.find_spec
     monkeypatch.setattr(B, "BENCHMARKS", dict.fromkeys(B.BENCHMARKS, never))
     monkeypatch.setattr(B.importlib.util, "find_spec", lambda name: None if name == module else find(name))
     with pytest.raises(RuntimeError, match=rf'{package}: pip install "flowrepro\[bench\]"'): B.main([only])
-    if module != "psutil": assert B.chosen(["extraction"]) == ["extraction"]
+    if module != "psutil": assert B.chosen(["extraction", "hgad_loss"]) == ["extraction", "hgad_loss"]
 
 
 def test_maps_are_as_described():

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from flowrepro import backbones
 from flowrepro.backbones import Backbone, WeightsError
 from flowrepro.data import DataError, Dataset, Transform, load, read
-from flowrepro.detectors import DETECTORS, FASTFLOW_PUBLISHED, Detector, FastFlow, Standardise, norm_layer
+from flowrepro.detectors import DETECTORS, FASTFLOW_PUBLISHED, HGAD, CFlow, Detector, FastFlow, Standardise, norm_layer
 from flowrepro.scores import PUBLISHED, Parts, Score
 
 SHAPES = {  # of the published backbones' features
@@ -124,8 +125,8 @@ def test_loss_is_a_density(stand_in):
 
 
 def test_base_class_asks_for_a_method(stand_in):
-    model = Detector(stand_in([(4, 2, 2)]), Score(), {})
-    for name in ("loss", "parts"):
+    model = Detector(stand_in([(4, 2, 2)]), Score(), {"norm": "none"}, lambda shape: nn.Identity(), lambda shape: nn.Identity())
+    for name in ("losses", "parts"):
         with pytest.raises(NotImplementedError, match=f"Detector defines no {name}"):
             getattr(model, name)([torch.zeros(1, 4, 2, 2)])
 
@@ -280,13 +281,14 @@ def test_scores_depend_on_every_part(trained, images):
     "Of every level, the base density changes map and score; the log-determinant changes the map, and the score if it is asked to."
     with torch.no_grad():
         parts = trained.parts(trained.backbone(images))
-    maps, scores = trained.score_parts(parts)
-    both = replace(trained.score, image_logdet=1.0)
+    mine = replace(trained.score, logdet=0.5)
+    both = replace(mine, image_logdet=1.0)
+    maps, scores = trained.score_parts(parts, mine)
     _, scores_both = trained.score_parts(parts, both)
     for level in range(len(parts)):
-        for field in Parts._fields:
+        for field in ("base", "logdet"):
             changed = [p._replace(**{field: getattr(p, field) - 0.3}) if l == level else p for l, p in enumerate(parts)]
-            new_maps, new_scores = trained.score_parts(changed)
+            new_maps, new_scores = trained.score_parts(changed, mine)
             assert (new_maps > maps).all(), f"{field} of level {level} is not in the map"
             assert (new_scores > scores).all() if field == "base" else torch.equal(new_scores, scores)
             assert (trained.score_parts(changed, both)[1] > scores_both).all()
@@ -310,11 +312,11 @@ def test_scores_depend_on_every_tensor(trained, images, tmp_path):
 
 
 def test_calibration_is_of_the_training_images(trained, parts_folder):
-    "The means of each level's base density and log-determinant over them."
+    "Means and deviations of each level's base density and log-determinant over them, no entropy, and the largest log-likelihood."
     train, _ = load("folder", parts_folder, transform=Transform(32))
     with torch.no_grad():
         parts = trained.parts(trained.backbone(torch.stack([train[i].image for i in range(len(train))])))
-    expected = torch.tensor([[p.base.mean(), p.logdet.mean()] for p in parts])
+    expected = torch.tensor([[p.base.mean(), p.logdet.mean(), 0.0, p.base.std(), p.logdet.std(), (p.base + p.logdet).max()] for p in parts])
     torch.testing.assert_close(trained.calibration, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -345,13 +347,13 @@ def saved(trained, tmp_path):
 
 @pytest.mark.parametrize("settings", [
     dict(steps=2), dict(steps=1, norm="layer", soft=True, score=PUBLISHED["fastflow"]), dict(steps=3, kernels=(1, 3), ratio=0.5, clamp=1.5, rule="unit-gain", norm="none",
-    score=Score(normalise="none", top=0.1, levels="linear")), dict(steps=1, norm="layer-fixed", score=Score(normalise="none", image="max"))])
+    score=Score(logdet=0.5, normalise="none", top=0.1, levels="linear")), dict(steps=1, norm="layer-fixed", score=Score(logdet=0.5, normalise="none", image="max"))])
 def test_save_and_load(settings, tiny_backbone, images, tmp_path):
     "The same settings, the same numbers, whatever seed is set meanwhile."
     model = FastFlow(tiny_backbone(levels=(1, 2, 3), weights="random:4"), **settings)
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p) if p.requires_grad else 0
-    model.calibration.copy_(torch.tensor([-0.5, 0.2]).expand(3, 2))
+    model.calibration.copy_(torch.linspace(0.1, 0.9, 18).view(3, 6))
     model.save(tmp_path / "m.safetensors")
     torch.manual_seed(99)
     again = Detector.load(tmp_path / "m.safetensors")
@@ -359,6 +361,42 @@ def test_save_and_load(settings, tiny_backbone, images, tmp_path):
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     assert all(torch.equal(a, b) for a, b in zip(model.predict(images), again.predict(images)))
     assert all(torch.equal(a, b) for a, b in zip(model.predict(images), FastFlow.load(str(tmp_path / "m.safetensors")).predict(images)))
+
+
+DENSE = [(CFlow, dict(code=8, fibers=64)), (CFlow, dict(code=4, fibers=None, base="diagonal", per="scalar", norm="layer")), (HGAD, dict(code=8, categories=["b", "a"], centres=3)),
+         (HGAD, dict(code=4, categories=["a"], base="classes", class_mode="inferred-top")), (HGAD, dict(code=4, categories=["a", "b"], base="diagonal")),
+         (FastFlow, dict(base="diagonal", per="position"))]
+
+
+@pytest.mark.parametrize("method, settings", DENSE)
+def test_save_and_load_of_every_method(method, settings, tiny_backbone, images, tmp_path):
+    "Base, categories and all; the class of the method, and the base class, load it, another method's does not."
+    model = method(tiny_backbone(), steps=1, **settings)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p) if p.requires_grad else 0
+    model.calibration.copy_(torch.linspace(0.1, 0.9, 12).view(2, 6))
+    model.save(tmp_path / "m.safetensors")
+    for kind in (method, Detector):
+        again = kind.load(tmp_path / "m.safetensors")
+        assert type(again) is method and again.config == model.config and again.score == model.score
+        assert all(torch.equal(a, b) for a, b in zip(model.predict(images), again.predict(images)))
+        assert not any("code" in k for k in again.state_dict())
+    other = FastFlow if method is HGAD else HGAD
+    with pytest.raises(DataError, match=f"m.safetensors holds method {method.method}, not {other.method}: use {method.__name__}.load, or Detector.load"):
+        other.load(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("method, settings", DENSE)
+def test_no_method_mixes_images(method, settings, features, stand_in):
+    "The parts of an image are the same alone and among others."
+    model = method(stand_in(features.shapes), steps=2, **settings).eval()
+    model.prepare(features.bank)
+    x = features.bank[slice(0, 5)]
+    with torch.no_grad():
+        whole, alone = model.parts(x), model.parts([v[3:4] for v in x])
+    for w, a in zip(whole, alone):
+        assert all((t is None and s is None) or torch.allclose(t[3:4], s, rtol=1e-4, atol=1e-5) for t, s in zip(w, a))
+        assert (w.entropy is not None) == (method is HGAD and settings.get("base") != "diagonal")
 
 
 def test_file_holds_no_backbone(saved, trained):
@@ -400,17 +438,20 @@ def test_load_tampered(saved, tmp_path):
     "A tensor missing, one too many, one of another shape: named."
     state = load_file(saved)
     key = "flows.0.steps.1.mixing.gamma"
-    for name, tensors in (("less", {k: v for k, v in state.items() if k != key}), ("more", state | {key + "2": state[key].clone()}), ("shape", state | {key: state[key][:-1].clone()})):
+    n = len(state[key])
+    for name, tensors, words in (("less", {k: v for k, v in state.items() if k != key}, f"{key} is none in the file, ({n},) in the detector"),
+                                 ("more", state | {key + "2": state[key].clone()}, f"{key}2 is ({n},) in the file, none in the detector"),
+                                 ("shape", state | {key: state[key][:-1].clone()}, f"{key} is ({n - 1},) in the file, ({n},) in the detector")):
         with pytest.raises(DataError) as error:
             Detector.load(rewrite(saved, tmp_path / f"{name}.safetensors", tensors))
-        assert key in str(error.value) and name in str(error.value)
+        assert words in str(error.value) and f"{name}.safetensors" in str(error.value)
 
 
 def test_load_other_settings(saved, tmp_path):
     "Tensors that do not fit the settings beside them."
     with safe_open(str(saved), "pt") as f:
         config = json.loads(f.metadata()["config"])
-    with pytest.raises(DataError, match="deeper.safetensors does not fit its own settings"):
+    with pytest.raises(DataError, match=r"deeper.safetensors does not fit: flows.0.steps.2.\S+ is none in the file, \([\d, ]+\) in the detector"):
         Detector.load(rewrite(saved, tmp_path / "deeper.safetensors", config=json.dumps(config | {"steps": 3})))
 
 
@@ -429,7 +470,7 @@ def test_backbone_weights_from_a_file(tiny_backbone, images, tmp_path):
     import timm
     net = timm.create_model("test_resnet.r160_in1k")
     torch.save(net.state_dict(), tmp_path / "weights.pth")
-    model = FastFlow(tiny_backbone(weights=str(tmp_path / "weights.pth")), steps=1, score=Score(normalise="none"))
+    model = FastFlow(tiny_backbone(weights=str(tmp_path / "weights.pth")), steps=1, score=Score(logdet=0.5, normalise="none"))
     model.save(tmp_path / "m.safetensors")
     with pytest.raises(DataError, match="pass that file as weights="):
         Detector.load(tmp_path / "m.safetensors")
@@ -439,7 +480,7 @@ def test_backbone_weights_from_a_file(tiny_backbone, images, tmp_path):
 
 def test_packaged_backbone_weights(tmp_path):
     "A detector on packaged weights loads without being told where they are."
-    model = FastFlow(Backbone(levels=(2,), size=32), steps=1, score=Score(normalise="none"))
+    model = FastFlow(Backbone(levels=(2,), size=32), steps=1, score=Score(logdet=0.5, normalise="none"))
     model.save(tmp_path / "m.safetensors")
     assert Detector.load(tmp_path / "m.safetensors").backbone.weight_id == model.backbone.weight_id
 

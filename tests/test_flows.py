@@ -1,4 +1,5 @@
 """One battery over every flow: inverse, Jacobian, gradients, independence, conditions, storage, precision, FrEIA; and bad input."""
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from torch import nn
 
 from flowrepro import flows
-from flowrepro.flows import UNIT, Coupling, conv_flow, dense_flow, from_freia, log_scale, positive, random_rotation, to_freia
+from flowrepro.flows import UNIT, Coupling, conv_flow, dense_flow, from_freia, log_scale, positional_code, positive, random_rotation, to_freia
 
 
 @dataclass(frozen=True)
@@ -317,6 +318,33 @@ def test_global_scale():
     g = torch.linspace(-20, 20, 41, dtype=torch.float64)
     assert (positive(g) > 0).all()
     close(positive(g), 0.1 * torch.log1p(torch.exp(0.5 * g)) / 0.5, 1e-12)
+
+
+@pytest.mark.parametrize("channels, height, width", [(4, 3, 5), (8, 1, 1), (16, 7, 2), (128, 14, 20)])
+def test_position_code(channels, height, width):
+    "Sines and cosines, in turn, of the column in the first half of the channels and of the row in the second, at rates from 1 to near 1e-4."
+    code = positional_code(channels, height, width)
+    assert code.shape == (channels, height, width) and code.dtype == torch.float32
+    half, expected = channels // 2, torch.empty(channels, height, width, dtype=torch.float64)
+    for k in range(half):
+        wave = math.cos if k % 2 else math.sin
+        for y in range(height):
+            for x in range(width):
+                rate = 1e4 ** (-(k - k % 2) / half)
+                expected[k, y, x], expected[half + k, y, x] = wave(x * rate), wave(y * rate)
+    close(code.double(), expected, 1e-5)
+
+
+def test_position_codes_differ():
+    "No two positions have the same."
+    rows = positional_code(16, 24, 24).flatten(1).T
+    assert (torch.cdist(rows, rows) + 9 * torch.eye(len(rows))).min() > 0.1
+
+
+@pytest.mark.parametrize("channels", [0, -4, 1, 2, 6, 127])
+def test_position_code_of_impossible_width(channels):
+    with pytest.raises(ValueError, match=f"code of {channels} channels: .* multiple of four"):
+        positional_code(channels, 3, 3)
 
 
 @pytest.mark.parametrize("n", [2, 3, 8, 33])
