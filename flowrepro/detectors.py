@@ -375,18 +375,18 @@ class CFlow(DenseDetector):
             raise ValueError(f"a fiber batch of {n} rows is larger than a batch of {images} images, which has {min(rows)} rows "
                              f"on level {rows.index(min(rows))}: lower fibers, or raise batch")
 
-    def loss(self, level: int, rows: Tensor, code: Tensor) -> Tensor:
-        "@eq-cflow of rows (N, C) and their codes (N, P)."
-        z, logdet = self.flows[level](rows, code)
+    def loss(self, level: int, rows: Tensor, position: Tensor) -> Tensor:
+        "@eq-cflow of rows (N, C) at positions (N,)."
+        z, logdet = self.flows[level](rows, (self.code(level), position))
         return -F.logsigmoid((self.bases[level].log_prob(z) + logdet) / z.shape[-1]).mean()
 
     def losses(self, features: list[Tensor], labels: Tensor | None = None, generator: torch.Generator | None = None) -> Iterator[Tensor]:
         for l, x in enumerate(features):
-            rows, code = self.rows(l, x).flatten(0, 1), self.code(l)
+            rows, positions = self.rows(l, x).flatten(0, 1), len(self.code(l))
             n = self.config["fibers"] or len(rows)
             order = torch.randperm(len(rows), generator=generator).to(rows.device)
             for index in order[: len(rows) - len(rows) % n].split(n):
-                yield self.loss(l, rows[index], code[index % len(code)])
+                yield self.loss(l, rows[index], index % positions)
 
     def parts(self, features: list[Tensor], labels: Tensor | None = None) -> list[Parts]:
         out = []
