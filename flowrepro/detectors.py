@@ -535,8 +535,11 @@ def from_official(detector: HGAD, state: dict) -> HGAD:
         raise DataError(f"{', '.join(missing)} missing: not a checkpoint of HGAD's public code, which has nfs, {', '.join(OFFICIAL)}")
     if len(state["nfs"]) != len(detector.flows):
         raise DataError(f"the checkpoint has {len(state['nfs'])} levels, the detector {len(detector.flows)}: give the backbone as many")
-    for flow, own in zip(detector.flows, state["nfs"]):
-        from_freia(flow, own)
+    for l, (flow, own) in enumerate(zip(detector.flows, state["nfs"])):
+        try:
+            from_freia(flow, own)
+        except ValueError as error:
+            raise DataError(f"flow of level {l}: {error}; build the detector with the checkpoint's steps, code and backbone") from error
     for theirs, ours in OFFICIAL.items():
         values = state[theirs]
         for l, base in enumerate(detector.bases):
