@@ -7,8 +7,8 @@ Docs: https://flowrepro.github.io/flowrepro/detectors.html.md"""
 # %% auto #0
 __all__ = ['DETECTORS', 'FASTFLOW_PUBLISHED', 'CFLOW_SIZES', 'CLASS_MODES', 'BASES', 'OFFICIAL', 'Standardise', 'norm_layer',
            'normal_base', 'image_files', 'open_images', 'Detector', 'fit', 'predict', 'weights_of', 'save',
-           'read_saved', 'load', 'load_state', 'FastFlow', 'DenseDetector', 'CFlow', 'HGAD', 'to_official',
-           'from_official']
+           'read_saved', 'load', 'load_state', 'FastFlow', 'DenseDetector', 'CFlow', 'HGAD', 'check_official',
+           'to_official', 'from_official']
 
 # %% ../nbs/07_detectors.ipynb #b1e512b9
 import json
@@ -456,6 +456,11 @@ class HGAD(DenseDetector):
         made = [normal_base(kind, s, -1) if sizes is None else BASES[kind](len(names), s[0], *sizes) for s in self.backbone.shapes]
         self.bases = nn.ModuleList(made).to(self.device)
 
+    def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        if not len(self.bases):
+            raise ValueError("this HGAD does not know its categories yet: fit it, or give categories=[...]")
+        return super().latents(features)
+
     def number_of(self, category: str) -> int:
         "The number of a category; DataError if the model was not trained on it."
         names = self.config["categories"] or []
@@ -523,18 +528,28 @@ DETECTORS["hgad"] = HGAD
 OFFICIAL = {"mus": "mu", "mu_deltas": "delta", "phi_inters": "phi", "phi_intras": "psi"}
 
 
+def check_official(detector: HGAD) -> None:
+    "DataError if the detector is none that HGAD's public code could hold."
+    if detector.config["base"] != "hierarchical" or not len(detector.bases):
+        raise DataError(f"HGAD's public code holds a hierarchical mixture over known categories; this detector has base={detector.config['base']!r} "
+                        f"and categories {detector.config['categories']}: build it with base='hierarchical' and categories=[...]")
+
+
 def to_official(detector: HGAD) -> dict:
-    "The checkpoint that HGAD's public code would have written for these weights."
+    "The checkpoint that HGAD's public code would have written for these weights; DataError if it could not."
+    check_official(detector)
     lists = {theirs: {str(l): getattr(b, ours).detach() for l, b in enumerate(detector.bases)} for theirs, ours in OFFICIAL.items()}
     return {"nfs": [to_freia(flow) for flow in detector.flows], **lists}
 
 
 def from_official(detector: HGAD, state: dict) -> HGAD:
     "Load a checkpoint of HGAD's public code in place; DataError naming what does not fit, with both sizes."
+    check_official(detector)
     if missing := [k for k in ("nfs", *OFFICIAL) if k not in state]:
         raise DataError(f"{', '.join(missing)} missing: not a checkpoint of HGAD's public code, which has nfs, {', '.join(OFFICIAL)}")
-    if len(state["nfs"]) != len(detector.flows):
-        raise DataError(f"the checkpoint has {len(state['nfs'])} levels, the detector {len(detector.flows)}: give the backbone as many")
+    for name in ("nfs", *OFFICIAL):
+        if len(state[name]) != len(detector.flows):
+            raise DataError(f"{name}: the checkpoint has {len(state[name])} levels, the detector {len(detector.flows)}: give the backbone as many")
     for l, (flow, own) in enumerate(zip(detector.flows, state["nfs"])):
         try:
             from_freia(flow, own)

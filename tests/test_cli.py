@@ -201,10 +201,10 @@ one_category = pytest.mark.xfail(strict=True, reason="the default image_criterio
 def test_fit_every_method(method, flags, parts_folder, tmp_path):
     "A detector of that method, whose scores differ between images."
     path = tmp_path / "m.safetensors"
-    assert main(["fit", str(parts_folder), "--method", method, *flags, "--size", "64", "--epochs", "10", "--device", "cpu", "--out", str(path)]) == 0
+    assert main(["fit", str(parts_folder), "--method", method, *flags, "--size", "64", "--epochs", "6", "--device", "cpu", "--out", str(path)]) == 0
     detector = Detector.load(path)
     assert detector.method == method and bool(flags) == any(p.abs().max() > 0 for p in detector.base_parameters() if method == "cflow")
-    assert len(set(detector.predict(parts_folder / "spot")[1].tolist())) == 3
+    assert len(set(detector.predict(parts_folder / "spot")[1].numpy().round(6))) == 3
 
 
 def test_predict(model, parts_folder, tmp_path, capsys):
