@@ -11,6 +11,7 @@ __all__ = ['DETECTORS', 'FASTFLOW_PUBLISHED', 'CFLOW_SIZES', 'CLASS_MODES', 'BAS
            'to_official', 'from_official']
 
 # %% ../nbs/07_detectors.ipynb #b1e512b9
+import copy
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -457,7 +458,7 @@ class HGAD(DenseDetector):
         self.bases = nn.ModuleList(made).to(self.device)
 
     def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        if not len(self.bases):
+        if self.config["categories"] is None:
             raise ValueError("this HGAD does not know its categories yet: fit it, or give categories=[...]")
         return super().latents(features)
 
@@ -530,7 +531,7 @@ OFFICIAL = {"mus": "mu", "mu_deltas": "delta", "phi_inters": "phi", "phi_intras"
 
 def check_official(detector: HGAD) -> None:
     "DataError if the detector is none that HGAD's public code could hold."
-    if detector.config["base"] != "hierarchical" or not len(detector.bases):
+    if detector.config["base"] != "hierarchical" or detector.config["categories"] is None:
         raise DataError(f"HGAD's public code holds a hierarchical mixture over known categories; this detector has base={detector.config['base']!r} "
                         f"and categories {detector.config['categories']}: build it with base='hierarchical' and categories=[...]")
 
@@ -550,7 +551,8 @@ def from_official(detector: HGAD, state: dict) -> HGAD:
     for name in ("nfs", *OFFICIAL):
         if len(state[name]) != len(detector.flows):
             raise DataError(f"{name}: the checkpoint has {len(state[name])} levels, the detector {len(detector.flows)}: give the backbone as many")
-    for l, (flow, own) in enumerate(zip(detector.flows, state["nfs"])):
+    flows, read = copy.deepcopy(detector.flows), {}  # nothing is changed unless all of it fits
+    for l, (flow, own) in enumerate(zip(flows, state["nfs"])):
         try:
             from_freia(flow, own)
         except ValueError as error:
@@ -562,6 +564,7 @@ def from_official(detector: HGAD, state: dict) -> HGAD:
             if value.shape != parameter.shape:
                 raise DataError(f"{theirs} of level {l} is {tuple(value.shape)} in the checkpoint, {tuple(parameter.shape)} in the detector "
                                 f"({base.classes} categories, {base.centres} centres, {base.channels} channels): build it with the checkpoint's numbers")
-            with torch.no_grad():
-                parameter.copy_(value)
+            read[f"{l}.{ours}"] = value
+    detector.flows.load_state_dict(flows.state_dict())
+    detector.bases.load_state_dict(read)
     return detector

@@ -273,6 +273,9 @@ def from_freia(flow: Flow, state: dict[str, Tensor], prefix: str = "module_list.
 
     Raises ValueError naming the key when one is missing, has another shape, or holds a rotation where `flow` shuffles.
     """
+    held = {k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)}
+    if held and len(held) != len(flow.steps):
+        raise ValueError(f"{prefix}: {len(held)} steps in the file, {len(flow.steps)} steps in the flow")
     for key, ours in to_freia(flow, prefix).items():
         if key not in state:
             raise ValueError(f"{key} is missing: not a FrEIA 0.2 state dict of {len(flow.steps)} steps under {prefix!r}")

@@ -302,6 +302,14 @@ def test_published_rates(passes, hold):
             assert schedule.rate((epoch + step / own) / schedule.epochs) == pytest.approx(expected, rel=1e-9), (meta, i)
 
 
+def test_hold_changes_with_the_epoch():
+    "Not a step late, however long the training."
+    for n in range(1, 60):
+        s = Schedule(epochs=n, lr=1.0, hold=1)
+        rates = [[s.rate((e + k / 3) / n) for k in range(3)] for e in range(n)]
+        assert rates == [3 * [pytest.approx(0.5 * (1 + math.cos(math.pi * e / n)))] for e in range(n)]
+
+
 def test_warm_up_and_floor():
     "A rise from a tenth to where the decay stands; the cosine ends at the floor; without decay the rate stays."
     s = Schedule(epochs=10, lr=1.0, warmup=5)
