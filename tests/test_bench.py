@@ -108,7 +108,8 @@ def test_every_term_of_the_loss_is_compared(term, monkeypatch, untimed):
 def test_another_position_code_is_noticed(name, monkeypatch, untimed):
     "The flow is conditional in earnest: with the code of other positions its output differs."
     forward = Flow.forward
-    monkeypatch.setattr(Flow, "forward", lambda self, x, cond: forward(self, x, cond.roll(1, 0)))
+    roll = lambda cond: (cond[0].roll(1, 0), cond[1]) if isinstance(cond, tuple) else cond.roll(1, 0)
+    monkeypatch.setattr(Flow, "forward", lambda self, x, cond: forward(self, x, roll(cond)))
     with pytest.raises(B.OutputsDiffer, match="differs"): small(name)
 
 
@@ -132,15 +133,16 @@ def test_bfloat16_has_its_own_rows_where_the_cpu_has_none():
 
 def test_fiber_rows_have_their_own_positions(monkeypatch):
     "Shuffled over images and positions, as in training."
-    seen = []
-    forward = Flow.forward
+    seen, forward = [], Flow.forward
     def look(self, x, cond):
-        seen.append((x.shape, cond))
+        seen.append((x.shape, *cond))
         return forward(self, x, cond)
     monkeypatch.setattr(Flow, "forward", look)
     B.bench_cflow(1, rows=(24,), channels=8, code=8, steps=1, grid=(3, 4), images=4, progress=False)
-    (rows, channels), cond = seen[0]
-    assert (rows, channels) == (24, 8) and cond.shape == (24, 8) and 6 < len(cond.unique(dim=0)) <= 12 and not torch.equal(cond[:12], cond[12:])
+    shape, table, index = seen[0]
+    assert shape == (24, 8) and torch.equal(table, B.code_rows(8, (3, 4))) and len(table) == 12
+    counts = index.bincount(minlength=12)
+    assert counts.sum() == 24 and counts.max() <= 4 and not (index.diff() == 1).all() and len(counts) == 12 and (counts > 1).any()
 
 
 @pytest.mark.parametrize("got, want, error", [

@@ -404,18 +404,20 @@ def test_each_fiber_batch_has_its_step(fibers, steps, make, features, monkeypatc
     assert history[0]["loss"] == pytest.approx(sum(v for v, _ in seen) / len(seen))
 
 
-def test_fibers_are_shuffled_anew(make, features, monkeypatch):
-    "In every step another order, by the seed of the schedule and nothing else."
-    drawn = {}
+def test_fibers_are_shuffled_anew(make, features, bank_of):
+    "Every row once a batch, in every batch in another order (the images are all the same), by the seed of the schedule and nothing else."
+    drawn, bank = {}, bank_of(*(x[:1].expand_as(x) for x in features.bank.levels))
     for key, seed in (("a", 0), ("again", 0), ("other", 1)):
         model, drawn[key] = make(method=CFlow, code=4, fibers=16), []
         own = model.loss
-        model.loss = lambda level, rows, code: drawn[key].append((level, code.sum(1))) or own(level, rows, code)
+        model.loss = lambda level, rows, *rest: drawn[key].append((level, rows.detach())) or own(level, rows, *rest)
         torch.manual_seed(len(drawn))
-        fit(model, features.bank, replace(SCHEDULE, epochs=2, seed=seed), progress=False)
-    flat = {k: [c for level, c in v if level == 0] for k, v in drawn.items()}
+        fit(model, bank, replace(SCHEDULE, epochs=2, seed=seed), progress=False)
+    flat = {k: [rows for level, rows in v if level == 0] for k, v in drawn.items()}
     assert all(torch.equal(x, y) for x, y in zip(flat["a"], flat["again"])) and not torch.equal(flat["a"][0], flat["other"][0])
     assert not any(torch.equal(x, y) for i, x in enumerate(flat["a"]) for y in flat["a"][:i])
+    _, counts = torch.cat(flat["a"][:9]).unique(dim=0, return_counts=True)
+    assert counts.tolist() == [4] * 36  # 4 images of 36 positions
 
 
 def test_groups_have_their_own_rates(make, features):
