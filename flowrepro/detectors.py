@@ -6,8 +6,9 @@ Docs: https://flowrepro.github.io/flowrepro/detectors.html.md"""
 
 # %% auto #0
 __all__ = ['DETECTORS', 'FASTFLOW_PUBLISHED', 'CFLOW_SIZES', 'CLASS_MODES', 'BASES', 'OFFICIAL', 'Standardise', 'norm_layer',
-           'normal_base', 'image_files', 'open_images', 'Detector', 'fit', 'predict', 'weights_of', 'save',
-           'read_saved', 'load', 'load_state', 'FastFlow', 'DenseDetector', 'CFlow', 'HGAD', 'check_official',
+           'normal_base', 'image_files', 'open_images', 'Detector', 'all_parts', 'calibrate', 'score_parts', 'fit',
+           'predict', 'weights_of', 'save', 'read_saved', 'load', 'load_state', 'FastFlow', 'DenseDetector',
+           'FiberBatches', 'CFlow', 'OverCategories', 'HGADLosses', 'HGADParts', 'HGAD', 'check_official',
            'to_official', 'from_official']
 
 # %% ../nbs/07_detectors.ipynb #b1e512b9
@@ -146,22 +147,28 @@ class Detector(nn.Module):
     def device(self) -> torch.device:
         return self.calibration.device
 
-    @torch.no_grad()
-    def all_parts(self, bank: FeatureBank, labels: Tensor | None = None, batch: int = 32) -> list[Parts]:
-        "The parts of every image of a bank, level by level."
-        self.eval()
-        own = lambda i: None if labels is None else labels[i:i + batch].to(self.device)
-        return join([self.parts(bank[slice(i, i + batch)], own(i)) for i in range(0, len(bank), batch)])
+# %% ../nbs/07_detectors.ipynb #0d3e7b11
+@torch.no_grad()
+def all_parts(detector: Detector, bank: FeatureBank, labels: Tensor | None = None, batch: int = 32) -> list[Parts]:
+    "The parts of every image of a bank, level by level."
+    detector.eval()
+    own = lambda i: None if labels is None else labels[i:i + batch].to(detector.device)
+    return join([detector.parts(bank[slice(i, i + batch)], own(i)) for i in range(0, len(bank), batch)])
 
-    @torch.no_grad()
-    def calibrate(self, bank: FeatureBank, labels: Tensor | None = None) -> None:
-        "Put the levels on one scale by their log-likelihoods on training images (`scores.calibration`)."
-        self.calibration.copy_(calibration(self.all_parts(bank, labels)))
 
-    def score_parts(self, parts: list[Parts], score: Score | None = None) -> tuple[Tensor, Tensor]:
-        "Anomaly maps (B, size, size) and image scores (B,) of the parts, under the detector's score or another."
-        stats = None if self.calibration.isnan().any() else self.calibration
-        return score_batch(parts, self.backbone.size, score or self.score, stats)
+@torch.no_grad()
+def calibrate(detector: Detector, bank: FeatureBank, labels: Tensor | None = None) -> None:
+    "Put the levels on one scale by their log-likelihoods on training images (`scores.calibration`)."
+    detector.calibration.copy_(calibration(all_parts(detector, bank, labels)))
+
+
+def score_parts(detector: Detector, parts: list[Parts], score: Score | None = None) -> tuple[Tensor, Tensor]:
+    "Anomaly maps (B, size, size) and image scores (B,) of the parts, under the detector's score or another."
+    stats = None if detector.calibration.isnan().any() else detector.calibration
+    return score_batch(parts, detector.backbone.size, score or detector.score, stats)
+
+
+Detector.all_parts, Detector.calibrate, Detector.score_parts = all_parts, calibrate, score_parts
 
 # %% ../nbs/07_detectors.ipynb #871daa73
 def fit(detector: Detector, dataset: Dataset, **settings) -> Detector:
@@ -341,34 +348,9 @@ class DenseDetector(Detector):
         for l, x in enumerate(features):
             yield self.flows[l](self.rows(l, x), self.code(l))
 
-# %% ../nbs/07_detectors.ipynb #c9dc2107
-class CFlow(DenseDetector):
-    "CFLOW-AD (Gudovskiy et al. 2022): a conditional dense flow a level, trained on shuffled fiber batches."
-
-    method = "cflow"
-
-    def __init__(
-        self,
-        backbone: str | Backbone = "tf_efficientnet_lite0",  # a timm name, or a `Backbone` with its levels and size
-        steps: int = 8,
-        code: int = 128,  # channels of the position code
-        fibers: int | None = None,  # rows of a fiber batch, each with a step (public code: 256); None: all rows of a level at once
-        clamp: float = 1.9,
-        soft: bool = True,  # rotations
-        rule: str = "published",
-        norm: str = "standard",
-        base: str = "standard",  # or 'diagonal', AltUB's; `normal_base`
-        per: str = "channel",  # of a diagonal base: 'channel' or 'scalar' (fiber batches mix positions)
-        scale: bool = True,
-        score: Score | None = None,  # default `Score()`; the public code's is scores.PUBLISHED["cflow"]
-    ):
-        if per == "position":
-            raise ValueError("per='position': CFLOW-AD's fiber batches mix positions; use per='channel' or 'scalar'")
-        if fibers is not None and (not isinstance(fibers, int) or fibers < 1):
-            raise ValueError(f"fibers {fibers!r}: a whole number from 1, or None for all rows of a level")
-        config = dict(steps=steps, code=code, fibers=fibers, clamp=clamp, soft=soft, rule=rule, norm=norm, base=base, per=per, scale=scale)
-        super().__init__(Backbone(backbone, **self.features) if isinstance(backbone, str) else backbone, score or Score(), config,
-                         lambda shape: normal_base(base, shape, -1, per, scale))
+# %% ../nbs/07_detectors.ipynb #0d3e7b20
+class FiberBatches(DenseDetector):
+    "Training on shuffled rows of any position, in batches of `fibers` rows."
 
     def check_batch(self, images: int) -> None:
         rows = [h * w * images for _, h, w in self.backbone.shapes]
@@ -396,20 +378,138 @@ class CFlow(DenseDetector):
             out.append(Parts(square(self.bases[l].per_dimension(z)), square(logdet / z.shape[-1])))
         return out
 
+# %% ../nbs/07_detectors.ipynb #c9dc2107
+class CFlow(FiberBatches):
+    "CFLOW-AD (Gudovskiy et al. 2022): a conditional dense flow a level, trained on shuffled fiber batches."
+
+    method = "cflow"
+
+    def __init__(
+        self,
+        backbone: str | Backbone = "tf_efficientnet_lite0",  # a timm name, or a `Backbone` with its levels and size
+        steps: int = 8,
+        code: int = 128,  # channels of the position code
+        fibers: int | None = None,  # rows of a fiber batch, each with a step (public code: 256); None: all rows of a level at once
+        clamp: float = 1.9,
+        soft: bool = True,  # rotations
+        rule: str = "published",
+        norm: str = "standard",
+        base: str = "standard",  # or 'diagonal', AltUB's; `normal_base`
+        per: str = "channel",  # of a diagonal base: 'channel' or 'scalar' (fiber batches mix positions)
+        scale: bool = True,
+        score: Score | None = None,  # default `Score()`; the public code's is scores.PUBLISHED["cflow"]
+    ):
+        if per == "position":
+            raise ValueError("per='position': CFLOW-AD's fiber batches mix positions; use per='channel' or 'scalar'")
+        if fibers is not None and (not isinstance(fibers, int) or fibers < 1):
+            raise ValueError(f"fibers {fibers!r}: a whole number from 1, or None for all rows of a level")
+        config = dict(steps=steps, code=code, fibers=fibers, clamp=clamp, soft=soft, rule=rule, norm=norm, base=base, per=per, scale=scale)
+        super().__init__(Backbone(backbone, **self.features) if isinstance(backbone, str) else backbone, score or Score(), config,
+                         lambda shape: normal_base(base, shape, -1, per, scale))
+
 
 DETECTORS["cflow"] = CFlow
 CFLOW_SIZES = {"bottle": 512, "cable": 256, "capsule": 256, "carpet": 512, "grid": 512, "hazelnut": 256, "leather": 512, "metal_nut": 256,
                "pill": 256, "screw": 512, "tile": 512, "toothbrush": 512, "transistor": 128, "wood": 512, "zipper": 512}  # MVTec AD, public commands
 
-# %% ../nbs/07_detectors.ipynb #ad36542b
+# %% ../nbs/07_detectors.ipynb #0d3e7b30
 CLASS_MODES = ("known", "inferred", "inferred-top")
 BASES = {"hierarchical": HierarchicalMixture, "classes": ClassMixture, "standard": StandardNormal, "diagonal": DiagonalNormal}
 
 
-class HGAD(DenseDetector):
+class OverCategories(DenseDetector):
+    "A dense detector whose bases are over the categories of its training images."
+
+    labelled = True
+
+    def adopt(self, categories: Iterable[str]) -> None:
+        "Give each level a base over these categories; ValueError for names that repeat, or none."
+        names = list(categories)
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"categories {names}: at least one, each once")
+        self.config["categories"], kind = names, self.config["base"]
+        sizes = {"hierarchical": (self.config["centres"],), "classes": ()}.get(kind)
+        made = [normal_base(kind, s, -1) if sizes is None else BASES[kind](len(names), s[0], *sizes) for s in self.backbone.shapes]
+        self.bases = nn.ModuleList(made).to(self.device)
+
+    def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.config["categories"] is None:
+            raise ValueError("this HGAD does not know its categories yet: fit it, or give categories=[...]")
+        return super().latents(features)
+
+    def number_of(self, category: str) -> int:
+        "The number of a category; DataError if the model was not trained on it."
+        names = self.config["categories"] or []
+        if category not in names:
+            raise DataError(f"category {category!r}: this model knows {', '.join(names) or 'none yet'}; train it on that category, too")
+        return names.index(category)
+
+    def labels_of(self, dataset: Dataset) -> Tensor:
+        if self.config["categories"] is None:
+            self.adopt(dataset.categories)
+        return torch.tensor([self.number_of(r.category) for r in dataset.records])
+
+# %% ../nbs/07_detectors.ipynb #0d3e7b32
+class HGADLosses(OverCategories):
+    "Training by HGAD's losses, in two stages."
+
+    def begin(self, epoch: int, epochs: int) -> None:
+        self.intra = self.config["base"] == "hierarchical" and epoch >= self.config["stage_one"] * epochs - 1e-9
+
+    def groups(self, weight_decay: float) -> list[dict]:
+        flows = [p for m in (self.norms, self.flows) for p in m.parameters()]
+        named = dict(self.bases.named_parameters())
+        centres = [p for n, p in named.items() if n.endswith(("mu", "delta"))]
+        rest = [p for n, p in named.items() if not n.endswith(("mu", "delta"))]
+        groups = ({"params": flows, "weight_decay": weight_decay}, {"params": centres, "weight_decay": 0.0, "rate": self.config["centre_rate"]},
+                  {"params": rest, "weight_decay": 0.0})
+        return [g for g in groups if g["params"]]
+
+    def level_loss(self, level: int, z: Tensor, logdet: Tensor, labels: Tensor | None) -> Tensor:
+        "HGAD's loss of a level's latent, or the negative log-likelihood per dimension where the base is a single normal."
+        base, c = self.bases[level], self.config
+        if not self.mixture:
+            return -(base.per_dimension(z) + logdet / z.shape[-1]).mean()
+        if labels is None:
+            raise ValueError("HGAD is trained with the category of each image: pass labels")
+        return hgad_loss(hgad_terms(z, logdet, labels, base, self.intra, c["smoothing"]), c["lambda1"], c["lambda2"], c["lambda_e"])
+
+    def losses(self, features: list[Tensor], labels: Tensor | None = None, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        each = (self.level_loss(l, z, logdet, labels) for l, (z, logdet) in enumerate(self.latents(features)))
+        if self.config["joint"]:
+            yield sum(each)
+        else:
+            yield from each
+
+# %% ../nbs/07_detectors.ipynb #0d3e7b33
+class HGADParts(HGADLosses):
+    "What HGAD says of each position: a likelihood, of the category that is known or inferred, and an entropy."
+
+    def parts(self, features: list[Tensor], labels: Tensor | None = None, class_mode: str | None = None) -> list[Parts]:
+        latents, out = list(self.latents(features)), []
+        own = self.categories_for(latents, labels, class_mode or self.config["class_mode"]) if self.mixture else None
+        for l, (z, logdet) in enumerate(latents):
+            square = lambda t: t.view(len(z), *features[l].shape[2:])
+            entropy = None
+            if self.mixture:
+                q = self.bases[l].log_posterior(z)
+                entropy = square((q.exp() * q).sum(-1))
+            out.append(Parts(square(self.bases[l].per_dimension(z, own)), square(logdet / z.shape[-1]), entropy))
+        return out
+
+    def categories_for(self, latents: list[tuple[Tensor, Tensor]], labels: Tensor | None, mode: str) -> Tensor | None:
+        "The category whose likelihood counts, of each image, (B,); None for the marginal over all. ValueError if it must be known and is not."
+        if mode == "known" and labels is None:
+            raise ValueError("class_mode='known': the category of each image must be given (a Dataset, category=..., or labels); without it use class_mode='inferred'")
+        if mode == "inferred-top":
+            return sum(base.class_log_prob(z).sum(1) for base, (z, _) in zip(self.bases, latents)).argmax(-1)
+        return labels if mode == "known" else None
+
+# %% ../nbs/07_detectors.ipynb #ad36542b
+class HGAD(HGADParts):
     "HGAD (Yao et al. 2024): one conditional dense flow a level for all categories, against a hierarchical Gaussian mixture."
 
-    method, labelled = "hgad", True
+    method = "hgad"
     features = dict(levels=(3,), pyramid=(1.0, 0.5, 0.25))  # stride 16 of three sizes
 
     def __init__(
@@ -446,81 +546,6 @@ class HGAD(DenseDetector):
         super().__init__(backbone, score or (Score(image_criterion="product") if self.mixture else Score()), config, lambda shape: nn.Identity())
         if categories is not None:
             self.adopt(categories)
-
-    def adopt(self, categories: Iterable[str]) -> None:
-        "Give each level a base over these categories; ValueError for names that repeat, or none."
-        names = list(categories)
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"categories {names}: at least one, each once")
-        self.config["categories"], kind = names, self.config["base"]
-        sizes = {"hierarchical": (self.config["centres"],), "classes": ()}.get(kind)
-        made = [normal_base(kind, s, -1) if sizes is None else BASES[kind](len(names), s[0], *sizes) for s in self.backbone.shapes]
-        self.bases = nn.ModuleList(made).to(self.device)
-
-    def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        if self.config["categories"] is None:
-            raise ValueError("this HGAD does not know its categories yet: fit it, or give categories=[...]")
-        return super().latents(features)
-
-    def number_of(self, category: str) -> int:
-        "The number of a category; DataError if the model was not trained on it."
-        names = self.config["categories"] or []
-        if category not in names:
-            raise DataError(f"category {category!r}: this model knows {', '.join(names) or 'none yet'}; train it on that category, too")
-        return names.index(category)
-
-    def labels_of(self, dataset: Dataset) -> Tensor:
-        if self.config["categories"] is None:
-            self.adopt(dataset.categories)
-        return torch.tensor([self.number_of(r.category) for r in dataset.records])
-
-    def begin(self, epoch: int, epochs: int) -> None:
-        self.intra = self.config["base"] == "hierarchical" and epoch >= self.config["stage_one"] * epochs - 1e-9
-
-    def groups(self, weight_decay: float) -> list[dict]:
-        flows = [p for m in (self.norms, self.flows) for p in m.parameters()]
-        named = dict(self.bases.named_parameters())
-        centres = [p for n, p in named.items() if n.endswith(("mu", "delta"))]
-        rest = [p for n, p in named.items() if not n.endswith(("mu", "delta"))]
-        groups = ({"params": flows, "weight_decay": weight_decay}, {"params": centres, "weight_decay": 0.0, "rate": self.config["centre_rate"]},
-                  {"params": rest, "weight_decay": 0.0})
-        return [g for g in groups if g["params"]]
-
-    def level_loss(self, level: int, z: Tensor, logdet: Tensor, labels: Tensor | None) -> Tensor:
-        "HGAD's loss of a level's latent, or the negative log-likelihood per dimension where the base is a single normal."
-        base, c = self.bases[level], self.config
-        if not self.mixture:
-            return -(base.per_dimension(z) + logdet / z.shape[-1]).mean()
-        if labels is None:
-            raise ValueError("HGAD is trained with the category of each image: pass labels")
-        return hgad_loss(hgad_terms(z, logdet, labels, base, self.intra, c["smoothing"]), c["lambda1"], c["lambda2"], c["lambda_e"])
-
-    def losses(self, features: list[Tensor], labels: Tensor | None = None, generator: torch.Generator | None = None) -> Iterator[Tensor]:
-        each = (self.level_loss(l, z, logdet, labels) for l, (z, logdet) in enumerate(self.latents(features)))
-        if self.config["joint"]:
-            yield sum(each)
-        else:
-            yield from each
-
-    def parts(self, features: list[Tensor], labels: Tensor | None = None, class_mode: str | None = None) -> list[Parts]:
-        latents, out = list(self.latents(features)), []
-        own = self.categories_for(latents, labels, class_mode or self.config["class_mode"]) if self.mixture else None
-        for l, (z, logdet) in enumerate(latents):
-            square = lambda t: t.view(len(z), *features[l].shape[2:])
-            entropy = None
-            if self.mixture:
-                q = self.bases[l].log_posterior(z)
-                entropy = square((q.exp() * q).sum(-1))
-            out.append(Parts(square(self.bases[l].per_dimension(z, own)), square(logdet / z.shape[-1]), entropy))
-        return out
-
-    def categories_for(self, latents: list[tuple[Tensor, Tensor]], labels: Tensor | None, mode: str) -> Tensor | None:
-        "The category whose likelihood counts, of each image, (B,); None for the marginal over all. ValueError if it must be known and is not."
-        if mode == "known" and labels is None:
-            raise ValueError("class_mode='known': the category of each image must be given (a Dataset, category=..., or labels); without it use class_mode='inferred'")
-        if mode == "inferred-top":
-            return sum(base.class_log_prob(z).sum(1) for base, (z, _) in zip(self.bases, latents)).argmax(-1)
-        return labels if mode == "known" else None
 
 
 DETECTORS["hgad"] = HGAD

@@ -464,6 +464,7 @@ def test_results_by_class_mode(name, every):
     modes = results["last_by_class_mode"]
     assert results.keys() == {"last", "best", "last_by_class_mode"} and list(modes) == ["known", "inferred", "inferred-top"]
     assert every(name).detector.config["class_mode"] == "inferred" and flat(modes["inferred"]) == pytest.approx(flat(results["last"]))
+    assert every(name).detector.calibration.tolist() == weights(every(name))["calibration"]
     for values in modes.values():
         assert values.keys() == results["last"].keys() and all(list(v) == METRICS and all(0 <= x <= 1 for x in v.values()) for v in values.values())
     assert (modes["known"] == modes["inferred"]) == (name == "hgad-one-category"), "a single category is always known, one of several not"

@@ -596,6 +596,20 @@ def test_fit_dataset_refuses_unknown_settings(tiny_backbone, toy):
         FastFlow(tiny_backbone(), steps=1).fit(train, epoch=3)
 
 
+def test_the_model_knows_the_epoch(make, features, tmp_path):
+    "It is told as each begins, on resuming as well: HGAD's second stage hangs on it."
+    kw = dict(method=HGAD, **SMALL[HGAD])
+    for model, first in ((make(**kw), 0), (make(**kw), 2)):
+        told, own = [], model.losses
+        begin = model.begin
+        model.begin = lambda epoch, epochs: told.append((epoch, epochs)) or begin(epoch, epochs)
+        model.losses = lambda *given: told.append(model.intra) or own(*given)
+        fit(model, features.bank, SCHEDULE, LABELS, checkpoint=tmp_path / "c.pt", progress=False)
+        assert told == [t for e in range(first, 4) for t in ((e, 4), *3 * [e >= 2])]
+        saved = torch.load(tmp_path / "c.pt", weights_only=True)
+        torch.save(saved | {"epoch": 1}, tmp_path / "c.pt")
+
+
 def test_layers_in_training(features, stand_in):
     "The model is in training mode while it trains, even after an evaluation put it in eval mode."
     model, modes = FastFlow(stand_in(features.shapes), steps=1, norm="none"), []
