@@ -92,5 +92,5 @@ class BaseTurn:
     @staticmethod
     def keep(parameter: nn.Parameter, gradient: torch.Tensor | None) -> bool:
         "Put a gradient at its parameter; whether there is one."
-        parameter.grad = gradient
+        parameter.grad = None if gradient is None else gradient.contiguous()
         return gradient is not None

@@ -107,7 +107,7 @@ def own_affinity(z: Tensor, centres: Tensor, label: Tensor) -> Tensor:
 
 def check_label(label: Tensor, classes: int, n: int) -> None:
     "ValueError for labels that are not n whole numbers in [0, classes)."
-    if label.shape != (n,) or label.is_floating_point():
+    if label.shape != (n,) or label.dtype != torch.long:
         raise ValueError(f"labels of shape {tuple(label.shape)}, {label.dtype}: one whole number for each of the {n} images")
     if n and not 0 <= int(label.min()) <= int(label.max()) < classes:
         raise ValueError(f"labels {int(label.min())} to {int(label.max())}: this base has the categories 0 to {classes - 1}")
@@ -134,7 +134,7 @@ class ClassMixture(Base):
 
     def rows(self, z: Tensor) -> Tensor:
         "z as rows (B, P, D)."
-        return z.flatten(2).transpose(1, 2) if self.dim == 1 else z.reshape(len(z), -1, z.shape[-1])
+        return z.flatten(2).transpose(1, 2) if self.dim == 1 else z.reshape(len(z), math.prod(z.shape[1:-1]), z.shape[-1])
 
     def class_log_prob(self, rows: Tensor) -> Tensor:
         "log p(z | y) of rows (B, P, D) for every category, (B, P, K), without −‖z‖²/2 and the constant."

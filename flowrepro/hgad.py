@@ -45,8 +45,8 @@ def hgad_terms(
     a, own = affinities(z, mixture, label, intra)
     log_p = F.log_softmax(mixture.phi, 0)
     q, fixed = F.log_softmax(a, -1), log_p.detach()
-    target = F.one_hot(label, mixture.classes) * (1 - smoothing) + smoothing / mixture.classes
-    information = (F.log_softmax(a + fixed, -1) - fixed) * target[:, None].to(z.dtype)
+    target = F.one_hot(label, mixture.classes).to(z.dtype) * (1 - smoothing) + smoothing / mixture.classes
+    information = (F.log_softmax(a + fixed, -1) - fixed) * target[:, None]
     terms = {"L_g": (half - (a + log_p).logsumexp(-1) - logdet).mean() / D, "L_mi": information.sum(-1).mean(), "L_e": -(q.exp() * q).sum(-1).mean()}
     if intra:
         loglik = (own + F.log_softmax(mixture.psi, -1)[label][:, None]).logsumexp(-1) - half + logdet

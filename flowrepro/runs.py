@@ -380,10 +380,6 @@ class Run:
         "`evaluate_parts` of the test images under a score; the detector's own unless told otherwise."
         return evaluate_parts(parts or self.parts, self.test_set, score or self.detector.score, self.detector.calibration, self.size, self.masks)
 
-    def finish(self) -> dict:
-        "Write the results, `metrics.json` last; returns what that holds."
-        return write_results(self)
-
 # %% ../nbs/11_runs.ipynb #3771587f
 def evaluation_epochs(epochs: int, evaluations: int) -> tuple[int, ...]:
     "The epochs after which a run is evaluated: evenly spread, the last among them."
@@ -449,6 +445,9 @@ def write_results(run: Run) -> dict:
     write_json(run.out / "metrics.json", metrics)
     (run.out / "checkpoint.pt").unlink(missing_ok=True)
     return metrics
+
+
+Run.finish = write_results
 
 # %% ../nbs/11_runs.ipynb #cb28dd27
 def score_forms(run: Run, forms: dict[str, Score] | None = None) -> pd.DataFrame:

@@ -178,10 +178,10 @@ def adam_step(model: Detector, optimizer: torch.optim.Optimizer, loss: Tensor, r
     "An ordinary step at a learning rate; a group may have a multiple of it."
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("rate", 1.0)
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     loss.backward()
     if clip is not None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
     optimizer.step()
 
 # %% ../nbs/10_training.ipynb #2c0afe62
