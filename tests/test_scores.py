@@ -124,6 +124,12 @@ def test_calibration(shift, classes):
     assert len(set(stats.flatten().tolist())) == (12 if classes else 11)
 
 
+@pytest.mark.xfail(strict=True, reason="scores.calibration: std() of one value is NaN, which reads as not fitted")
+@pytest.mark.filterwarnings("ignore:std")
+def test_calibration_of_one_position():
+    assert calibration(make(1, shapes=[(1, 1)])).isfinite().all()
+
+
 def test_share_that_the_training_images_suggest():
     "(r - 1)/3 within [0, 1], r how much more j varies than a, on the mean of the levels; and it is the share behind `logdet=None`."
     parts = make(7, seed=5)

@@ -477,8 +477,7 @@ def test_rate_of_the_turns(make, features):
         assert all((p - q).abs().max().item() == pytest.approx(expected, rel=0.02) for p, q in zip(model.base_parameters(), before))
 
 
-@pytest.mark.parametrize("joint", [True, pytest.param(False, marks=pytest.mark.xfail(
-    strict=True, reason="training.adam_step: the norm counts the base's gradient, which nothing clears between ordinary steps"))])
+@pytest.mark.parametrize("joint", [True, False])
 def test_clip_counts_what_the_step_moves(joint, make, features):
     "After turns and ordinary steps, a clipped gradient of what the step moves is as long as `clip`."
     model, altub, x = make(base="diagonal"), AltUB(joint=joint), features.bank[slice(0, 8)]
