@@ -15,7 +15,7 @@ __all__ = ['DETECTORS', 'FASTFLOW_PUBLISHED', 'CFLOW_SIZES', 'CLASS_MODES', 'BAS
 import copy
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -105,7 +105,7 @@ class Detector(nn.Module):
     def __init__(self, backbone: Backbone, score: Score, config: dict, flow: Callable[[tuple], Flow], base: Callable[[tuple], Base]):
         super().__init__()
         self.backbone, self.score, self.config = backbone, score, config
-        self.register_buffer("calibration", torch.full((len(backbone.shapes), 6), float("nan")))
+        self.register_buffer("calibration", torch.full((len(backbone.shapes), 8), float("nan")))
         self.norms = nn.ModuleList(norm_layer(config["norm"], s) for s in backbone.shapes)
         self.flows = nn.ModuleList(map(flow, backbone.shapes))
         self.bases = nn.ModuleList(map(base, backbone.shapes))
@@ -428,6 +428,8 @@ class OverCategories(DenseDetector):
         if not names or len(set(names)) < len(names):
             raise ValueError(f"categories {names}: at least one, each once")
         self.config["categories"], kind = names, self.config["base"]
+        if len(names) == 1:  # the entropy over one category says nothing
+            self.score = replace(self.score, criterion="likelihood", image_criterion="likelihood")
         sizes = {"hierarchical": (self.config["centres"],), "classes": ()}.get(kind)
         made = [normal_base(kind, s, -1) if sizes is None else BASES[kind](len(names), s[0], *sizes) for s in self.backbone.shapes]
         self.bases = nn.ModuleList(made).to(self.device)

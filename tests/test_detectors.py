@@ -316,7 +316,8 @@ def test_calibration_is_of_the_training_images(trained, parts_folder):
     train, _ = load("folder", parts_folder, transform=Transform(32))
     with torch.no_grad():
         parts = trained.parts(trained.backbone(torch.stack([train[i].image for i in range(len(train))])))
-    expected = torch.tensor([[p.base.mean(), p.logdet.mean(), 0.0, p.base.std(), p.logdet.std(), (p.base + p.logdet).max()] for p in parts])
+    expected = torch.tensor([[p.base.mean(), p.logdet.mean(), 0.0, p.base.std(correction=0), p.logdet.std(correction=0),
+                              *((p.base + s * p.logdet).max() for s in (0, 0.5, 1))] for p in parts])
     torch.testing.assert_close(trained.calibration, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -353,7 +354,7 @@ def test_save_and_load(settings, tiny_backbone, images, tmp_path):
     model = FastFlow(tiny_backbone(levels=(1, 2, 3), weights="random:4"), **settings)
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p) if p.requires_grad else 0
-    model.calibration.copy_(torch.linspace(0.1, 0.9, 18).view(3, 6))
+    model.calibration.copy_(torch.linspace(0.1, 0.9, 24).view(3, 8))
     model.save(tmp_path / "m.safetensors")
     torch.manual_seed(99)
     again = Detector.load(tmp_path / "m.safetensors")
@@ -374,7 +375,7 @@ def test_save_and_load_of_every_method(method, settings, tiny_backbone, images, 
     model = method(tiny_backbone(), steps=1, **settings)
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p) if p.requires_grad else 0
-    model.calibration.copy_(torch.linspace(0.1, 0.9, 12).view(2, 6))
+    model.calibration.copy_(torch.linspace(0.1, 0.9, 16).view(2, 8))
     model.save(tmp_path / "m.safetensors")
     for kind in (method, Detector):
         again = kind.load(tmp_path / "m.safetensors")

@@ -431,10 +431,7 @@ def test_smoke_runs(name, every):
     np.testing.assert_allclose(maps, run.maps, rtol=1e-4, atol=1e-4)
 
 
-no_entropy = pytest.mark.xfail(strict=True, reason="the default image_criterion 'product': with one category the entropy is 0 everywhere, and so is the product")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=no_entropy) if n == "hgad-one-category" else n for n in RUNS])
+@pytest.mark.parametrize("name", RUNS)
 def test_images_have_scores_of_their_own(name, every):
     run = every(name)
     assert len(set(run.scores.round(6))) > 0.8 * len(run.test_set) and (run.maps.std((1, 2)) > 1e-4).all()
