@@ -585,7 +585,8 @@ def test_fit_dataset_prepares_and_calibrates(tiny_backbone, toy):
         torch.testing.assert_close(norm(v).std((0, 2, 3))[alive], torch.ones(int(alive.sum())), atol=0.02, rtol=0)
         assert alive.sum() > 20
     with torch.no_grad():
-        expected = torch.tensor([[p.base.mean(), p.logdet.mean(), 0.0, p.base.std(), p.logdet.std(), (p.base + p.logdet).max()] for p in model.parts(x)])
+        expected = torch.tensor([[p.base.mean(), p.logdet.mean(), 0.0, p.base.std(correction=0), p.logdet.std(correction=0),
+                                  *((p.base + s * p.logdet).max() for s in (0, 0.5, 1))] for p in model.parts(x)])
     torch.testing.assert_close(model.calibration, expected, rtol=1e-4, atol=1e-4)
 
 
