@@ -358,18 +358,21 @@ class FiberBatches(DenseDetector):
             raise ValueError(f"a fiber batch of {n} rows is larger than a batch of {images} images, which has {min(rows)} rows "
                              f"on level {rows.index(min(rows))}: lower fibers, or raise batch")
 
-    def loss(self, level: int, rows: Tensor, position: Tensor) -> Tensor:
-        "@eq-cflow of rows (N, C) at positions (N,)."
-        z, logdet = self.flows[level](rows, (self.code(level), position))
+    def loss(self, level: int, rows: Tensor, cond: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        "@eq-cflow of rows (..., C) under codes as `Flow` takes them."
+        z, logdet = self.flows[level](rows, cond)
         return -F.logsigmoid((self.bases[level].log_prob(z) + logdet) / z.shape[-1]).mean()
 
     def losses(self, features: list[Tensor], labels: Tensor | None = None, generator: torch.Generator | None = None) -> Iterator[Tensor]:
         for l, x in enumerate(features):
-            rows, positions = self.rows(l, x).flatten(0, 1), len(self.code(l))
-            n = self.config["fibers"] or len(rows)
+            rows, positions, n = self.rows(l, x), len(self.code(l)), self.config["fibers"]
+            if n is None:  # all rows at once: their order is of no account, and images share their codes
+                yield self.loss(l, rows, self.code(l))
+                continue
+            rows = rows.flatten(0, 1)
             order = torch.randperm(len(rows), generator=generator).to(rows.device)
             for index in order[: len(rows) - len(rows) % n].split(n):
-                yield self.loss(l, rows[index], index % positions)
+                yield self.loss(l, rows[index], (self.code(l), index % positions))
 
     def parts(self, features: list[Tensor], labels: Tensor | None = None) -> list[Parts]:
         out = []

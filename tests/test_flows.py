@@ -406,3 +406,32 @@ def test_hidden_widths():
     assert first(conv_flow(101, 1, ratio=0.16)) == (8, 51, 3, 3) and first(dense_flow(9, 1, c_cond=4)) == (18, 9)
     assert [s.coupling.subnet.first.kernel_size[0] for s in conv_flow(4, 5).steps] == [3, 1, 3, 1, 3]
     assert len(dense_flow(4, 12).steps) == 12
+
+
+# -- products of their own -----------------------------------------------------------------------------------------
+
+def doubles(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.double, requires_grad=True)
+
+
+@pytest.mark.parametrize("lead", [(), (4,), (2, 3)], ids=str)
+def test_gradients_of_the_products(lead):
+    "First and second derivatives of the joined product and of the rotation, against finite differences."
+    torch.manual_seed(0)
+    perm = flows.random_rotation(5).double()
+    scale = (torch.rand(5, dtype=torch.double) + 0.5).requires_grad_()
+    for product, given in ((flows.Joined.apply, (doubles(*lead, 3), doubles(*lead, 2), doubles(6, 5), doubles(6))),
+                           (lambda *a: flows.Rotation.apply(*a, perm), (doubles(*lead, 5), scale, doubles(5)))):
+        assert torch.autograd.gradcheck(product, given) and torch.autograd.gradgradcheck(product, given)
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+def test_codes_by_position_and_by_row_give_the_same(rows):
+    "Latent, log-determinant and every gradient, the table's too, with fewer and with more rows than positions."
+    torch.manual_seed(0)
+    flow, table, index, x = flows.dense_flow(7, 3, 4).double(), doubles(12, 4), torch.randint(12, (rows,)), doubles(rows, 7)
+    def all_of(cond):
+        z, logdet = flow(x, cond)
+        return z, logdet, *torch.autograd.grad(z.square().sum() / 2 - logdet.sum(), [x, table, *flow.parameters()])
+    for a, b in zip(all_of(table[index]), all_of((table, index))):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from flowrepro.bases import ClassMixture, HierarchicalMixture
 from flowrepro.data import DataError, Dataset, Transform, load
 from flowrepro.detectors import CLASS_MODES, HGAD, CFlow, Detector, FastFlow
-from flowrepro.hgad import affinities, hgad_loss, hgad_terms
+from flowrepro.hgad import Affinity, affinities, hgad_loss, hgad_terms
 from flowrepro.scores import PUBLISHED, Score
 from flowrepro.training import Schedule, fit, optimizers_of
 
@@ -191,9 +191,9 @@ def test_affinities(size):
     "z·μ − ‖μ‖²/2 to all main centres, and to the own category's."
     z, _, label, mixture = make(size)
     of = lambda c: (z[:, :, None] * c).sum(-1) - c.square().sum(-1) / 2
-    main, own = affinities(z, mixture, label, own=True)
+    _, main, own = affinities(z, mixture, label, own=True)
     torch.testing.assert_close(main, of(mixture.mu)), torch.testing.assert_close(own, of(mixture.all_centres()[label][:, None]))
-    again, none = affinities(z, mixture, label, own=False)
+    _, again, none = affinities(z, mixture, label, own=False)
     torch.testing.assert_close(again, main)
     assert none is None
 
@@ -764,3 +764,15 @@ def test_defaults(stand_in):
     assert {k: model.config[k] for k in ("steps", "code", "centres", "lambda1", "lambda2", "lambda_e", "smoothing", "stage_one", "clamp", "soft", "norm", "class_mode")} == dict(
         steps=12, code=256, centres=10, lambda1=1.0, lambda2=1.0, lambda_e=1.0, smoothing=0.02, stage_one=0.08, clamp=1.9, soft=True, norm="standard", class_mode="inferred")
     assert model.score == replace(Score(), image_criterion="product") and HGAD.labelled and len(model.flows[0].steps) == 12
+
+
+def test_affinity_function():
+    "Its values against the definition, its first and second derivatives against finite differences, and no NaN at zero."
+    torch.manual_seed(0)
+    z, c = (torch.randn(3, n, 5, dtype=torch.double, requires_grad=True) for n in (4, 2))
+    half, a = Affinity.apply(z, c)
+    torch.testing.assert_close(half[..., None] - a, (z[:, :, None] - c[:, None]).square().sum(-1) / 2)
+    assert torch.autograd.gradcheck(Affinity.apply, (z, c)) and torch.autograd.gradgradcheck(Affinity.apply, (z, c))
+    zero = torch.zeros(1, 2, 5, requires_grad=True)
+    (g,) = torch.autograd.grad(sum(t.sum() for t in Affinity.apply(zero, torch.ones(1, 2, 5))), zero)
+    assert (g == 2).all()
