@@ -14,6 +14,7 @@ _HOMES = {
     "scores": ["Score"],
     "metrics": ["evaluate"],
     "training": ["Schedule"],
+    "diagnostics": [],
     "runs": ["Run", "configure"],
     "reports": [],
     "bench": [],

@@ -307,12 +307,13 @@ class FastFlow(Detector):
     def losses(self, features: list[Tensor], labels: Tensor | None = None, generator: torch.Generator | None = None) -> Iterator[Tensor]:
         yield self.loss(features)
 
+    def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        "Latents (B, C, H, W) and local log-determinants (B, H, W) of each level, one level after the other."
+        for x, norm, flow in zip(features, self.norms, self.flows):
+            yield flow(norm(x), local=True)
+
     def parts(self, features: list[Tensor], labels: Tensor | None = None) -> list[Parts]:
-        out = []
-        for x, norm, flow, base in zip(features, self.norms, self.flows, self.bases):
-            z, logdet = flow(norm(x), local=True)
-            out.append(Parts(base.per_dimension(z), logdet / z.shape[1]))
-        return out
+        return [Parts(base.per_dimension(z), logdet / z.shape[1]) for base, (z, logdet) in zip(self.bases, self.latents(features))]
 
 
 DETECTORS["fastflow"] = FastFlow

@@ -114,7 +114,7 @@ def plot_history(history: list[dict]):
     "Loss over epochs, and the test metrics at the evaluated ones; returns the figure."
     import matplotlib.pyplot as plt
 
-    frame = pd.DataFrame([{k: v for k, v in r.items() if k != "results"} for r in history])
+    frame = pd.DataFrame([{k: v for k, v in r.items() if k not in ("results", "base")} for r in history])
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.6), constrained_layout=True)
     left.plot(frame["epoch"], frame["loss"], color="C0")
     left.set(xlabel="epoch", ylabel="loss (nats per image)", title="training loss")

@@ -34,6 +34,7 @@ from .altub import AltUB
 from .backbones import Backbone
 from .data import Dataset, Transform, load
 from .detectors import CFLOW_SIZES, CLASS_MODES, DETECTORS, FASTFLOW_PUBLISHED, Detector
+from .diagnostics import base_state, base_trace, latents_file, pictures_file
 from .features import STORAGE, FeatureBank
 from .metrics import evaluate
 from .scores import PUBLISHED, Parts, Score, score_batch
@@ -344,7 +345,7 @@ class Run:
         self.normal = self.train_set.filter(label=0)
         self.labels, self.test_labels = map(self.detector.labels_of, (self.normal, self.test_set))
         check_training(self.detector, len(self.normal) * s["features"]["copies"], self.schedule, self.altub)
-        self.parts, self.seconds_evaluating = None, 0.0
+        self.parts, self.seconds_evaluating, self.base_start = None, 0.0, base_state(self.detector)
         self.size = s["transform"]["mask_size"] or s["transform"]["size"]  # of maps and masks
         self.out = open_folder(config)
 
@@ -374,7 +375,7 @@ class Run:
         self.parts = self.detector.all_parts(self.test_bank, self.test_labels)
         results, self.maps, self.scores = self.results()
         self.seconds_evaluating += time.perf_counter() - began
-        return results["mean"] | {"results": results}
+        return results["mean"] | {"results": results, "base": base_state(self.detector)}
 
     def results(self, score: Score | None = None, parts: list[Parts] | None = None) -> tuple[dict, np.ndarray, np.ndarray]:
         "`evaluate_parts` of the test images under a score; the detector's own unless told otherwise."
@@ -431,13 +432,16 @@ def by_class_mode(run: Run) -> dict[str, dict]:
 
 # %% ../nbs/11_runs.ipynb #194fbda0
 def write_results(run: Run) -> dict:
-    "Write history.csv, scores.csv, model.safetensors and, last, metrics.json; returns what that holds."
+    "Write history.csv, scores.csv, model.safetensors, latents.npz, pictures.npz and, last, metrics.json; returns what that holds."
     evaluated = [r for r in run.history if "results" in r]
-    rows = [{k: v for k, v in r.items() if k != "results"} | {f"{c}/{m}": v for c, ms in r["results"].items() if c != "mean" for m, v in ms.items()}
+    rows = [{k: v for k, v in r.items() if k not in ("results", "base")} | {f"{c}/{m}": v for c, ms in r["results"].items() if c != "mean" for m, v in ms.items()}
             for r in evaluated]
     pd.DataFrame(rows).to_csv(run.out / "history.csv", index=False)
     score_table(run).to_csv(run.out / "scores.csv", index=False)
     run.detector.save(run.out / "model.safetensors")
+    trace = base_trace([0, *(r["epoch"] for r in evaluated)], [run.base_start, *(r["base"] for r in evaluated)])
+    latents_file(run.out / "latents.npz", run.detector, run.test_bank, run.test_set, trace)
+    pictures_file(run.out / "pictures.npz", run.test_set, run.maps)
     results = {"last": run.history[-1]["results"], "best": best_results(run.history)}
     if modes := by_class_mode(run):
         results["last_by_class_mode"] = modes

@@ -25,7 +25,7 @@ from flowrepro.scores import PUBLISHED, Score
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ["image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro_30", "aupro_05"]
 PIXEL = [m for m in METRICS if not m.startswith("image")]
-FILES = {"config.json", "environment.json", "history.csv", "scores.csv", "model.safetensors", "metrics.json"}
+FILES = {"config.json", "environment.json", "history.csv", "scores.csv", "model.safetensors", "latents.npz", "pictures.npz", "metrics.json"}
 
 
 def execute(out, **parameters) -> Run:
