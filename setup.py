@@ -30,7 +30,7 @@ setup(
         "Programming Language :: Python :: 3.12",
     ],
     packages=find_packages(include=["flowrepro", "flowrepro.*"]),
-    package_data={"flowrepro": ["experiments/*.ipynb"]},
+    package_data={"flowrepro": ["experiments/*.ipynb", "published/*.csv"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"run": run, "bench": run + bench, "dev": run + bench + dev},
     entry_points={
