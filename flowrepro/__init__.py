@@ -16,6 +16,7 @@ _HOMES = {
     "training": ["Schedule"],
     "diagnostics": [],
     "runs": ["Run", "configure"],
+    "matrix": [],
     "reports": [],
     "bench": [],
 }
