@@ -10,7 +10,7 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 version = re.search(r'__version__ = "(.+)"', (here / "flowrepro/__init__.py").read_text()).group(1)
-run, bench, dev = (cfg[f"{name}_requirements"].split() for name in ("run", "bench", "dev"))
+run, workflow, bench, dev = (cfg[f"{name}_requirements"].split() for name in ("run", "workflow", "bench", "dev"))
 
 setup(
     name=cfg["lib_name"],
@@ -30,9 +30,9 @@ setup(
         "Programming Language :: Python :: 3.12",
     ],
     packages=find_packages(include=["flowrepro", "flowrepro.*"]),
-    package_data={"flowrepro": ["experiments/*.ipynb", "published/*.csv"]},
+    package_data={"flowrepro": ["experiments/*.ipynb", "published/*.csv", "workflow/*", "workflow/profiles/*/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"run": run, "bench": run + bench, "dev": run + bench + dev},
+    extras_require={"run": run, "workflow": run + workflow, "bench": run + bench, "dev": run + workflow + bench + dev},
     entry_points={
         "console_scripts": ["flowrepro=flowrepro.cli:main"],
         "nbdev": ["flowrepro=flowrepro._modidx:d"],

@@ -9,7 +9,7 @@ __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES
            'ConfigError', 'resolve', 'parse_overrides', 'Config', 'given_parameters', 'check_choices', 'check_settings',
            'configure', 'published_for', 'write_json', 'revision', 'environment', 'peak_memory', 'masks_by_category',
            'evaluate_parts', 'mean_results', 'best_results', 'Run', 'evaluation_epochs', 'open_folder', 'timing',
-           'score_table', 'by_class_mode', 'write_results', 'score_forms', 'run_notebook']
+           'score_table', 'by_class_mode', 'write_results', 'score_forms', 'execute_notebook', 'run_notebook']
 
 # %% ../nbs/11_runs.ipynb #c6d1b3a8
 import difflib
@@ -467,16 +467,19 @@ def score_forms(run: Run, forms: dict[str, Score] | None = None) -> pd.DataFrame
     return pd.DataFrame(rows).set_index(["category", "score"])
 
 # %% ../nbs/11_runs.ipynb #35d4ec17
-def run_notebook(parameters: dict, progress: bool = False) -> Path:
-    "Execute the run notebook with papermill in `out_dir`; returns the executed notebook. ConfigError before any work, RuntimeError with its path after a failure."
+def execute_notebook(name: str, executed: Path, parameters: dict, engine: str | None = None, progress: bool = False) -> Path:
+    "Execute an experiment notebook with papermill into `executed`, and return that; RuntimeError with its path after a failure."
     import papermill
 
-    config = configure(parameters)
-    out = Path(config.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    executed = out / "run.ipynb"
+    executed.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(HERE / "experiments/run.ipynb", executed, parameters=parameters | {"out_dir": str(out)}, kernel_name="python3", progress_bar=progress)
+        papermill.execute_notebook(HERE / f"experiments/{name}.ipynb", executed, parameters=parameters, engine_name=engine, kernel_name="python3", progress_bar=progress)
     except papermill.PapermillExecutionError as error:
         raise RuntimeError(f"{error.ename}: {error.evalue} (the executed notebook shows where: {executed})") from error
     return executed
+
+
+def run_notebook(parameters: dict, progress: bool = False, engine: str | None = None) -> Path:
+    "Execute the run notebook in `out_dir`, by papermill's engine of a name or its own; ConfigError before any work, RuntimeError as `execute_notebook`."
+    out = Path(configure(parameters).out_dir)
+    return execute_notebook("run", out / "run.ipynb", parameters | {"out_dir": str(out)}, engine, progress)
