@@ -345,8 +345,10 @@ def failures(plan: dict) -> list[str]:
             shown = f" (executed notebook: {out / name / 'run.ipynb'})" if (out / name / "run.ipynb").exists() else ""
             lines.append(f"{name}: {why.splitlines()[0][:300]}{shown}")
     for name in plan["notebooks"]:
-        if (error := out / f"notebooks/{name}.error.txt").exists():
-            lines.append(f"{name}: {error.read_text().strip().splitlines()[0][:300]} (executed notebook: {out / f'notebooks/{name}.ipynb'})")
+        if not (out / f"notebooks/{name}.done").exists():
+            error = out / f"notebooks/{name}.error.txt"
+            why = error.read_text().strip() if error.exists() else "it was not run; see snakemake.log"
+            lines.append(f"{name}: {why.splitlines()[0][:300]} (executed notebook: {out / f'notebooks/{name}.ipynb'})")
     return lines
 
 # %% ../nbs/12d_reproduce.ipynb #792dc382

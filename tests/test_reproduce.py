@@ -1,0 +1,146 @@
+"The graph: planned, run, resumed, and honest about what fails; on two tiny runs at preset smoke."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flowrepro import reproduce as R
+from flowrepro.matrix import MatrixError, load_matrix
+
+TINY = {"fastflow": {"title": "FastFlow", "method": "fastflow"}, "fastflow-altub": {"title": "FastFlow + AltUB", "method": "fastflow", "altub": True}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A folder with a matrix of two runs and one table."
+    top = tmp_path_factory.mktemp("graph")
+    write_matrix(top)
+    return top
+
+
+def write_matrix(top: Path, **changes) -> Path:
+    m = load_matrix()
+    m["variants"] = {k: v | {"overrides": changes.get(k, {})} for k, v in TINY.items()}
+    m["outputs"] = {"T1": {"notebook": "altub_tables", "role": "first", "variants": list(TINY)}}
+    m["presets"] = {"smoke": {"seeds": 1, "first": ["toy/weave"]}}
+    (top / "matrix.yml").write_text(yaml.safe_dump(m))
+    return top / "matrix.yml"
+
+
+def go(top: Path, *more: str, env: dict | None = None, **options) -> subprocess.CompletedProcess:
+    command = [FLOWREPRO, "reproduce", "--preset", "smoke", "--matrix", "matrix.yml", "--out", "out", *more]
+    return subprocess.run(command, cwd=top, capture_output=True, text=True, env=os.environ | (env or {}), timeout=300, **options)
+
+
+def stamps(top: Path) -> dict[str, int]:
+    return {p.parent.name: p.stat().st_mtime_ns for p in top.glob("out/*/metrics.json")}
+
+
+FLOWREPRO = str(Path(sys.executable).parent / "flowrepro")
+RUNS = {"fastflow-toy-weave-smoke-0", "fastflow-altub-toy-weave-smoke-0"}
+
+
+def test_runs_then_nothing_then_only_what_changed(folder):
+    "From nothing to a report; again: nothing to do; another setting or seed: only the runs that it concerns."
+    first = go(folder)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert stamps(folder).keys() == RUNS and "[2/2]" in first.stdout and "report:" in first.stdout
+    assert {p.name for p in folder.glob("out/tables/T1.*")} >= {"T1.csv", "T1.md", "T1.tex"} and (folder / "out/report.html").exists()
+    before = stamps(folder)
+    again = go(folder)
+    assert again.returncode == 0 and "nothing to do" in again.stdout and stamps(folder) == before
+    more = go(folder, "--seeds", "2", "--dry-run")
+    assert "to do: 2" in more.stdout and stamps(folder) == before
+    write_matrix(folder, **{"fastflow-altub": {"epochs": 3}})
+    changed = go(folder)
+    after = stamps(folder)
+    assert changed.returncode == 0 and "[1/1] fastflow-altub" in changed.stdout
+    assert after["fastflow-toy-weave-smoke-0"] == before["fastflow-toy-weave-smoke-0"] and after["fastflow-altub-toy-weave-smoke-0"] > before["fastflow-altub-toy-weave-smoke-0"]
+
+
+def test_failure_is_named_and_stops_nothing_else(tmp_path):
+    "A planted failure: the other run finishes, the exit code is 1, the executed notebook is named; mended, only the failed one runs."
+    write_matrix(tmp_path, fastflow={"where": "disk", "features.cache": "/proc/nowhere"})
+    done = go(tmp_path)
+    assert done.returncode == 1 and "FAILED" in done.stdout and "fastflow-toy-weave-smoke-0/run.ipynb" in done.stdout
+    assert stamps(tmp_path).keys() == {"fastflow-altub-toy-weave-smoke-0"}
+    before = stamps(tmp_path)
+    write_matrix(tmp_path)
+    mended = go(tmp_path)
+    assert mended.returncode == 0 and "[1/1] fastflow-toy" in mended.stdout and stamps(tmp_path).items() >= before.items()
+
+
+def test_interrupted_it_goes_on(tmp_path):
+    "An interrupt leaves no half result and no process; the same command finishes the rest."
+    write_matrix(tmp_path, **{"fastflow-altub": {"epochs": 400, "evaluations": 1}})
+    command = [FLOWREPRO, "reproduce", "--preset", "smoke", "--matrix", "matrix.yml", "--out", "out", "--jobs", "2"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until = time.time() + 120
+    while not (tmp_path / "out/fastflow-toy-weave-smoke-0/metrics.json").exists() and time.time() < until:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "interrupted: 1 of 2" in told and stamps(tmp_path).keys() == {"fastflow-toy-weave-smoke-0"}
+    write_matrix(tmp_path)
+    done = go(tmp_path)
+    assert done.returncode == 0 and stamps(tmp_path).keys() == RUNS
+
+
+@pytest.mark.parametrize("more, named", [
+    (["--only", "T11"], "did you mean 'T1'"), (["--preset", "smok"], "did you mean 'smoke'"), (["--data-root", "nowhere"], "no such folder"), (["--seeds", "0"], "at least 1"),
+    (["--cluster", "slrum", "--dry-run"], "slurm"),
+])
+def test_bad_input(folder, more, named):
+    "Named before any work, with exit code 2."
+    done = go(folder, *more)
+    assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr
+
+
+def test_inputs_follow_the_method():
+    "An edit of a module redoes what imports it, and nothing else."
+    plan = R.make_plan("demo", out="x")
+    names = {n: {Path(p).stem for p in e["inputs"]} for n, e in plan["runs"].items()}
+    assert all(("altub" in own) == ("altub" in n and "altub-no-turns" not in n) for n, own in names.items())
+    assert all(("hgad" in own) == n.startswith("hgad") for n, own in names.items())
+    assert not any({"tables", "figures", "reports", "cli"} & own for own in names.values())
+    assert all({"tables", "figures"} <= {Path(p).stem for p in e["inputs"]} for e in plan["notebooks"].values())
+
+
+def test_each_job_its_own_gpu(tmp_path, monkeypatch):
+    "Two simulated GPUs: two jobs at once hold different ones, a third waits until one is free."
+    monkeypatch.setenv("FLOWREPRO_GPUS", "2")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    script = ("import os, sys, time; from pathlib import Path; from flowrepro.reproduce import one_gpu\n"
+              "with one_gpu(Path(sys.argv[1])) as i:\n    print(i, os.environ['CUDA_VISIBLE_DEVICES'], time.time(), flush=True); time.sleep(1.5); print(time.time())")
+    jobs = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    held = [tuple(map(float, j.communicate(timeout=120)[0].split())) for j in jobs]
+    assert {h[0] for h in held} == {0.0, 1.0} and all(h[0] == h[1] for h in held)
+    for a in held:
+        assert not any(a is not b and a[0] == b[0] and a[2] < b[3] and b[2] < a[3] for b in held)
+
+
+def test_slurm_plan(folder):
+    "The profile for Slurm is read, and each run asks for its resources."
+    command = [*R.snakemake_command(folder / "out/plan.json", "runs", "slurm", 1), "--dry-run", "--forceall"]
+    (folder / "out").mkdir(exist_ok=True)
+    plan = R.make_plan("smoke", out=folder / "out", matrix=folder / "matrix.yml")
+    (folder / "out/plan.json").write_text(json.dumps(plan))
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "runtime=60" in done.stdout + done.stderr and "mem_mb=6000" in done.stdout + done.stderr
+
+
+def test_unknown_key(tmp_path):
+    write_matrix(tmp_path)
+    path = tmp_path / "matrix.yml"
+    path.write_text(path.read_text().replace("role:", "rolle:"))
+    with pytest.raises(MatrixError, match="did you mean 'role'"):
+        R.make_plan("smoke", matrix=path)
+    assert go(tmp_path).returncode == 2
