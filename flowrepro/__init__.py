@@ -19,6 +19,7 @@ _HOMES = {
     "matrix": [],
     "reports": [],
     "bench": [],
+    "figures": [],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

@@ -29,7 +29,7 @@ from .matrix import HERE, Job, find_roots, jobs_of, load_matrix, refuse, select
 
 # %% ../nbs/12d_reproduce.ipynb #c2ebc707
 RUN_MODULES = ("data", "backbones", "features", "flows", "bases", "detectors", "scores", "metrics", "training", "diagnostics", "runs")
-OUTPUT_MODULES = ("matrix", "reports", "tables", "figures")
+OUTPUT_MODULES = ("matrix", "reports", "figures")
 
 
 def run_inputs(job: Job) -> list[str]:
@@ -56,6 +56,8 @@ def notebook_entries(matrix: dict, wanted: list[str], jobs: list[Job], preset: s
     entries: dict[str, dict] = {}
     for output in wanted:
         notebook = matrix["outputs"][output]["notebook"]
+        if not (HERE / f"experiments/{notebook}.ipynb").exists():  # not written yet; `describe` says so
+            continue
         e = entries.setdefault(notebook, {"inputs": output_inputs(notebook), "runs": [], "only": []})
         e["only"].append(output)
         e["runs"] += [j.name for j in jobs if output in j.outputs and j.name not in e["runs"]]
@@ -82,6 +84,7 @@ def make_plan(
     plan = {"preset": preset, "cwd": os.getcwd(), "out": str(out), "gpu": int(gpus() > 0), "mem_mb": 16000 if preset == "paper" else 6000}
     plan["runs"] = {j.name: run_entry(j, out) for j in here}
     plan["notebooks"] = notebook_entries(content, wanted, here, preset, out)
+    plan["unwritten"] = [o for o in wanted if not (HERE / f"experiments/{content['outputs'][o]['notebook']}.ipynb").exists()]
     return plan | {"missing": {j.name: j.missing for j in jobs if j.missing}}
 
 # %% ../nbs/12d_reproduce.ipynb #dba9c814
@@ -321,6 +324,8 @@ def describe(plan: dict, todo: list[str], past: dict[str, float], jobs: int) -> 
         lines.append(f"to do: {len(todo)}, {jobs} at a time; {known}" + (f", not counting {unknown} that never ran" if 0 < unknown < len(todo) else ""))
     for name in sorted({n for names in plan["missing"].values() for n in names}):
         lines.append(f"missing data: {name}, so {sum(name in m for m in plan['missing'].values())} runs cannot be made; put it in the data root as {name}/")
+    if plan["unwritten"]:
+        lines.append(f"not drawn: {', '.join(plan['unwritten'])}; the notebooks for these do not exist in this version, their runs are made all the same")
     return "\n".join(lines)
 
 
@@ -370,6 +375,7 @@ def reproduce(
     if not plan["runs"] and not plan["missing"]:
         raise ValueError(f"preset {preset!r} has no data for {', '.join(only or ['any output'])}")
     jobs = jobs or gpus() or os.cpu_count() or 1
+    snakemake_command(out / "plan.json", "runs", cluster, jobs)  # refuses an unknown cluster before any work
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     plan_file = out / "plan.json"
     with only_one(out):

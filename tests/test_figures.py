@@ -1,0 +1,398 @@
+"""The figures of the papers: what is drawn against the data of fake runs, the files written, the captions, runs that are missing."""
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from flowrepro import figures
+from flowrepro.figures import FIGURES, chosen
+from flowrepro.matrix import MatrixError, load_matrix, run_folder
+from flowrepro.metrics import auroc
+from flowrepro.reports import read_runs
+
+MATRIX = load_matrix()
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "nbs/experiments"
+TOYS = ("biscuit", "bolt", "speckle", "weave")
+CHANNELS, EPOCHS = 8, [0, 2, 4, 6]
+
+
+def fake_history(draw) -> pd.DataFrame:
+    "Seven epochs, every second one evaluated; the best is not the last."
+    at = np.arange(1, 8)
+    values = {m: np.where(at % 2 == 0, 0.7 + 0.25 * draw.random(7), np.nan) for m in ("image_auroc", "pixel_auroc")}
+    for v in values.values():
+        v[3], v[5] = 0.97, 0.8
+    return pd.DataFrame({"epoch": at, "loss": 1.0 / at, **values})
+
+
+def fake_scores(draw, categories) -> pd.DataFrame:
+    "Twenty images a category, half of them anomalous and scored higher by and large."
+    labels = np.tile([0, 1], 10)
+    return pd.concat([pd.DataFrame({"image": [f"{i}.png" for i in range(20)], "category": c, "defect": np.where(labels, "cut", "good"), "label": labels,
+                                    "score": draw.standard_normal(20) + 1.5 * labels}) for c in categories])
+
+
+def fake_latents(draw, categories, variant) -> dict:
+    "Two levels; learned bases with AltUB, centres and their trace with HGAD, none with one Gaussian."
+    n = 24 * len(categories)
+    arrays = {"level": 1, "z": draw.standard_normal((n, CHANNELS)).astype(np.float16), "category": np.repeat(categories, 24),
+              "defective": np.tile([False, True], n // 2), "trace/epochs": np.array(EPOCHS)}
+    for l in (0, 1):
+        arrays |= {f"mean{l}": draw.normal(0, 0.2, CHANNELS).astype(np.float32), f"var{l}": (0.5 + draw.random(CHANNELS)).astype(np.float32)}
+        if variant.endswith("altub") and not variant.startswith("hgad"):
+            shape = (len(EPOCHS), CHANNELS) if variant.startswith("cflow") else (len(EPOCHS), CHANNELS, 1, 1)
+            arrays |= {f"trace/{l}.mean": draw.normal(0, 0.1, shape), f"trace/{l}.log_scale": draw.normal(-0.1, 0.1, shape)}
+    if variant in ("hgad", "hgad-altub"):
+        steps = np.array([5, 0.1, 0.1, 0.1])[:, None, None] * draw.standard_normal((len(EPOCHS), len(categories), CHANNELS))
+        mu = np.cumsum(steps, axis=0)
+        arrays |= {"trace/1.mu": mu, "trace/1.phi": np.zeros((len(EPOCHS), len(categories))), "classes": np.array(categories),
+                   "centres": (mu[-1][:, None] + np.concatenate([np.zeros((1, CHANNELS)), draw.standard_normal((2, CHANNELS))])).astype(np.float16)}
+        own = np.array([list(categories).index(c) for c in arrays["category"]])
+        arrays["z"] = (mu[-1][own] + draw.standard_normal((n, CHANNELS))).astype(np.float16)
+    return arrays
+
+
+def fake_pictures(draw, categories, side: int = 16) -> dict:
+    "A defective and a normal picture a category; the range of colours differs by category."
+    n, label = 2 * len(categories), np.tile([1, 0], len(categories))
+    mask = np.zeros((n, side, side), bool)
+    mask[label == 1, 4:9, 5:12] = True
+    low = np.repeat(np.arange(len(categories), dtype=float), 2)
+    return dict(image=draw.integers(0, 255, (n, side, side, 3), dtype=np.uint8), mask=mask, map=draw.random((n, side, side)).astype(np.float16),
+                category=np.repeat(categories, 2), defect=np.where(label, "broken_large", "good"), label=label, low=low, high=low + 1)
+
+
+def fake_run(root: Path, variant: str, category: str, seed: int = 0, preset: str = "demo", categories=None, without=()) -> Path:
+    "A run folder with the files that figures read."
+    categories = categories or (TOYS if category == "all" else (category,))
+    draw = np.random.default_rng([seed, *f"{variant}{category}".encode()])
+    folder = root / run_folder(variant, "toy", category, preset, seed)
+    folder.mkdir(parents=True)
+    entry = MATRIX["variants"][variant]
+    settings = {"backbone": {"name": "resnet18"}, "transform": {"size": 96}, "schedule": {"epochs": 7, "batch": 8},
+                "detector": {"class_mode": "inferred"} if category == "all" else {}}
+    config = dict(method=entry["method"], altub=entry.get("altub", False), dataset="toy", data_root=None, category=category, preset=preset, seed=seed,
+                  settings=settings)
+    files = {"history.csv": lambda p: fake_history(draw).to_csv(p, index=False),
+             "scores.csv": lambda p: fake_scores(draw, categories).to_csv(p, index=False),
+             "latents.npz": lambda p: np.savez(p, **fake_latents(draw, categories, variant)),
+             "pictures.npz": lambda p: np.savez(p, **fake_pictures(draw, categories)),
+             "config.json": lambda p: p.write_text(json.dumps(config)),
+             "metrics.json": lambda p: p.write_text(json.dumps({"config": config, "results": {}}))}
+    for name, write in files.items():
+        if name not in without:
+            write(folder / name)
+    return folder
+
+
+def make_runs(root: Path, output: str, categories=("weave",), seeds=(0,), variants=None, **kw) -> list[dict]:
+    "The runs of an output, read as notebooks read them."
+    unified = MATRIX["outputs"][output]["role"] == "unified"
+    for variant in variants or MATRIX["outputs"][output]["variants"]:
+        for seed in seeds:
+            for category in ("all",) if unified else categories:
+                fake_run(root, variant, category, seed, **kw)
+    return read_runs(root)
+
+
+def artists(figure, gid: str) -> list:
+    "Everything drawn whose gid begins so."
+    return figure.drawing.findobj(lambda a: str(a.get_gid() or "").startswith(gid))
+
+
+def texts(figure) -> str:
+    "Every visible text of a drawing, each once."
+    from matplotlib.text import Text
+
+    return "\n".join(t.get_text() for t in {id(t): t for t in figure.drawing.findobj(Text)}.values() if t.get_visible())
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory) -> dict[str, figures.Figure]:
+    "All seven, each from its own runs of two seeds."
+    made = {}
+    for name, draw in FIGURES.items():
+        made[name] = draw(make_runs(tmp_path_factory.mktemp(name), name, ("weave", "bolt"), seeds=(0, 1)), MATRIX, "demo")
+    return made
+
+
+def test_every_output_of_the_matrix_has_a_recipe():
+    assert list(FIGURES) == [name for name in MATRIX["outputs"] if name.startswith("F")]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_files(every, name, tmp_path):
+    "SVG that parses, PNG of 300 dpi at print width, the caption; the same bytes again."
+    paths = every[name].save(tmp_path)
+    assert [p.name for p in paths] == [f"{name}.svg", f"{name}.png", f"{name}.md"]
+    assert ET.parse(paths[0]).getroot().tag.endswith("svg")
+    with Image.open(paths[1]) as png:
+        assert min(png.info["dpi"]) >= 299 and png.width <= 300 * 6.9 + 1
+        assert np.asarray(png.convert("L")).std() > 5, "nothing is drawn"
+    first = paths[0].read_bytes()
+    assert every[name].save(tmp_path)[0].read_bytes() == first
+    assert paths[2].read_text() == every[name].caption + "\n"
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_captions_name_the_setting(every, name):
+    "Data, backbone, size, length, seeds and protocol, from the runs' configurations; no folder of this machine."
+    caption = every[name].caption
+    setting = ("toy data", "resnet18 at 96 px", "7 epochs, batch 8", "seeds 0, 1;", "preset demo, which is not the papers' setting", "last epoch")
+    for words in (f"**{name}.", *setting):
+        assert words in caption, words
+    assert "Missing" not in caption and "/tmp" not in caption
+    assert {"unified": "one model for all categories", "stability": ": weave"}.get(MATRIX["outputs"][name]["role"], ": bolt, weave") in caption
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_letters_are_large_enough(every, name):
+    "No text below 7 points at print width, and nothing reaches over the page's edge."
+    from matplotlib.text import Text
+
+    drawing = every[name].drawing
+    assert min(t.get_fontsize() for t in drawing.findobj(Text) if t.get_text().strip()) >= 7
+    tight, (width, height) = drawing.get_tightbbox(), drawing.get_size_inches()
+    assert tight.x0 > -0.02 and tight.y0 > -0.02 and tight.x1 < width + 0.02 and tight.y1 < height + 0.02, tight
+
+
+def test_colour_is_never_alone():
+    "Methods differ in line, marker and hatch, too; so do categories in marker."
+    for key in ("color", "ls", "marker", "hatch"):
+        assert len({look[key] for look in figures.LOOKS}) == len(figures.LOOKS)
+    looks = figures.look_of([f"c{i}" for i in range(40)])
+    assert len(set(looks.values())) == 40 and len({m for _, m in list(looks.values())[:12]}) == 12
+
+
+def test_house_style_ends_with_its_block():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    with figures.house():
+        assert matplotlib.rcParams["font.size"] == 8
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_F1_draws_the_history(tmp_path):
+    "One seed: the line is the history, evaluated epochs alone; the gap is last − best."
+    runs = make_runs(tmp_path, "F1")
+    figure = FIGURES["F1"](runs, MATRIX, "demo")
+    for run in runs:
+        variant = "fastflow-altub-published" if run["config"]["altub"] else "fastflow-published"
+        history = pd.read_csv(run["path"] / "history.csv").dropna()
+        for metric in ("image_auroc", "pixel_auroc"):
+            (line,) = artists(figure, f"{variant}-weave-{metric}-")
+            assert line.get_xdata().tolist() == [2, 4, 6]
+            np.testing.assert_allclose(line.get_ydata(), history[metric])
+    for gap in artists(figure, "gap-"):
+        np.testing.assert_allclose(gap.get_ydata(), (0.97, 0.8))
+    assert texts(figure).count("−0.170") == 4
+
+
+def test_F1_seeds_and_their_mean(tmp_path):
+    runs = make_runs(tmp_path, "F1", seeds=(0, 1, 2))
+    figure = FIGURES["F1"](runs, MATRIX, "demo")
+    lines = {a.get_gid(): a.get_ydata() for a in artists(figure, "fastflow-published-weave-image")}
+    assert len(lines) == 4
+    mean = lines.pop("fastflow-published-weave-image_auroc-mean")
+    np.testing.assert_allclose(mean, np.mean(list(lines.values()), axis=0))
+    assert "Thin lines: seeds" in figure.caption and "seeds 0, 1, 2" in figure.caption
+
+
+def test_F1_many_categories_become_one_panel(tmp_path):
+    "With more categories than panels, their mean is drawn, and the axis says of how many."
+    matrix = MATRIX | {"presets": MATRIX["presets"] | {"demo": MATRIX["presets"]["demo"] | {"stability": ["toy/each"]}}}
+    runs = make_runs(tmp_path, "F1", [f"c{i}" for i in range(6)])
+    figure = FIGURES["F1"](runs, matrix, "demo")
+    (line,) = artists(figure, "fastflow-published-mean of 6 categories-image_auroc-mean")
+    tables = [pd.read_csv(r["path"] / "history.csv").dropna()["image_auroc"] for r in runs if not r["config"]["altub"]]
+    np.testing.assert_allclose(line.get_ydata(), np.mean(tables, axis=0))
+
+
+def test_F2_moments_and_bars(tmp_path):
+    "Points are the moments of the file; a bar is the mean divergence over its runs."
+    runs = make_runs(tmp_path, "F2", ("weave", "bolt"))
+    figure = FIGURES["F2"](runs, MATRIX, "demo")
+    run = next(r for r in runs if r["path"].name == "fastflow-toy-bolt-demo-0")
+    arrays = np.load(run["path"] / "latents.npz")
+    points = artists(figure, "latent-1")[0].get_offsets()
+    np.testing.assert_allclose(points, np.stack([arrays["mean1"], arrays["var1"]], 1))
+    assert len(artists(figure, "latent-0")) == 4 and len(artists(figure, "base-0")) == 2
+    own = [np.load(r["path"] / "latents.npz") for r in runs if r["path"].name.startswith("fastflow-toy")]
+    kl = [np.mean([0.5 * (v - np.log(v) + m**2 - 1) for l in "01" for m, v in zip(a[f"mean{l}"], a[f"var{l}"])]) for a in own]
+    bars = artists(figure, "bar-")
+    assert len(bars) == 6, "N(0, I) for four methods, the learned base for two"
+    assert np.isclose(next(b for b in bars if b.get_gid() == "bar-0").get_width(), np.mean(kl), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (CHANNELS,), (CHANNELS, 1, 1), (CHANNELS, 3, 2)])
+@pytest.mark.parametrize("scale", [True, False])
+def test_learned_base_of_any_shape(shape, scale):
+    "Scalar, per channel, per position; without a scale it is 1. Per position, the moments of the mixture over positions."
+    draw = np.random.default_rng(0)
+    m, s = draw.normal(size=(2, *shape)), draw.normal(0, 0.3, (2, *shape))
+    arrays = {"mean0": np.zeros(CHANNELS), "trace/0.mean": m} | ({"trace/0.log_scale": s} if scale else {})
+    mean, var = figures.learned_base(arrays, 0)
+    full = np.broadcast_to(m[-1].reshape(shape[0], -1), (CHANNELS, m[-1].size // shape[0]))
+    wide = np.broadcast_to(np.exp(2 * s[-1]).reshape(shape[0], -1), full.shape) if scale else np.ones_like(full)
+    assert mean.shape == var.shape == (CHANNELS,)
+    np.testing.assert_allclose(mean, full.mean(1))
+    np.testing.assert_allclose(var, (wide + full**2).mean(1) - full.mean(1) ** 2)
+
+
+@pytest.mark.parametrize("name, methods", [("F3", 4), ("F6", 2)])
+def test_pictures(every, name, methods):
+    "Each row has image, image with mask and a map a method, in the colour range of its category."
+    figure = every[name]
+    rows = 4 if name == "F3" else 8
+    counts = {kind: len(artists(figure, kind)) for kind in ("image", "mask", "map")}
+    assert counts == {"image": rows, "mask": rows, "map": methods * rows}
+    ranges = [a.get_clim() for a in artists(figure, "map")]
+    assert all(high - low == 1 for low, high in ranges) and len(set(ranges)) == (1 if name == "F3" else 4)
+    assert "broken large" in texts(figure) and f"{rows} test images" in figure.caption
+
+
+def test_pictures_of_a_method_without_the_category(tmp_path):
+    "A map that is not there stays empty and says so; the others keep their rows."
+    make_runs(tmp_path, "F3", ("weave", "bolt"), variants=["fastflow", "cflow"])
+    fake_run(tmp_path, "cflow-altub", "weave")
+    figure = FIGURES["F3"](read_runs(tmp_path), MATRIX, "demo")
+    assert len(artists(figure, "map")) == 2 * 4 + 2 and texts(figure).count("no run") == 2
+    assert "cflow-altub-toy-bolt-demo-0" in figure.caption and "Missing here" in figure.caption
+
+
+def test_F4_histograms_are_shares(every):
+    "Eight histograms (two methods, two quantities, two kinds), each summing to 1."
+    values = [a.get_data().values for a in artists(every["F4"], "normal") + artists(every["F4"], "anomalous")]
+    assert len(values) == 8
+    np.testing.assert_allclose([v.sum() for v in values], 1)
+
+
+def test_F4_tells_overlap_and_auroc(tmp_path):
+    "The numbers above a panel are those of scores.csv."
+    runs = make_runs(tmp_path, "F4")
+    figure = FIGURES["F4"](runs, MATRIX, "demo")
+    for run in runs:
+        table = pd.read_csv(run["path"] / "scores.csv")
+        each = np.mean([auroc(t["score"], t["label"]) for _, t in table.groupby("category")])
+        assert f"AUROC {auroc(table['score'], table['label']):.3f}; mean of categories {each:.3f}" in texts(figure)
+    points = {a.get_gid(): a.get_ydata() for a in artists(figure, "auroc-")}
+    assert len(points) == 2 and all(len(v) == 4 for v in points.values())
+
+
+def test_F4_without_latents(tmp_path):
+    "Older runs show their scores alone, and the caption says so."
+    figure = FIGURES["F4"](make_runs(tmp_path, "F4", without=("latents.npz",)), MATRIX, "demo")
+    assert len(artists(figure, "normal")) == 2 and "No run kept its latents" in figure.caption
+
+
+def test_F5_draws_every_latent_and_centre(tmp_path):
+    figure = FIGURES["F5"](make_runs(tmp_path, "F5"), MATRIX, "demo")
+    for category in TOYS:
+        assert sum(len(a.get_offsets()) for a in artists(figure, f"normal-{category}")) == 24
+        assert sum(len(a.get_offsets()) for a in artists(figure, f"defective-{category}")) == 24
+        assert [len(a.get_offsets()) for a in artists(figure, f"main-{category}")] == [1, 1]
+    assert sorted(len(a.get_offsets()) for a in artists(figure, "inner-")) == [0] * 4 + [2] * 4
+    assert "HGAD: 100% nearest to their own centre" in texts(figure) and "t-SNE, perplexity" in figure.caption
+
+
+def test_F5_without_scikit_learn(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    figure = FIGURES["F5"](make_runs(tmp_path, "F5"), MATRIX, "demo")
+    assert "PCA (scikit-learn is not installed)" in figure.caption
+
+
+def test_F7_paths_and_distances(tmp_path):
+    "A path has a point for each evaluation, and a pair its distance in the whole space."
+    runs = make_runs(tmp_path, "F7")
+    figure = FIGURES["F7"](runs, MATRIX, "demo")
+    paths = artists(figure, "path-")
+    assert len(paths) == 2 * len(TOYS) and all(len(p.get_xdata()) == len(EPOCHS) for p in paths)
+    mu = np.load(next(r for r in runs if r["path"].name.startswith("hgad-toy"))["path"] / "latents.npz")["trace/1.mu"]
+    pairs = [a for a in artists(figure, "pair-0")]
+    np.testing.assert_allclose(pairs[0].get_ydata(), np.linalg.norm(mu[:, 0] - mu[:, 1], axis=-1))
+    assert len(artists(figure, "pair-")) == 2 * 6 and pairs[0].get_xdata().tolist() == EPOCHS
+
+
+def test_F7_of_one_category(tmp_path):
+    "No pairs, no distances, no error."
+    for variant in ("hgad", "hgad-altub"):
+        fake_run(tmp_path, variant, "all", categories=("weave",))
+    assert "one centre, no pairs" in texts(FIGURES["F7"](read_runs(tmp_path), MATRIX, "demo"))
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_without_runs(name, tmp_path):
+    "No drawing; the caption holds the commands, and an older drawing does not stay."
+    figure = FIGURES[name]([], MATRIX, "real")
+    assert figure.drawing is None and "papermill nbs/experiments/run.ipynb" in figure.caption and figure.caption.count("papermill") <= 2
+    for suffix in ("svg", "png"):
+        (tmp_path / f"{name}.{suffix}").write_text("old")
+    assert figure.save(tmp_path) == [tmp_path / f"{name}.md"] and [p.name for p in tmp_path.iterdir()] == [f"{name}.md"]
+
+
+@pytest.mark.parametrize("name, file", [("F1", "history.csv"), ("F2", "latents.npz"), ("F3", "pictures.npz"), ("F5", "latents.npz"), ("F7", "latents.npz")])
+def test_runs_without_the_file(name, file, tmp_path):
+    "One run without it is left out with a word; none with it, and there is no drawing."
+    variants = MATRIX["outputs"][name]["variants"]
+    make_runs(tmp_path, name, ("weave", "bolt"), variants=variants[1:])
+    first = fake_run(tmp_path, variants[0], "all" if name in ("F5", "F7") else "weave", without=(file,))
+    runs = read_runs(tmp_path)
+    figure = FIGURES[name](runs, MATRIX, "demo")
+    assert figure.drawing is not None and f"hold no {file}" in figure.caption and f": {first.name}." in figure.caption
+    for path in tmp_path.rglob(file):
+        path.unlink()
+    assert FIGURES[name](runs, MATRIX, "demo").drawing is None
+
+
+def test_F7_needs_centres(tmp_path):
+    "A run whose base has no centres is left out with a word."
+    make_runs(tmp_path, "F7")
+    path = tmp_path / "hgad-altub-toy-all-demo-0/latents.npz"
+    np.savez(path, **{k: v for k, v in np.load(path).items() if k != "classes"})
+    figure = FIGURES["F7"](read_runs(tmp_path), MATRIX, "demo")
+    assert "hold no latents.npz with classes: hgad-altub-toy-all-demo-0" in figure.caption and len(artists(figure, "path-")) == len(TOYS)
+
+
+def test_one_seed_of_three_is_said(tmp_path):
+    "Seeds that were not run are said, and not counted as missing runs."
+    matrix = MATRIX | {"presets": MATRIX["presets"] | {"demo": MATRIX["presets"]["demo"] | {"seeds": 3}}}
+    figure = FIGURES["F7"](make_runs(tmp_path, "F7"), matrix, "demo")
+    assert "seed 0 of 3 planned" in figure.caption and "Missing" not in figure.caption
+
+
+def test_chosen_refuses_what_is_not_its_own():
+    with pytest.raises(MatrixError, match="F4"):
+        chosen("F4", MATRIX, "altub_figures")
+    with pytest.raises(MatrixError, match="allowed: F4, F5, F6, F7"):
+        chosen("map", MATRIX, "hgad_figures")
+
+
+@pytest.mark.parametrize("notebook, names", [("altub_figures", ("F1", "F2", "F3")), ("hgad_figures", ("F4", "F5", "F6", "F7"))])
+def test_notebook_writes_its_figures(notebook, names, tmp_path):
+    "The cells of an experiment notebook, run with other parameters, write every figure of theirs."
+    for name in names:
+        for variant in MATRIX["outputs"][name]["variants"]:
+            for category in ("all",) if notebook == "hgad_figures" else ("weave", "bolt"):
+                if not (tmp_path / run_folder(variant, "toy", category, "demo", 0)).exists():
+                    fake_run(tmp_path, variant, category)
+    cells = json.loads((EXPERIMENTS / f"{notebook}.ipynb").read_text())["cells"]
+    scope = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), scope)
+            if "parameters" in cell["metadata"].get("tags", []):
+                scope |= {"runs": str(tmp_path), "out_dir": str(tmp_path / "out")}
+    assert sorted(p.name for p in (tmp_path / "out/figures").iterdir()) == sorted(f"{n}.{k}" for n in names for k in ("md", "png", "svg"))
+
+
+def test_import_needs_no_drawing_library():
+    "`import flowrepro.figures` loads neither matplotlib nor scikit-learn."
+    code = "import sys, flowrepro.figures; print(sorted({'matplotlib', 'seaborn', 'sklearn'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
