@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 BIN := .venv/bin
 # What .venv was made from, by content: nbdev-export rewrites pyproject.toml unchanged, so dates would mislead.
 STAMP := .venv/.installed-$(shell cat settings.ini setup.py pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
-COPIED := nbs flowrepro pyproject.toml settings.ini _quarto.yml
+COPIED := nbs flowrepro workflow pyproject.toml settings.ini _quarto.yml
 
 # Threads of each process: the machine's cores, at most four (the tensors of the tests are small).
 export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))

@@ -19,7 +19,9 @@ _HOMES = {
     "matrix": [],
     "reports": [],
     "bench": [],
+    "tables": [],
     "figures": [],
+    "reproduce": [],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

@@ -243,6 +243,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not spin, so that runs beside each other do not stall
     try:
         return args.command(args)
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         print(f"flowrepro: {error}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) and type(error).__name__ != "WeightsError" else 2

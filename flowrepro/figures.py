@@ -13,7 +13,7 @@ __all__ = ['Axes', 'Drawing', 'WIDE', 'GREY', 'LOOKS', 'MARKERS', 'DATA', 'FIGUR
            'shares', 'separation', 'score_values', 'likelihood_values', 'draw_shares', 'draw_categories',
            'homogeneous_mapping', 'homogeneous_words', 'pca', 'embed', 'anchors', 'nearest_own', 'within_span',
            'look_of', 'draw_latents', 'latents_and_centres', 'latent_words', 'centre_paths', 'pair_distances',
-           'magnify', 'draw_paths', 'draw_distances', 'moving_centres', 'moving_words', 'chosen']
+           'magnify', 'draw_paths', 'draw_distances', 'moving_centres', 'moving_words']
 
 # %% ../nbs/12c_figures.ipynb #abacfeb8
 from collections import Counter
@@ -800,13 +800,3 @@ def moving_words(groups: dict, shown: dict, mus: list[np.ndarray], factor: int) 
 
 # %% ../nbs/12c_figures.ipynb #b77e8255
 FIGURES = {name: FIGURES[name] for name in sorted(FIGURES)}
-
-
-def chosen(only: str, matrix: dict, notebook: str) -> list[str]:
-    "The figures an experiment notebook draws: its own, or those named, separated by commas; `MatrixError` names a wrong one."
-    own = [name for name, output in matrix["outputs"].items() if output["notebook"] == notebook]
-    wanted = [name.strip().upper() for name in only.split(",") if name.strip()]
-    for name in wanted:
-        if name not in own:
-            refuse("only", name, own)
-    return [name for name in own if name in wanted] or own

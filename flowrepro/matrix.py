@@ -7,7 +7,7 @@ Docs: https://flowrepro.github.io/flowrepro/matrix.html.md"""
 # %% auto #0
 __all__ = ['HERE', 'MATRIX', 'ROLES', 'KEYS', 'FOLDERS', 'MatrixError', 'refuse', 'check_matrix', 'load_matrix', 'find_roots',
            'Job', 'run_folder', 'role_of', 'categories_of', 'data_of', 'parameters_of', 'jobs_of', 'variant_of',
-           'belongs', 'select', 'papermill_line']
+           'belongs', 'select', 'papermill_line', 'chosen']
 
 # %% ../nbs/11a_matrix.ipynb #0e87a206
 import difflib
@@ -188,3 +188,13 @@ def papermill_line(job: Job, out: str | Path) -> str:
     folder = shlex.quote(p["out_dir"])
     given = " ".join(f"-p {k} {shlex.quote(str(v))}" for k, v in p.items() if v not in (None, False, "{}"))
     return f"mkdir -p {folder} && papermill nbs/experiments/run.ipynb {folder}/run.ipynb -k python3 {given}"
+
+# %% ../nbs/11a_matrix.ipynb #4a1663cb
+def chosen(only: str, matrix: dict, notebook: str) -> list[str]:
+    "The outputs an experiment notebook makes: its own, or those named, separated by commas; MatrixError names a wrong one."
+    own = [name for name, output in matrix["outputs"].items() if output["notebook"] == notebook]
+    wanted = [name.strip().upper() for name in only.split(",") if name.strip()]
+    for name in wanted:
+        if name not in own:
+            refuse("only", name, own)
+    return [name for name in own if name in wanted] or own

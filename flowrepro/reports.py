@@ -6,7 +6,8 @@ Docs: https://flowrepro.github.io/flowrepro/reports.html.md"""
 
 # %% auto #0
 __all__ = ['METRICS', 'PAGE', 'style', 'metrics_table', 'read_runs', 'method_name', 'summary', 'headline', 'markdown', 'unified',
-           'plot_history', 'plot_scores', 'hardest', 'gallery', 'overlay', 'figure_tag', 'run_section', 'report']
+           'plot_history', 'plot_scores', 'hardest', 'gallery', 'overlay', 'figure_tag', 'run_section',
+           'outputs_section', 'runs_section', 'report']
 
 # %% ../nbs/12_reports.ipynb #beed5f09
 import base64
@@ -205,13 +206,39 @@ def run_section(run: dict, root: Path) -> str:
     link = f'<p><a href="{(path / "run.ipynb").relative_to(root)}">executed notebook</a></p>' if (path / "run.ipynb").exists() else ""
     return f"<h2>{html.escape(title)}</h2><p class='note'>{html.escape(about)}</p>{figures}{link}"
 
+# %% ../nbs/12_reports.ipynb #e0d23950
+def outputs_section(root: Path) -> str:
+    "The HTML of all tables and figures below a folder, captions included; empty if there are none."
+    tables = [f"<section id={p.stem}>{p.read_text(encoding='utf-8')}</section>" for p in sorted((root / "tables").glob("T*.html"))]
+    caption = lambda p: html.escape(p.with_suffix(".md").read_text(encoding="utf-8")) if p.with_suffix(".md").exists() else ""
+    figures = [f"<section id={p.stem}><h3>{p.stem}</h3>{figure_tag(p)}<p class='note'>{caption(p)}</p></section>" for p in sorted((root / "figures").glob("F*.png"))]
+    links = "".join(f'<li><a href="{p.relative_to(root)}">{p.stem}</a></li>' for p in sorted((root / "notebooks").glob("*.ipynb")))
+    made = f"<p>Executed notebooks of tables and figures:</p><ul>{links}</ul>" if links else ""
+    return "<h2>Tables</h2>" * bool(tables) + "".join(tables) + "<h2>Figures</h2>" * bool(figures) + "".join(figures) + made
+
+# %% ../nbs/12_reports.ipynb #52d5b1c4
+def runs_section(runs: list[dict], root: Path) -> str:
+    "The HTML of a list of runs: settings, time, memory, environment, and links to settings and executed notebook."
+    link = lambda p, text: f'<a href="{p.relative_to(root)}">{html.escape(text)}</a>' if p.exists() else html.escape(text)
+    rows = []
+    for run in runs:
+        c, t, e, path = run["config"], run["timing"], run["environment"], Path(run["path"])
+        rows.append({"run": link(path / "run.ipynb", path.name), "settings": link(path / "config.json", "settings"), "method": method_name(c), "backbone": c["settings"]["backbone"]["name"],
+                     "epochs": c["settings"]["schedule"]["epochs"], "training (s)": f"{t['train_s']:.1f}", "s/epoch": f"{t['epoch_s']:.2f}", "MiB": f"{t['ram_mib']:.0f}",
+                     "device": f"{e['device']} ({e['cpus']} CPUs)", "torch": e["torch"], "revision": e["revision"] or "unknown"})
+    return pd.DataFrame(rows).to_html(index=False, border=0, escape=False)
+
 # %% ../nbs/12_reports.ipynb #a7b13240
 def report(folder: str | Path) -> Path:
     "Write `report.html` for the complete runs below a folder; FileNotFoundError says so if there are none."
     folder, runs = Path(folder), read_runs(folder)
     if not runs:
         raise FileNotFoundError(f"no complete run below {folder}: a complete one holds metrics.json")
-    body = summary(runs).reset_index().to_html(index=False, border=0) + "".join(run_section(r, folder) for r in runs)
+    outputs = outputs_section(folder)
+    if outputs:
+        body = outputs + "<h2>Runs</h2>" + runs_section(runs, folder)
+    else:
+        body = summary(runs).reset_index().to_html(index=False, border=0) + "".join(run_section(r, folder) for r in runs)
     out = folder / "report.html"
     out.write_text(PAGE + body + "</body></html>\n", encoding="utf-8")
     return out

@@ -25,11 +25,11 @@ from collections.abc import Iterator
 from multiprocessing import connection, get_context
 from pathlib import Path
 
-from .matrix import HERE, Job, find_roots, jobs_of, load_matrix, refuse, select
+from .matrix import HERE, MATRIX, Job, find_roots, jobs_of, load_matrix, refuse, select
 
 # %% ../nbs/12d_reproduce.ipynb #c2ebc707
 RUN_MODULES = ("data", "backbones", "features", "flows", "bases", "detectors", "scores", "metrics", "training", "diagnostics", "runs")
-OUTPUT_MODULES = ("matrix", "reports", "figures")
+OUTPUT_MODULES = ("matrix", "reports")  # and figures or tables
 
 
 def run_inputs(job: Job) -> list[str]:
@@ -38,10 +38,11 @@ def run_inputs(job: Job) -> list[str]:
     return [str(HERE / "experiments/run.ipynb"), *(str(HERE / f"{m}.py") for m in modules)]
 
 
-def output_inputs(notebook: str) -> list[str]:
+def output_inputs(notebook: str, matrix: Path = MATRIX) -> list[str]:
     "The files that a notebook of tables or figures depends on, beside its runs."
-    published = sorted(map(str, (HERE / "published").glob("*.csv")))
-    return [str(HERE / f"experiments/{notebook}.ipynb"), str(HERE / "workflow/experiments.yml"), *(str(HERE / f"{m}.py") for m in OUTPUT_MODULES), *published]
+    own = "figures" if notebook.endswith("figures") else "tables"
+    published = sorted(map(str, (HERE / "published").glob("*.csv"))) if own == "tables" else []
+    return [str(HERE / f"experiments/{notebook}.ipynb"), str(matrix), *(str(HERE / f"{m}.py") for m in (*OUTPUT_MODULES, own)), *published]
 
 # %% ../nbs/12d_reproduce.ipynb #c730edda
 def run_entry(job: Job, out: Path) -> dict:
@@ -51,18 +52,16 @@ def run_entry(job: Job, out: Path) -> dict:
     return {"parameters": p, "inputs": run_inputs(job), "outputs": job.outputs, "minutes": 60 if job.preset in ("smoke", "demo") else 1440}
 
 
-def notebook_entries(matrix: dict, wanted: list[str], jobs: list[Job], preset: str, out: Path) -> dict[str, dict]:
+def notebook_entries(matrix: dict, wanted: list[str], jobs: list[Job], preset: str, out: Path, path: Path | None = None) -> dict[str, dict]:
     "What the plan says of the notebooks that draw the wanted outputs."
     entries: dict[str, dict] = {}
     for output in wanted:
         notebook = matrix["outputs"][output]["notebook"]
-        if not (HERE / f"experiments/{notebook}.ipynb").exists():  # not written yet; `describe` says so
-            continue
-        e = entries.setdefault(notebook, {"inputs": output_inputs(notebook), "runs": [], "only": []})
+        e = entries.setdefault(notebook, {"inputs": output_inputs(notebook, path or MATRIX), "runs": [], "only": []})
         e["only"].append(output)
         e["runs"] += [j.name for j in jobs if output in j.outputs and j.name not in e["runs"]]
     for e in entries.values():
-        e["parameters"] = {"runs": str(out), "preset": preset, "out_dir": str(out), "only": ",".join(e.pop("only"))}
+        e["parameters"] = {"runs": str(out), "preset": preset, "out_dir": str(out), "only": ",".join(e.pop("only")), "matrix_file": str(path or "")}
     return entries
 
 # %% ../nbs/12d_reproduce.ipynb #15f6871e
@@ -83,8 +82,7 @@ def make_plan(
     here = [j for j in jobs if not j.missing]
     plan = {"preset": preset, "cwd": os.getcwd(), "out": str(out), "gpu": int(gpus() > 0), "mem_mb": 16000 if preset == "paper" else 6000}
     plan["runs"] = {j.name: run_entry(j, out) for j in here}
-    plan["notebooks"] = notebook_entries(content, wanted, here, preset, out)
-    plan["unwritten"] = [o for o in wanted if not (HERE / f"experiments/{content['outputs'][o]['notebook']}.ipynb").exists()]
+    plan["notebooks"] = notebook_entries(content, wanted, here, preset, out, Path(matrix).resolve() if matrix else None)
     return plan | {"missing": {j.name: j.missing for j in jobs if j.missing}}
 
 # %% ../nbs/12d_reproduce.ipynb #dba9c814
@@ -324,8 +322,6 @@ def describe(plan: dict, todo: list[str], past: dict[str, float], jobs: int) -> 
         lines.append(f"to do: {len(todo)}, {jobs} at a time; {known}" + (f", not counting {unknown} that never ran" if 0 < unknown < len(todo) else ""))
     for name in sorted({n for names in plan["missing"].values() for n in names}):
         lines.append(f"missing data: {name}, so {sum(name in m for m in plan['missing'].values())} runs cannot be made; put it in the data root as {name}/")
-    if plan["unwritten"]:
-        lines.append(f"not drawn: {', '.join(plan['unwritten'])}; the notebooks for these do not exist in this version, their runs are made all the same")
     return "\n".join(lines)
 
 

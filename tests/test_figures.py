@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from flowrepro import figures
-from flowrepro.figures import FIGURES, chosen
-from flowrepro.matrix import MatrixError, load_matrix, run_folder
+from flowrepro.figures import FIGURES
+from flowrepro.matrix import load_matrix, run_folder
 from flowrepro.metrics import auroc
 from flowrepro.reports import read_runs
 
@@ -365,13 +365,6 @@ def test_one_seed_of_three_is_said(tmp_path):
     matrix = MATRIX | {"presets": MATRIX["presets"] | {"demo": MATRIX["presets"]["demo"] | {"seeds": 3}}}
     figure = FIGURES["F7"](make_runs(tmp_path, "F7"), matrix, "demo")
     assert "seed 0 of 3 planned" in figure.caption and "Missing" not in figure.caption
-
-
-def test_chosen_refuses_what_is_not_its_own():
-    with pytest.raises(MatrixError, match="F4"):
-        chosen("F4", MATRIX, "altub_figures")
-    with pytest.raises(MatrixError, match="allowed: F4, F5, F6, F7"):
-        chosen("map", MATRIX, "hgad_figures")
 
 
 @pytest.mark.parametrize("notebook, names", [("altub_figures", ("F1", "F2", "F3")), ("hgad_figures", ("F4", "F5", "F6", "F7"))])

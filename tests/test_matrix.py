@@ -102,3 +102,10 @@ def test_papermill_line_is_what_configure_takes():
     given = {words[i + 1]: words[i + 2] for i, w in enumerate(words) if w == "-p"}
     assert json.loads(given["overrides"]) == {"altub.factor": None, "altub.lr": 0.05} and given["altub"] == "True"
     assert given["out_dir"] == f"runs/{job.name}" and MATRIX.exists()
+
+
+def test_chosen_refuses_what_is_not_its_own():
+    with pytest.raises(MatrixError, match="F4"):
+        chosen("F4", MATRIX, "altub_figures")
+    with pytest.raises(MatrixError, match="allowed: F4, F5, F6, F7"):
+        chosen("map", MATRIX, "hgad_figures")

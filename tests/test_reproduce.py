@@ -1,8 +1,10 @@
 "The graph: what it plans, what it refuses, GPUs and resources."
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ def folder(tmp_path_factory):
 def write_matrix(top: Path, **changes) -> Path:
     m = load_matrix()
     m["variants"] = {k: v | {"overrides": changes.get(k, {})} for k, v in TINY.items()}
-    m["outputs"] = {"F3": {"notebook": "altub_figures", "role": "first", "variants": list(TINY)}}
+    m["outputs"] = {name: {"notebook": f"altub_{kind}", "role": "first", "variants": list(TINY)} for name, kind in (("F3", "figures"), ("T1", "tables"))}
     m["presets"] = {"smoke": {"seeds": 1, "first": ["toy/weave"]}}
     (top / "matrix.yml").write_text(yaml.safe_dump(m))
     return top / "matrix.yml"
@@ -42,6 +44,69 @@ def stamps(top: Path) -> dict[str, int]:
 
 FLOWREPRO = str(Path(sys.executable).parent / "flowrepro")
 RUNS = {"fastflow-toy-weave-smoke-0", "fastflow-altub-toy-weave-smoke-0"}
+
+
+def test_runs_then_nothing_then_only_what_changed(folder):
+    "The outputs are drawn, a second call does nothing and says so, a changed setting or seed redoes or adds what depends on it alone."
+    write_matrix(folder)
+    first = go(folder)
+    assert first.returncode == 0, first.stdout + first.stderr
+    before = stamps(folder)
+    assert before.keys() == RUNS and "[2/2]" in first.stdout
+    assert {"figures/F3.svg", "figures/F3.png", "tables/T1.csv", "tables/T1.md", "tables/T1.tex", "report.html"} <= {str(p.relative_to(folder / "out")) for p in folder.glob("out/**/*")}
+    again = go(folder)
+    assert again.returncode == 0 and "nothing to do" in again.stdout and stamps(folder) == before
+    write_matrix(folder, **{"fastflow-altub": {"epochs": 3}})
+    changed = go(folder)
+    after = stamps(folder)
+    assert "[1/1] fastflow-altub" in changed.stdout and {n for n in RUNS if after[n] != before[n]} == {"fastflow-altub-toy-weave-smoke-0"}
+    seeds = go(folder, "--seeds", "2")
+    assert "to do: 2" in seeds.stdout and stamps(folder).keys() == RUNS | {n[:-1] + "1" for n in RUNS} and {n: t for n, t in stamps(folder).items() if n in RUNS} == after
+
+
+def test_report_holds_every_output(folder):
+    "One page without a network: the table, the figure with its caption, each run with links to its settings and executed notebook."
+    page = (folder / "out/report.html").read_text()
+    assert "<section id=T1>" in page and "<section id=F3>" in page and "http" not in page
+    for name in RUNS:
+        assert f'href="{name}/run.ipynb"' in page and f'href="{name}/config.json"' in page and (folder / "out" / name / "run.ipynb").exists()
+
+
+def test_planted_failure(tmp_path):
+    "One run fails: the other finishes, the failed one is named with its executed notebook, the exit code is 1; mended, only it is run."
+    (tmp_path / "file").touch()
+    write_matrix(tmp_path, fastflow={"features": {"cache": str(tmp_path / "file/cache")}})
+    matrix = yaml.safe_load((tmp_path / "matrix.yml").read_text())
+    matrix["presets"]["smoke"]["overrides"] = {"fastflow": {"lr": 1e30}}
+    (tmp_path / "matrix.yml").write_text(yaml.safe_dump(matrix))
+    done = go(tmp_path)
+    assert done.returncode == 1 and stamps(tmp_path).keys() == {"fastflow-altub-toy-weave-smoke-0"}, done.stdout + done.stderr
+    failed = done.stdout[done.stdout.index("failed:"):]
+    assert "fastflow-toy-weave-smoke-0" in failed and "fastflow-toy-weave-smoke-0/run.ipynb" in failed and (tmp_path / "out/fastflow-toy-weave-smoke-0/run.ipynb").exists()
+    write_matrix(tmp_path)
+    mended = go(tmp_path)
+    assert mended.returncode == 0 and "[1/1] fastflow-toy" in mended.stdout, mended.stdout + mended.stderr
+
+
+def test_interrupted_goes_on(tmp_path):
+    "An interrupt ends the jobs at once and keeps what is finished; the next call does the rest alone."
+    write_matrix(tmp_path, **{"fastflow-altub": {"epochs": 20000}})
+    command = [FLOWREPRO, "reproduce", "--preset", "smoke", "--matrix", "matrix.yml", "--out", "out", "--jobs", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = iter(process.stdout.readline, "")
+    next(line for line in lines if "[1/2]" in line)
+    until = time.time() + 60
+    while not (tmp_path / "out/fastflow-altub-toy-weave-smoke-0/config.json").exists() and time.time() < until:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "1 of 2 runs finished" in rest and "Traceback" not in rest, rest
+    (done,) = stamps(tmp_path).items()
+    time.sleep(1)
+    assert not subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout, "a job is still running"
+    write_matrix(tmp_path)
+    went_on = go(tmp_path)
+    assert went_on.returncode == 0 and "1 of them done" in went_on.stdout and done in stamps(tmp_path).items(), went_on.stdout + went_on.stderr
 
 
 @pytest.mark.parametrize("more, named", [
@@ -61,7 +126,8 @@ def test_inputs_follow_the_method():
     assert all(("altub" in own) == ("altub" in n and "altub-no-turns" not in n) for n, own in names.items())
     assert all(("hgad" in own) == n.startswith("hgad") for n, own in names.items())
     assert not any({"tables", "figures", "reports", "cli"} & own for own in names.values())
-    assert all({"figures"} <= {Path(p).stem for p in e["inputs"]} for e in plan["notebooks"].values())
+    for n, e in plan["notebooks"].items():
+        assert {"figures", "tables"} & {Path(p).stem for p in e["inputs"]} == {"figures" if n.endswith("figures") else "tables"}
 
 
 def test_each_job_its_own_gpu(tmp_path, monkeypatch):

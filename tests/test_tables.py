@@ -1,0 +1,175 @@
+"The tables of the papers: numbers against made-up runs, what may be compared with a paper, what is missing, the files written."
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from flowrepro.data import OFFICIAL
+from flowrepro.matrix import load_matrix, run_folder
+from flowrepro.reports import METRICS, read_runs
+from flowrepro.tables import TABLES, Table, as_latex, as_markdown, measured, published, table_9
+
+MATRIX = load_matrix()
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "nbs/experiments"
+TOYS = ("biscuit", "bolt", "speckle", "weave")
+
+
+def write_run(root: Path, variant: str, dataset: str = "toy", category: str = "weave", seed: int = 0, preset: str = "demo", last: float = 0.9, best: float = 0.95,
+              backbone: str = "resnet18", images: dict[str, int] | None = None) -> None:
+    "A run folder with the files that tables read; every metric has the value `last` in the last epoch."
+    names = TOYS if category == "all" else (category,)
+    result = lambda v: {c: dict.fromkeys(METRICS, v) for c in (*names, "mean")}
+    entry, folder = MATRIX["variants"][variant], root / run_folder(variant, dataset, category, preset, seed)
+    folder.mkdir(parents=True)
+    mixture = entry["method"] == "hgad" and variant != "hgad-single"
+    config = dict(method=entry["method"], altub=entry.get("altub", False), dataset=dataset, data_root="data", category=category, preset=preset, seed=seed,
+                  settings={"backbone": {"name": backbone}, "detector": {"class_mode": "inferred"} if mixture else {}})
+    results = {"last": result(last), "best": result(best)} | ({"last_by_class_mode": {"inferred": result(last), "known": result(last + 0.02)}} if mixture else {})
+    (folder / "metrics.json").write_text(json.dumps({"config": config, "results": results, "timing": {"epoch_s": 1.0}}))
+    pd.DataFrame({"epoch": range(1, 9), **dict.fromkeys(METRICS, [np.nan, last] * 4)}).to_csv(folder / "history.csv", index=False)
+    pd.DataFrame([{"category": c} for c, n in (images or {}).items() for _ in range(n)], columns=["category"]).to_csv(folder / "scores.csv", index=False) if images else None
+    forms = [dict(category=c, score=s, **dict.fromkeys(METRICS, v)) for c in names for s, v in (("likelihood", 0.7), ("entropy", 0.6), ("product", 0.8), ("default", 0.1))]
+    pd.DataFrame(forms).to_csv(folder / "score_forms.csv", index=False) if mixture else None
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    return tmp_path / "runs"
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory) -> dict[str, Table]:
+    "All tables from all their runs at preset demo, with two seeds."
+    made = {}
+    for name, output in MATRIX["outputs"].items():
+        if name in TABLES:
+            top, unified = tmp_path_factory.mktemp(name), output["role"] in ("unified", "further", "components")
+            for variant in output["variants"]:
+                for category in ("all",) if unified else [d.split("/")[1] for d in MATRIX["presets"]["demo"][output["role"]]]:
+                    for seed in (0, 1):
+                        write_run(top, variant, category=category, seed=seed, last=0.9 + 0.01 * seed)
+            made[name] = TABLES[name](read_runs(top), MATRIX, "demo")
+    return made
+
+
+def test_every_table_of_the_matrix(every):
+    assert list(TABLES) == [o for o in MATRIX["outputs"] if o.startswith("T")] and every.keys() == TABLES.keys()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_complete_runs_leave_no_gap(every, name):
+    "Nothing is missing, and every measured cell has mean and deviation of both seeds."
+    table = every[name]
+    assert not table.missing and not (table.frame == "missing").any(axis=None) and "missing" not in " ".join(table.notes)
+    measured_rows = table.frame[~table.frame.isin(["not run"]).any(axis=1)]
+    cells = measured_rows.filter(regex=": last$|^image AUROC$")
+    if name != "T3" and name != "T9":
+        assert cells.stack().isin({"90.50 ± 0.71", "92.50 ± 0.71", "70.00 ± 0.00", "60.00 ± 0.00", "80.00 ± 0.00"}).all(), cells
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_files(every, name, tmp_path):
+    "CSV with every cell, Markdown with as many columns in each row, LaTeX that closes what it opens and has as many columns, the HTML."
+    table = every[name]
+    paths = table.save(tmp_path)
+    assert [p.name for p in paths] == [f"{name}.{e}" for e in ("csv", "md", "tex", "html")]
+    assert pd.read_csv(paths[0], dtype=str, keep_default_na=False).equals(table.frame.astype(str).reset_index(drop=True))
+    lines = [line for line in paths[1].read_text().splitlines() if line.startswith("|")]
+    assert len(lines) == len(table.frame) + 2 and {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {table.frame.shape[1] + 1}
+    tex = paths[2].read_text()
+    assert re.findall(r"\\begin\{(\w+)\}", tex) == re.findall(r"\\end\{(\w+)\}", tex)[::-1] and tex.isascii(), [c for c in tex if not c.isascii()]
+    body = tex[tex.index(r"\midrule"):].split("\n")
+    rows = [line for line in body if line.endswith(r" \\") and "multicolumn" not in line and "&" in line]
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in rows} == {table.frame.shape[1] - 1}
+    plain = re.sub(r"\\[{}%&$#_]", "", tex)
+    assert plain.count("{") == plain.count("}") and plain.count("$") % 2 == 0
+
+
+def bottle(root, **kw) -> pd.Series:
+    write_run(root, "fastflow", "mvtec", "bottle", preset="paper", **kw)
+    return TABLES["T1"](read_runs(root), MATRIX, "paper").frame.query("category == 'bottle' and method == 'FastFlow'").iloc[0]
+
+
+def test_same_data_and_backbone_give_a_difference(root):
+    "98.7 last and 98.9 best are published for FastFlow on bottle with this backbone."
+    row = bottle(root, backbone="wide_resnet50_2.racm_in1k", images={"bottle": sum(OFFICIAL["mvtec"]["bottle"][1:])}, last=0.98, best=0.99)
+    assert row["pixel AUROC: published"].startswith("98.7 / 98.9") and row["pixel AUROC: difference"] == "−0.7 / +0.1"
+
+
+@pytest.mark.parametrize("change, said", [(dict(backbone="tf_efficientnet_lite0"), "other backbone"), (dict(images={"bottle": 82}), "other data")])
+def test_what_does_not_compare(root, change, said):
+    "Another backbone, or a folder called mvtec that lacks an image, gives no difference."
+    row = bottle(root, **dict(backbone="wide_resnet50_2", images={"bottle": 83}, last=0.98) | change)
+    assert row["pixel AUROC: difference"] == said and row["pixel AUROC: last"] == "98.00"
+
+
+def test_toy_is_never_compared(every):
+    "Toy data get no number in a column of differences, of any table."
+    for name, table in every.items():
+        toy = table.frame[table.frame["data"] == "toy"].filter(regex=": difference$")
+        assert toy.isin({"other data", "–"}).all(axis=None), name
+
+
+def test_missing_runs_are_named(root):
+    "A row for each, the commands, and how many; a mean over fewer categories than asked is none."
+    write_run(root, "fastflow", category="weave")
+    table = TABLES["T1"](read_runs(root), MATRIX, "demo", "out")
+    own = table.frame[table.frame["data"] == "toy"].set_index(["category", "method"])["image AUROC: last"]
+    assert own["bolt", "FastFlow"] == "missing" and own["mean", "FastFlow"] == "1 of 2 categories" and own["weave", "FastFlow"] == "90.00"
+    assert table.missing[0].startswith("mkdir -p out/fastflow-altub-toy-weave-demo-0 && papermill nbs/experiments/run.ipynb") and "7 of 8 runs are missing." in table.notes
+
+
+def test_nothing_is_rounded_up_to_a_paper(root):
+    "A missing metric stays n/a, also in the mean over seeds."
+    write_run(root, "fastflow", category="weave")
+    write_run(root, "fastflow", category="weave", seed=1, last=None)
+    frame = TABLES["T1"](read_runs(root), MATRIX, "demo").frame
+    assert frame.query("category == 'weave' and method == 'FastFlow'").iloc[0]["image AUROC: last"] == "n/a"
+
+
+def test_changes_are_paired_by_seed(root):
+    "The change is taken over seeds that both have: seed 1 of the reference is not there."
+    write_run(root, "fastflow-altub", seed=0, last=0.8)
+    for seed, last in ((0, 0.85), (1, 0.99)):
+        write_run(root, "altub-mean", seed=seed, last=last)
+    frame = TABLES["T4"](read_runs(root), MATRIX, "demo").frame.set_index("method")
+    assert frame.loc["mean only", "image AUROC: change"] == "+5.00" and frame.loc["mean only", "image AUROC: last"] == "92.00 ± 9.90"
+
+
+def test_anchors_keep_protocols_apart():
+    "Each published mean stands once, with setting and epoch; own papers in bold."
+    table = table_9([], MATRIX, "demo")
+    means = published(category="mean")
+    keys = means[means["metric"].isin(["image_auroc", "pixel_auroc", "aupro_30"]) & means["dataset"].isin([*OFFICIAL, "union"])]
+    assert len(table.frame) == len(keys.fillna("").groupby(["paper", "table", "method", "backbone", "dataset", "protocol"])) and set(table.frame["epoch"]) <= {"best on test", "early stopping on test", "last", "unknown epoch"}
+    assert {table.frame.iloc[i]["method"] for i in table.strong} >= {"HGAD", "FastFlow + AltUB", "CFLOW-AD + AltUB"}
+
+
+def test_last_by_class_mode(root):
+    "HGAD's last epoch is there for both ways to treat the category, best on test for the configured one."
+    write_run(root, "hgad", category="all")
+    frame = measured(read_runs(root), MATRIX).query("category == 'mean' and metric == 'image_auroc'")
+    assert sorted(zip(frame["protocol"], frame["mode"], frame["value"].round(3))) == [("best on test", "inferred", 0.95), ("last epoch", "inferred", 0.9), ("last epoch", "known", 0.92)]
+
+
+def test_special_characters_in_latex_and_markdown():
+    table = Table("T0", "a_b & 5 %", pd.DataFrame({"x": ["a|b"], "y": ["λ1 ≥ {2}"], "z": ["[a] #~^\\"]}))
+    assert r"a\|b" in as_markdown(table) and r"\#\textasciitilde{}\textasciicircum{}\textbackslash{}" in as_latex(table)
+
+
+@pytest.mark.parametrize("notebook", sorted({o["notebook"] for n, o in MATRIX["outputs"].items() if n in TABLES}))
+def test_notebook_writes_its_tables(notebook, tmp_path):
+    "The cells of an experiment notebook, run with other parameters, write every table of theirs."
+    names = [n for n, o in MATRIX["outputs"].items() if o["notebook"] == notebook]
+    cells = json.loads((EXPERIMENTS / f"{notebook}.ipynb").read_text())["cells"]
+    code = [c for c in cells if c["cell_type"] == "code"]
+    assert [c["metadata"].get("tags") for c in code].count(["parameters"]) == 1
+    text = "\n".join("".join(c["source"]) if c["metadata"].get("tags") != ["parameters"] else
+                     f"runs, preset, out_dir, only, matrix_file = {str(tmp_path)!r}, 'demo', {str(tmp_path)!r}, '', ''" for c in code)
+    subprocess.run([sys.executable, "-c", text], check=True, timeout=120)
+    assert sorted(p.name for p in (tmp_path / "tables").glob("*.tex")) == [f"{n}.tex" for n in names]
