@@ -32,8 +32,8 @@ $(STAMP):
 	$(BIN)/python -m pip check --disable-pip-version-check
 	rm -f .venv/.installed*; touch $@
 
-demo: $(STAMP) ## regenerate the results of preset demo on the toy data
-	$(BIN)/flowrepro run --dataset toy --category each --preset demo --out runs/demo
+demo: $(STAMP) ## regenerate every table and figure at preset demo on the toy data
+	$(BIN)/flowrepro reproduce --preset demo --out runs/demo
 
 test: drift readme notebooks ## run everything that CI runs
 	echo "Running the tests"
