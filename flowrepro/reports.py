@@ -6,7 +6,7 @@ Docs: https://flowrepro.github.io/flowrepro/reports.html.md"""
 
 # %% auto #0
 __all__ = ['METRICS', 'PAGE', 'style', 'metrics_table', 'read_runs', 'method_name', 'summary', 'headline', 'markdown', 'unified',
-           'plot_history', 'plot_scores', 'hardest', 'gallery', 'overlay', 'figure_tag', 'run_section',
+           'plot_history', 'plot_scores', 'hardest', 'gallery', 'overlay', 'keep', 'figure_tag', 'run_section',
            'outputs_section', 'runs_section', 'report']
 
 # %% ../nbs/12_reports.ipynb #beed5f09
@@ -179,6 +179,16 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, low: float, high: float,
     heat = matplotlib.colormaps["inferno"](level)[..., :3] * 255
     share = (alpha * level)[..., None]
     return (image * (1 - share) + heat * share).round().astype(np.uint8)
+
+# %% ../nbs/12_reports.ipynb #f864f71d
+def keep(fig, path: Path, dpi: int = 100):
+    "Save a figure and give the file to the notebook to show, so that it is drawn once."
+    import matplotlib.pyplot as plt
+    from IPython.display import Image
+
+    fig.savefig(path, dpi=dpi)
+    plt.close(fig)
+    return Image(filename=str(path))
 
 # %% ../nbs/12_reports.ipynb #bf4533bd
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>flowrepro report</title><link rel="icon" href="data:,"><style>

@@ -215,6 +215,7 @@ def joined(output: dict, whole) -> dict:
 def warm_jobs(threads: int) -> Iterator[dict]:
     "Serve jobs by forking; the environment that tells `workflow/job.py` where."
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # it counts what forked jobs leave to it
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     folder = tempfile.mkdtemp(prefix="flowrepro-")
