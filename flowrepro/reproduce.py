@@ -7,7 +7,7 @@ Docs: https://flowrepro.github.io/flowrepro/reproduce.html.md"""
 # %% auto #0
 __all__ = ['RUN_MODULES', 'OUTPUT_MODULES', 'OVERHEAD', 'PRELOADED', 'run_inputs', 'output_inputs', 'run_entry',
            'notebook_entries', 'make_plan', 'gpus', 'past_seconds', 'estimate', 'said', 'one_gpu', 'execute', 'forked',
-           'register_here', 'joined', 'warm_jobs', 'snakemake_command', 'to_do', 'Watch', 'drive', 'describe',
+           'register_here', 'joined', 'end', 'warm_jobs', 'snakemake_command', 'to_do', 'Watch', 'drive', 'describe',
            'other_revisions', 'failures', 'reproduce', 'only_one', 'work']
 
 # %% ../nbs/12d_reproduce.ipynb #06bfb1d3
@@ -211,6 +211,13 @@ def joined(output: dict, whole) -> dict:
     return out
 
 # %% ../nbs/12d_reproduce.ipynb #eb66ac36
+def end(job) -> None:
+    "Kill a job and what it has started."
+    for kill in (os.killpg, os.kill):  # in its first moments it has no group of its own yet
+        with contextlib.suppress(ProcessLookupError):
+            kill(job.pid, signal.SIGKILL)
+
+
 @contextlib.contextmanager
 def warm_jobs(threads: int) -> Iterator[dict]:
     "Serve jobs by forking; the environment that tells `workflow/job.py` where."
@@ -221,14 +228,17 @@ def warm_jobs(threads: int) -> Iterator[dict]:
     folder = tempfile.mkdtemp(prefix="flowrepro-")
     listener = connection.Listener(f"{folder}/jobs", "AF_UNIX")
 
+    running = set()
+
     def serve(client: connection.Connection) -> None:
         job = context.Process(target=forked, args=client.recv())
         job.start()
+        running.add(job)
         while job.is_alive():
             if connection.wait([client, job.sentinel]) and client in connection.wait([client], 0):  # nothing more is said: it is gone
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(job.pid, signal.SIGKILL)
+                end(job)
             job.join(0.05)
+        running.discard(job)
         with contextlib.suppress(OSError):
             client.send(job.exitcode)
 
@@ -242,6 +252,8 @@ def warm_jobs(threads: int) -> Iterator[dict]:
         yield {"FLOWREPRO_WARM": f"{folder}/jobs"}
     finally:
         listener.close()
+        for job in list(running):
+            end(job)
         shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/12d_reproduce.ipynb #ad7da004

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from flowrepro.data import OFFICIAL, DataError
-from flowrepro.matrix import MATRIX, MatrixError, belongs, find_roots, jobs_of, load_matrix, papermill_line, select
+from flowrepro.matrix import MATRIX, MatrixError, belongs, chosen, find_roots, jobs_of, load_matrix, papermill_line, select
 from flowrepro.runs import configure
 
 M = load_matrix()
@@ -106,6 +106,6 @@ def test_papermill_line_is_what_configure_takes():
 
 def test_chosen_refuses_what_is_not_its_own():
     with pytest.raises(MatrixError, match="F4"):
-        chosen("F4", MATRIX, "altub_figures")
+        chosen("F4", M, "altub_figures")
     with pytest.raises(MatrixError, match="allowed: F4, F5, F6, F7"):
-        chosen("map", MATRIX, "hgad_figures")
+        chosen("map", M, "hgad_figures")
