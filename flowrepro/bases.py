@@ -159,6 +159,8 @@ class ClassMixture(Base):
         return F.log_softmax(affinity(self.rows(z), self.mu), -1)
 
     def sample(self, n: int, label: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        if label is not None:
+            check_label(label, self.classes, n)
         y = self.draw(self.phi.expand(n, -1), generator) if label is None else label
         return self.mu.detach()[y] + torch.randn(n, self.channels, generator=generator)
 
@@ -195,6 +197,8 @@ class HierarchicalMixture(ClassMixture):
         return (own_affinity(rows, self.all_centres(), label) + F.log_softmax(self.psi, -1)[label][:, None]).logsumexp(-1)
 
     def sample(self, n: int, label: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        if label is not None:
+            check_label(label, self.classes, n)
         y = self.draw(self.phi.expand(n, -1), generator) if label is None else label
         i = self.draw(self.psi[y], generator)
         return self.all_centres().detach()[y, i] + torch.randn(n, self.channels, generator=generator)

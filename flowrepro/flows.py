@@ -263,6 +263,8 @@ def dense_flow(
     **kwargs,  # further arguments of `Step`
 ) -> Flow:
     "The conditional dense flow of CFLOW-AD and HGAD: linear layers, hidden width twice the network's input."
+    if c_cond < 0:
+        raise ValueError(f"a position code of {c_cond} channels: a multiple of four, or 0 for none")
     hidden = 2 * (channels - channels // 2 + c_cond)
     return Flow(Step(channels, hidden, None, c_cond, clamp, soft, **kwargs) for _ in range(steps))
 

@@ -8,7 +8,7 @@ Docs: https://flowrepro.github.io/flowrepro/reproduce.html.md"""
 __all__ = ['RUN_MODULES', 'OUTPUT_MODULES', 'OVERHEAD', 'PRELOADED', 'run_inputs', 'output_inputs', 'run_entry',
            'notebook_entries', 'make_plan', 'gpus', 'past_seconds', 'estimate', 'said', 'one_gpu', 'execute', 'forked',
            'register_here', 'joined', 'end', 'warm_jobs', 'snakemake_command', 'to_do', 'Watch', 'drive', 'describe',
-           'other_revisions', 'failures', 'reproduce', 'only_one', 'work']
+           'other_revisions', 'failures', 'wanted_tables', 'glance', 'reproduce', 'only_one', 'work']
 
 # %% ../nbs/12d_reproduce.ipynb #06bfb1d3
 import contextlib
@@ -365,6 +365,24 @@ def failures(plan: dict) -> list[str]:
             lines.append(f"{name}: {why.splitlines()[0][:300]} (executed notebook: {out / f'notebooks/{name}.ipynb'})")
     return lines
 
+# %% ../nbs/12d_reproduce.ipynb #d406daba
+def wanted_tables(plan: dict) -> list[str]:
+    "The tables that a plan makes, in the order of its notebooks."
+    return [o for e in plan["notebooks"].values() for o in e["parameters"]["only"].split(",") if o.startswith("T")]
+
+
+def glance(out: Path, tables: list[str]) -> str:
+    "The first table that a call has made, without the columns that say less; empty if there is none."
+    import pandas as pd
+
+    path = next((p for p in (out / f"tables/{t}.csv" for t in tables) if p.exists()), None)
+    if path is None:
+        return ""
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    shown = [c for c in table if ": " not in c or c.endswith((": last", ": published"))]
+    measured = table[~table.filter(regex=": last$").isin(["not run", "missing"]).any(axis=1)][shown]
+    return f"{path.stem}, percent, last epoch ({len(tables)} tables in {path.parent}, figures in {out / 'figures'}):\n{measured.to_string(index=False)}\n" if len(measured) else ""
+
 # %% ../nbs/12d_reproduce.ipynb #792dc382
 def reproduce(
     preset: str,
@@ -395,6 +413,7 @@ def reproduce(
             print("\n".join(f"  {n}" for n in todo))
             return 0
         code = work(plan, plan_file, todo, past, jobs, cluster)
+        print(glance(out, wanted_tables(plan)), end="")
         if any(out.glob("*/metrics.json")):
             print(f"report: {report(out).resolve()}")
     return code

@@ -598,3 +598,10 @@ def test_says_what_it_is(case):
     assert f"channels={case.channels}" in shown and "dim=1" in shown and isinstance(case.make(), nn.Module)
     assert f"classes={case.classes}" in shown if case.classes else "classes" not in shown
     assert f"centres={case.centres}" in shown if case.centres else "centres" not in shown
+
+
+@pytest.mark.parametrize("label", [torch.tensor([0, 3]), torch.tensor([-1, 0]), torch.tensor([0]), torch.tensor([0.0, 1.0])])
+@pytest.mark.parametrize("base", [ClassMixture(3, 4), HierarchicalMixture(3, 4, 2)])
+def test_sample_refuses_labels_it_does_not_have(base, label):
+    with pytest.raises(ValueError, match="labels"):
+        base.sample(2, label)

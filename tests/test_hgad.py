@@ -742,7 +742,7 @@ def test_load_other_widths(tiny_backbone, tmp_path):
 
 # -- settings ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("code", [6, 2, 0, 130])
+@pytest.mark.parametrize("code", [6, 2, 0, 130, -4])
 def test_position_codes_come_in_fours(code, stand_in):
     with pytest.raises(ValueError, match=f"position code of {code} channels.*multiple of four"):
         HGAD(stand_in(SHAPES), CATEGORIES, steps=1, code=code)

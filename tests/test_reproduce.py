@@ -51,7 +51,7 @@ def test_runs_then_nothing_then_only_what_changed(folder):
     "The outputs are drawn, a second call does nothing and says so, a changed setting or seed redoes or adds what depends on it alone."
     write_matrix(folder)
     first = go(folder)
-    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.returncode == 0 and "T1, percent, last epoch (1 tables in out/tables" in first.stdout, first.stdout + first.stderr
     before = stamps(folder)
     assert before.keys() == RUNS and "[2/2]" in first.stdout
     assert {"figures/F3.svg", "figures/F3.png", "tables/T1.csv", "tables/T1.md", "tables/T1.tex", "report.html"} <= {str(p.relative_to(folder / "out")) for p in folder.glob("out/**/*")}
