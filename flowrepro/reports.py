@@ -192,7 +192,7 @@ def keep(fig, path: Path, dpi: int = 100):
 
 # %% ../nbs/12_reports.ipynb #bf4533bd
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>flowrepro report</title><link rel="icon" href="data:,"><style>
-body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222}
+body{font:15px/1.5 system-ui,sans-serif;max-width:1480px;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
 td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}
 th{text-align:left}img{max-width:100%}h2{margin-top:2.5rem}.note{color:#555}</style></head><body>
