@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from multiprocessing import connection, get_context
 from pathlib import Path
+from statistics import median
 
 from .matrix import HERE, MATRIX, Job, find_roots, jobs_of, load_matrix, refuse, select
 
@@ -99,14 +100,14 @@ OVERHEAD = 8.0  # seconds a run spends on imports and pictures
 
 
 def past_seconds(folders: list[Path]) -> dict[str, float]:
-    "Seconds of finished runs, by folder name without the seed and by 'method preset' (the longest of them)."
-    out: dict[str, float] = {}
+    "Seconds of finished runs, by folder name without the seed and by 'method preset' (the median of them)."
+    out: dict[str, list[float]] = {}
     for path in (p for f in folders for p in Path(f).glob("**/metrics.json")):
         m = json.loads(path.read_text())
         seconds = OVERHEAD + sum(m["timing"][k] for k in ("features_s", "train_s", "evaluate_s"))
         for key in (path.parent.name.rpartition("-")[0], f"{m['config']['method']} {m['config']['preset']}"):
-            out[key] = max(out.get(key, 0.0), seconds)
-    return out
+            out.setdefault(key, []).append(seconds)
+    return {key: median(seconds) for key, seconds in out.items()}
 
 
 def estimate(names: list[str], plan: dict, past: dict[str, float]) -> tuple[float, int]:
