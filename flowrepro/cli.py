@@ -245,6 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
         return args.command(args)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         print(f"flowrepro: {error}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) and type(error).__name__ != "WeightsError" else 2
