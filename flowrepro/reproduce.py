@@ -8,7 +8,7 @@ Docs: https://flowrepro.github.io/flowrepro/reproduce.html.md"""
 __all__ = ['RUN_MODULES', 'OUTPUT_MODULES', 'OVERHEAD', 'PRELOADED', 'run_inputs', 'output_inputs', 'run_entry',
            'notebook_entries', 'make_plan', 'gpus', 'past_seconds', 'estimate', 'said', 'one_gpu', 'execute', 'forked',
            'register_here', 'joined', 'end', 'warm_jobs', 'snakemake_command', 'to_do', 'Watch', 'drive', 'describe',
-           'other_revisions', 'failures', 'wanted_tables', 'glance', 'reproduce', 'only_one', 'work']
+           'other_revisions', 'failures', 'wanted_tables', 'glance', 'reproduce', 'only_one', 'terminable', 'work']
 
 # %% ../nbs/12d_reproduce.ipynb #06bfb1d3
 import contextlib
@@ -433,6 +433,19 @@ def only_one(out: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    "A request to terminate is an interrupt, so that jobs are ended then, too."
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def work(plan: dict, plan_file: Path, todo: list[str], past: dict[str, float], jobs: int, cluster: str | None) -> int:
     "The two calls of Snakemake, and what failed; the exit code."
     out = Path(plan["out"])
@@ -440,7 +453,7 @@ def work(plan: dict, plan_file: Path, todo: list[str], past: dict[str, float], j
     warm = contextlib.nullcontext({}) if cluster else warm_jobs(max(1, (os.cpu_count() or 1) // jobs))
     watch, log = Watch(out, todo, seconds, jobs), out / "snakemake.log"
     try:
-        with warm as environment:
+        with terminable(), warm as environment:
             if todo:
                 drive(snakemake_command(plan_file, "runs", cluster, jobs), environment, watch, log)
             drive(snakemake_command(plan_file, "outputs", None, jobs), environment, None, log)

@@ -89,8 +89,9 @@ def test_planted_failure(tmp_path):
     assert mended.returncode == 0 and "[1/1] fastflow-toy" in mended.stdout, mended.stdout + mended.stderr
 
 
-def test_interrupted_goes_on(tmp_path):
-    "An interrupt ends the jobs at once and keeps what is finished; the next call does the rest alone."
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_goes_on(tmp_path, sign):
+    "An interrupt or a request to terminate ends the jobs at once and keeps what is finished; the next call does the rest alone."
     write_matrix(tmp_path, **{"fastflow-altub": {"epochs": 20000}})
     command = [FLOWREPRO, "reproduce", "--preset", "smoke", "--matrix", "matrix.yml", "--out", "out", "--jobs", "1"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -99,7 +100,7 @@ def test_interrupted_goes_on(tmp_path):
     until = time.time() + 60
     while not (tmp_path / "out/fastflow-altub-toy-weave-smoke-0/config.json").exists() and time.time() < until:
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sign)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "1 of 2 runs finished" in rest and "Traceback" not in rest, rest
     (done,) = stamps(tmp_path).items()
