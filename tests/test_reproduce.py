@@ -94,7 +94,8 @@ def test_interrupted_goes_on(tmp_path, sign):
     "An interrupt or a request to terminate ends the jobs at once and keeps what is finished; the next call does the rest alone."
     write_matrix(tmp_path, **{"fastflow-altub": {"epochs": 20000}})
     command = [FLOWREPRO, "reproduce", "--preset", "smoke", "--matrix", "matrix.yml", "--out", "out", "--jobs", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job, such as these tests may be, ignores it
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heard)
     lines = iter(process.stdout.readline, "")
     next(line for line in lines if "[1/2]" in line)
     until = time.time() + 60
