@@ -159,10 +159,15 @@ class ClassMixture(Base):
         return F.log_softmax(affinity(self.rows(z), self.mu), -1)
 
     def sample(self, n: int, label: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        if label is not None:
-            check_label(label, self.classes, n)
-        y = self.draw(self.phi.expand(n, -1), generator) if label is None else label
+        y = self.categories(n, label, generator)
         return self.mu.detach()[y] + torch.randn(n, self.channels, generator=generator)
+
+    def categories(self, n: int, label: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        "The category of each of n draws, (n,): as given, checked, or drawn by their weights."
+        if label is None:
+            return self.draw(self.phi.expand(n, -1), generator)
+        check_label(label, self.classes, n)
+        return label
 
     @staticmethod
     def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -197,9 +202,7 @@ class HierarchicalMixture(ClassMixture):
         return (own_affinity(rows, self.all_centres(), label) + F.log_softmax(self.psi, -1)[label][:, None]).logsumexp(-1)
 
     def sample(self, n: int, label: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        if label is not None:
-            check_label(label, self.classes, n)
-        y = self.draw(self.phi.expand(n, -1), generator) if label is None else label
+        y = self.categories(n, label, generator)
         i = self.draw(self.psi[y], generator)
         return self.all_centres().detach()[y, i] + torch.randn(n, self.channels, generator=generator)
 

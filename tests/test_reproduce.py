@@ -75,11 +75,7 @@ def test_report_holds_every_output(folder):
 
 def test_planted_failure(tmp_path):
     "One run fails: the other finishes, the failed one is named with its executed notebook, the exit code is 1; mended, only it is run."
-    (tmp_path / "file").touch()
-    write_matrix(tmp_path, fastflow={"features": {"cache": str(tmp_path / "file/cache")}})
-    matrix = yaml.safe_load((tmp_path / "matrix.yml").read_text())
-    matrix["presets"]["smoke"]["overrides"] = {"fastflow": {"lr": 1e30}}
-    (tmp_path / "matrix.yml").write_text(yaml.safe_dump(matrix))
+    write_matrix(tmp_path, fastflow={"lr": 1e30})
     done = go(tmp_path)
     assert done.returncode == 1 and stamps(tmp_path).keys() == {"fastflow-altub-toy-weave-smoke-0"}, done.stdout + done.stderr
     failed = done.stdout[done.stdout.index("failed:"):]
@@ -93,7 +89,7 @@ def test_planted_failure(tmp_path):
 def test_interrupted_goes_on(tmp_path, sign):
     "An interrupt or a request to terminate ends the jobs at once and keeps what is finished; the next call does the rest alone."
     write_matrix(tmp_path, **{"fastflow-altub": {"epochs": 20000}})
-    command = [FLOWREPRO, "reproduce", "--preset", "smoke", "--matrix", "matrix.yml", "--out", "out", "--jobs", "1"]
+    command = [FLOWREPRO, "reproduce", "--preset", "smoke", "--matrix", "matrix.yml", "--out", "out", "--jobs", "2"]
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job, such as these tests may be, ignores it
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heard)
     lines = iter(process.stdout.readline, "")
@@ -101,6 +97,7 @@ def test_interrupted_goes_on(tmp_path, sign):
     until = time.time() + 60
     while not (tmp_path / "out/fastflow-altub-toy-weave-smoke-0/config.json").exists() and time.time() < until:
         time.sleep(0.2)
+    assert (tmp_path / "out/fastflow-altub-toy-weave-smoke-0/config.json").exists()
     process.send_signal(sign)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "1 of 2 runs finished" in rest and "Traceback" not in rest, rest
