@@ -149,8 +149,10 @@ def execute(plan: str, name: str, notebook: bool = False, engine: str | None = N
     os.chdir(content["cwd"])
     out = Path(content["out"])
     error = out / (f"notebooks/{name}.error.txt" if notebook else f"{name}/error.txt")
+    finished = error.with_name("finished")
     error.parent.mkdir(parents=True, exist_ok=True)
-    error.unlink(missing_ok=True)
+    for mark in (error, finished):
+        mark.unlink(missing_ok=True)
     try:
         from flowrepro.runs import execute_notebook, run_notebook
 
@@ -159,6 +161,7 @@ def execute(plan: str, name: str, notebook: bool = False, engine: str | None = N
         else:
             with one_gpu(out):
                 run_notebook(content["runs"][name]["parameters"], engine=engine)
+            finished.touch()  # metrics.json comes earlier, before the last pictures
     except BaseException as problem:  # also KeyboardInterrupt: whoever looks at the folder should see why it stopped
         error.write_text(f"{type(problem).__name__}: {problem}\n")
         return 1
@@ -287,11 +290,11 @@ class Watch:
     def news(self) -> Iterator[str]:
         "A line for each new result."
         for name in self.names:
-            for file, good in (("metrics.json", True), ("error.txt", False)):
+            for file, good in (("finished", True), ("error.txt", False)):
                 path = self.out / name / file
                 if name not in self.done and path.exists() and path.stat().st_mtime >= self.began - 1:
                     self.done[name] = good
-                    yield f"[{len(self.done)}/{len(self.names)}] {name}: " + (self.result(path) if good else f"FAILED, {path.read_text().strip()[:200]}") + self.left()
+                    yield f"[{len(self.done)}/{len(self.names)}] {name}: " + (self.result(path.with_name("metrics.json")) if good else f"FAILED, {path.read_text().strip()[:200]}") + self.left()
 
     def result(self, path: Path) -> str:
         m = json.loads(path.read_text())

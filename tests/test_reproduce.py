@@ -98,6 +98,7 @@ def test_interrupted_goes_on(tmp_path, sign):
     while not (tmp_path / "out/fastflow-altub-toy-weave-smoke-0/config.json").exists() and time.time() < until:
         time.sleep(0.2)
     assert (tmp_path / "out/fastflow-altub-toy-weave-smoke-0/config.json").exists()
+    time.sleep(2)  # until Snakemake, too, knows of the finished one
     process.send_signal(sign)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "1 of 2 runs finished" in rest and "Traceback" not in rest, rest
