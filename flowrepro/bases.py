@@ -159,8 +159,7 @@ class ClassMixture(Base):
         return F.log_softmax(affinity(self.rows(z), self.mu), -1)
 
     def sample(self, n: int, label: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        y = self.categories(n, label, generator)
-        return self.mu.detach()[y] + torch.randn(n, self.channels, generator=generator)
+        return self.mu.detach()[self.categories(n, label, generator)] + torch.randn(n, self.channels, generator=generator)
 
     def categories(self, n: int, label: Tensor | None, generator: torch.Generator | None) -> Tensor:
         "The category of each of n draws, (n,): as given, checked, or drawn by their weights."
