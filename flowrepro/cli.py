@@ -248,6 +248,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"flowrepro: {error}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) and type(error).__name__ != "WeightsError" else 2

@@ -13,6 +13,7 @@ __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES
 
 # %% ../nbs/11_runs.ipynb #c6d1b3a8
 import difflib
+import errno
 import inspect
 import json
 import os
@@ -468,7 +469,7 @@ def score_forms(run: Run, forms: dict[str, Score] | None = None) -> pd.DataFrame
 
 # %% ../nbs/11_runs.ipynb #35d4ec17
 def execute_notebook(name: str, executed: Path, parameters: dict, engine: str | None = None, progress: bool = False) -> Path:
-    "Execute an experiment notebook with papermill into `executed`, and return that; RuntimeError with its path after a failure."
+    "Execute an experiment notebook with papermill into `executed`, and return that; RuntimeError with its path after a failure, OSError with the remedy when the disk is full."
     import papermill
 
     executed.parent.mkdir(parents=True, exist_ok=True)
@@ -476,6 +477,10 @@ def execute_notebook(name: str, executed: Path, parameters: dict, engine: str | 
         papermill.execute_notebook(HERE / f"experiments/{name}.ipynb", executed, parameters=parameters, engine_name=engine, kernel_name="python3", progress_bar=progress)
     except papermill.PapermillExecutionError as error:
         raise RuntimeError(f"{error.ename}: {error.evalue} (the executed notebook shows where: {executed})") from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(error.errno, "disk full; free some, or give another folder", str(executed)) from error
     return executed
 
 

@@ -164,3 +164,62 @@ def test_unknown_key(tmp_path):
     with pytest.raises(MatrixError, match="did you mean 'role'"):
         R.make_plan("smoke", matrix=path)
     assert go(tmp_path).returncode == 2
+
+
+FULL = """
+import shutil, sys
+from collections import namedtuple
+from pathlib import Path
+from flowrepro.cli import main
+shutil.disk_usage = lambda out: namedtuple("usage", "total used free")(2**30, 0, 2**30 if not [*Path(out).glob("*/finished")] else 2**20)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_full_disk_goes_on(tmp_path):
+    "A disk that fills after the first of two runs: said with the remedy, the finished run stays, and with room again only the other is run."
+    write_matrix(tmp_path)
+    command = [sys.executable, "-c", FULL, "reproduce", "--preset", "smoke", "--matrix", "matrix.yml", "--out", "out", "--jobs", "1"]
+    full = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert full.returncode == 2 and "disk full: 1 MiB free" in full.stderr and "Traceback" not in full.stderr, full.stdout + full.stderr
+    (done,) = stamps(tmp_path).items()
+    mended = go(tmp_path)
+    assert mended.returncode == 0 and "1 of them done" in mended.stdout and done in stamps(tmp_path).items() and stamps(tmp_path).keys() == RUNS, mended.stdout + mended.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A function that makes a disk of so many MiB, or changes its size, and returns its folder; for root alone."
+    top, made = tmp_path / "disk", []
+    top.mkdir()
+
+    def size(mib: int) -> Path:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"{'remount,' * bool(made)}size={mib}m", "tmpfs", str(top)], check=True)
+        made.append(mib)
+        return top
+
+    yield size
+    if made:
+        subprocess.run(["umount", str(top)], check=True)
+
+
+@pytest.mark.slow
+def test_a_really_full_disk(small_disk):
+    "A file system that fills up during the second run; enlarged, the same command ends the work."
+    top = small_disk(103)
+    write_matrix(top)
+    full = go(top, "--jobs", "1")
+    assert full.returncode == 2 and "disk full" in full.stderr and "Traceback" not in full.stderr, full.stdout + full.stderr
+    (done,) = stamps(top).items()
+    small_disk(200)
+    mended = go(top)
+    assert mended.returncode == 0 and "1 of them done" in mended.stdout and done in stamps(top).items() and stamps(top).keys() == RUNS, mended.stdout + mended.stderr
+
+
+@pytest.mark.slow
+def test_one_run_on_a_full_disk(small_disk):
+    "Without the graph nothing keeps a reserve: the run ends at the full disk, with the remedy and without a number."
+    top = small_disk(1)
+    done = subprocess.run([FLOWREPRO, "run", "--preset", "smoke", "--dataset", "toy", "--category", "weave", "--out", "out"], cwd=top, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "disk full; free some" in done.stderr, done.stdout + done.stderr
+    assert not [*top.glob("out/*/metrics.json")]
