@@ -19,7 +19,7 @@ from torch import nn
 from flowrepro.bases import LOG_2PI
 from flowrepro.data import DataError
 from flowrepro.detectors import HGAD, OFFICIAL, CFlow, DenseDetector, FastFlow, from_official, to_official
-from flowrepro.flows import FREIA_NAMES, Flow, from_freia, positive, to_freia
+from flowrepro.flows import FREIA_NAMES, Flow, from_freia, log_scale, positive, to_freia
 from flowrepro.hgad import hgad_loss, hgad_terms
 from flowrepro.runs import configure
 from flowrepro.scores import PUBLISHED, combine, gaussian
@@ -95,8 +95,8 @@ def rounding(flow: Flow, x: torch.Tensor, cond: torch.Tensor | None = None) -> f
     """
     size, over, positions = 0.0, *((-1, 1) if flow.steps[0].dim == -1 else ((1, 2, 3), x[0, 0].numel()))
     for step in flow.steps:
-        s, _ = step.coupling.scale_shift(x.split(step.coupling.sizes, step.dim)[0], cond)
-        size = size + s.abs().sum(over) + positions * positive(step.mixing.gamma).log().abs().sum()
+        raw = step.coupling.subnet(x.split(step.coupling.sizes, step.dim)[0], cond).chunk(2, step.dim)[0]
+        size = size + log_scale(raw, step.coupling.clamp, step.coupling.rule).abs().sum(over) + positions * positive(step.mixing.gamma).log().abs().sum()
         x = step(x, cond)[0]
     return size.max().item() * torch.finfo(torch.float32).eps * (2 if x.dtype == torch.float32 else 10)
 
