@@ -515,7 +515,7 @@ def shares(values: np.ndarray, labels: np.ndarray, bins: int = 30) -> tuple[np.n
 def separation(table: pd.DataFrame) -> pd.Series:
     "AUROC of each category (index) that has both kinds, the mean over its seeds; of a table with value (higher is more anomalous), label, category, seed."
     found = {key: auroc(own["value"], own["label"]) for key, own in table.groupby(["category", "seed"], sort=False) if own["label"].nunique() == 2}
-    return pd.Series(found, dtype=float).groupby(level=0, sort=False).mean() if found else pd.Series(dtype=float)
+    return pd.Series(found, dtype=float).groupby(level=0).mean() if found else pd.Series(dtype=float)
 
 
 def score_values(runs: list[dict]) -> pd.DataFrame:
@@ -651,8 +651,8 @@ def within_span(x: np.ndarray, main: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/12c_figures.ipynb #16a7f073
 def look_of(categories: list[str]) -> dict[str, tuple[str, str]]:
-    "Colour and marker of each category; markers repeat after 12, colours after 10, pairs after 60."
-    return {c: (f"C{i % 10}", MARKERS[i % len(MARKERS)]) for i, c in enumerate(categories)}
+    "Colour and marker of each category, the same in every figure of a data set; markers repeat after 12, colours after 10, pairs after 60."
+    return {c: (f"C{i % 10}", MARKERS[i % len(MARKERS)]) for i, c in enumerate(sorted(categories))}
 
 
 def draw_latents(ax: Axes, arrays: dict, looks: dict, most: int = 500) -> str:
@@ -684,7 +684,7 @@ def latents_and_centres(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
     from matplotlib.lines import Line2D
 
     shown = representative(runs)
-    categories = list(dict.fromkeys(str(c) for r in shown.values() for c in r["file"]["category"]))
+    categories = sorted({str(c) for r in shown.values() for c in r["file"]["category"]})
     looks, columns = look_of(categories), 5 if len(categories) > 4 else 4
     fig = canvas(3.25 + 0.16 * (-(-(len(categories) + 5) // columns)))
     how = []
