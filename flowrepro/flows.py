@@ -67,12 +67,12 @@ class Subnet(nn.Module):
             return self.last(Joined.apply(x, cond, self.first.weight, self.first.bias).relu_())
         w_x, w_cond = self.first.weight.split([self.c_in, self.first.weight.shape[1] - self.c_in], dim=1)
         if self.dim == -1:
-            h = F.linear(x, w_x, self.first.bias)
-            h += F.embedding(cond[1], F.linear(cond[0], w_cond).to(cond[0].dtype)) if isinstance(cond, tuple) else F.linear(cond, w_cond)
+            h, table = F.linear(x, w_x), F.linear(cond[0] if isinstance(cond, tuple) else cond, w_cond, self.first.bias)
+            h += F.embedding(cond[1], table.to(cond[0].dtype)) if isinstance(cond, tuple) else table
         else:
             pad = self.first.padding
-            h = F.conv2d(x, w_x, self.first.bias, padding=pad)
-            h += F.conv2d(cond, w_cond, padding=pad)
+            h = F.conv2d(x, w_x, padding=pad)
+            h += F.conv2d(cond, w_cond, self.first.bias, padding=pad)
         return self.last(h.relu_())
 
 # %% ../nbs/03_flows.ipynb #08e50515
