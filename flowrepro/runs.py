@@ -474,7 +474,8 @@ def execute_notebook(name: str, executed: Path, parameters: dict, engine: str | 
 
     executed.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(HERE / f"experiments/{name}.ipynb", executed, parameters=parameters, engine_name=engine, kernel_name="python3", progress_bar=progress)
+        papermill.execute_notebook(HERE / f"experiments/{name}.ipynb", executed, parameters=parameters, engine_name=engine, kernel_name="python3", progress_bar=progress,
+                                   extra_arguments=["--IPKernelApp.log_level=ERROR"])  # no word on how the kernel talks to this process
     except papermill.PapermillExecutionError as error:
         raise RuntimeError(f"{error.ename}: {error.evalue} (the executed notebook shows where: {executed})") from error
     except OSError as error:
