@@ -100,15 +100,20 @@ def markdown(table: pd.DataFrame) -> str:
 
 # %% ../nbs/12_reports.ipynb #a1f0c3d2
 def unified(runs: list[dict], metrics: tuple[str, ...] = ("image_auroc", "pixel_auroc", "aupro_30")) -> pd.DataFrame:
-    "One row per unified run and way to treat the category: each metric in the last epoch, of every category and their mean."
+    "One row per unified method and way to treat the category: each metric in the last epoch, mean over seeds, of every category and, ± deviation over seeds, of their mean."
     rows = []
     for run in runs:
         results, c = run["results"], run["config"]
         if c["category"] == "all":
             modes = results.get("last_by_class_mode") or {"–": results["last"]}
-            rows += [{"method": method_name(c), "seed": c["seed"], "category of a test image": mode}
-                     | {cat: ", ".join(f"{r[cat][m]:.3f}" for m in metrics) for cat in r} for mode, r in modes.items()]
-    return pd.DataFrame(rows)
+            rows += [{"method": method_name(c), "category of a test image": mode, "seed": c["seed"], "of": cat} | {m: r[cat][m] for m in metrics}
+                     for mode, r in modes.items() for cat in r]
+    out: dict[tuple, dict] = {}
+    for (method, mode, cat), own in pd.DataFrame(rows).groupby(["method", "category of a test image", "of"], sort=False) if rows else ():
+        spread = own[list(metrics)].std().map(lambda s: "" if cat != "mean" or pd.isna(s) else f" ± {s:.3f}")
+        row = out.setdefault((method, mode), {"method": method, "seeds": own["seed"].nunique(), "category of a test image": mode})
+        row[cat] = ", ".join(f"{own[m].mean():.3f}{spread[m]}" for m in metrics)
+    return pd.DataFrame(out.values())
 
 # %% ../nbs/12_reports.ipynb #8367e84a
 def plot_history(history: list[dict]):
