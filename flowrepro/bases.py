@@ -180,12 +180,20 @@ class ClassMixture(Base):
 class HierarchicalMixture(ClassMixture):
     "Each category a mixture of M centres, the main one and M − 1 trained offsets from it (HGAD; @eq-hierarchy)."
 
-    def __init__(self, classes: int, channels: int, centres: int = 10, dim: int = -1, generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        classes: int,  # K
+        channels: int,  # D
+        centres: int = 10,  # M, of each category
+        dim: int = -1,  # axis of the channels
+        generator: torch.Generator | None = None,  # draws the offsets
+        spread: float = 1.0,  # their deviation; published 1
+    ):
         super().__init__(classes, channels, dim, generator)
-        if not isinstance(centres, int) or centres < 1:
-            raise ValueError(f"centres {centres!r}: a whole number from 1")
+        if not isinstance(centres, int) or centres < 1 or not spread > 0:
+            raise ValueError(f"centres {centres!r}: a whole number from 1; spread {spread!r}: positive")
         self.centres = centres
-        self.delta = nn.Parameter(torch.randn(classes, centres - 1, channels, generator=generator))
+        self.delta = nn.Parameter(spread * torch.randn(classes, centres - 1, channels, generator=generator))
         self.psi = nn.Parameter(torch.zeros(classes, centres))
 
     def all_centres(self) -> Tensor:

@@ -434,8 +434,8 @@ class OverCategories(DenseDetector):
         self.config["categories"], kind = names, self.config["base"]
         if len(names) == 1 and self.score.normalise != "paper":  # the entropy over one category says nothing; the published form stays
             self.score = replace(self.score, criterion="likelihood", image_criterion="likelihood")
-        sizes = {"hierarchical": (self.config["centres"],), "classes": ()}.get(kind)
-        made = [normal_base(kind, s, -1) if sizes is None else BASES[kind](len(names), s[0], *sizes) for s in self.backbone.shapes]
+        sizes = {"hierarchical": {k: self.config[k] for k in ("centres", "spread")}, "classes": {}}.get(kind)
+        made = [normal_base(kind, s, -1) if sizes is None else BASES[kind](len(names), s[0], **sizes) for s in self.backbone.shapes]
         self.bases = nn.ModuleList(made).to(self.device)
 
     def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -525,6 +525,7 @@ class HGAD(HGADParts):
         steps: int = 12,
         code: int = 256,  # channels of the position code
         centres: int = 10,  # M, of each category
+        spread: float = 1.0,  # deviation of their first offsets from the main one; 1 is published, and leaves them out of reach (`bases`)
         base: str = "hierarchical",  # 'classes': without the centres inside a category; 'standard': a single Gaussian; 'diagonal': a learnable one
         lambda1: float = 1.0,
         lambda2: float = 1.0,  # public code: 100
@@ -546,7 +547,7 @@ class HGAD(HGADParts):
             raise ValueError(f"stage_one {stage_one} in [0, 1], smoothing {smoothing} in [0, 1), centre_rate {centre_rate} positive, weights not negative")
         if isinstance(backbone, str):
             backbone = Backbone(backbone, **self.features, size=384)
-        config = dict(categories=None, steps=steps, code=code, centres=centres, base=base, lambda1=lambda1, lambda2=lambda2, lambda_e=lambda_e, smoothing=smoothing,
+        config = dict(categories=None, steps=steps, code=code, centres=centres, spread=spread, base=base, lambda1=lambda1, lambda2=lambda2, lambda_e=lambda_e, smoothing=smoothing,
                       stage_one=stage_one, joint=joint, centre_rate=centre_rate, class_mode=class_mode, clamp=clamp, soft=soft, rule=rule, norm=norm)
         self.mixture, self.intra = base in ("hierarchical", "classes"), base == "hierarchical"
         super().__init__(backbone, score or (Score(image_criterion="product") if self.mixture else Score()), config, lambda shape: nn.Identity())

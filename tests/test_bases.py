@@ -578,7 +578,7 @@ def test_labels_that_torch_takes_for_a_mask(dtype, positions):
     lambda: StandardNormal(0), lambda: StandardNormal(3, dim=0), lambda: StandardNormal(2.0), lambda: DiagonalNormal(-1), lambda: DiagonalNormal(3, per="image"),
     lambda: DiagonalNormal(3, per="position"), lambda: DiagonalNormal(3, positions=(4,)), lambda: DiagonalNormal(3, per="scalar", positions=(4,)),
     lambda: ClassMixture(0, 3), lambda: ClassMixture(2.0, 3), lambda: ClassMixture(2, 0), lambda: HierarchicalMixture(2, 3, 0), lambda: HierarchicalMixture(2, 3, 1.5),
-    lambda: HierarchicalMixture(0, 3, 2)])
+    lambda: HierarchicalMixture(0, 3, 2), lambda: HierarchicalMixture(2, 3, 2, spread=0.0)])
 def test_sizes_that_make_no_sense(make):
     with pytest.raises(ValueError):
         make()
