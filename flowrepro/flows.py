@@ -116,7 +116,7 @@ class Affine(torch.autograd.Function):
         s = clamp * bend
         j, e = s.sum(dim), s.exp_()
         ctx.save_for_backward(x2, bend, e)
-        ctx.dim, ctx.slope, ctx.dtype = dim, clamp * slope, out.dtype
+        ctx.dim, ctx.gain, ctx.dtype = dim, clamp * slope, out.dtype  # gain: of s at a = 0
         return torch.cat([x1, (x2 * e).add_(t, alpha=0.1)], dim), j
 
     @staticmethod
@@ -125,7 +125,7 @@ class Affine(torch.autograd.Function):
         x2, bend, e = ctx.saved_tensors
         dy1, dy2 = dy.split([dy.shape[ctx.dim] - x2.shape[ctx.dim], x2.shape[ctx.dim]], ctx.dim)
         dx2 = dy2 * e
-        ds = torch.addcmul((ctx.slope * dj).unsqueeze(ctx.dim), dx2, x2, value=ctx.slope)
+        ds = torch.addcmul((ctx.gain * dj).unsqueeze(ctx.dim), dx2, x2, value=ctx.gain)
         da = torch.ops.aten.tanh_backward(ds, bend)
         return dy1, dx2, torch.cat([da.to(ctx.dtype), (0.1 * dy2).to(ctx.dtype)], ctx.dim), None, None, None
 

@@ -7,9 +7,9 @@ Docs: https://flowrepro.github.io/flowrepro/reproduce.html.md"""
 # %% auto #0
 __all__ = ['RUN_MODULES', 'OUTPUT_MODULES', 'OVERHEAD', 'PRELOADED', 'RESERVE', 'run_inputs', 'output_inputs', 'run_entry',
            'notebook_entries', 'make_plan', 'gpus', 'past_seconds', 'estimate', 'said', 'one_gpu', 'execute', 'forked',
-           'register_here', 'joined', 'end', 'warm_jobs', 'snakemake_command', 'to_do', 'Watch', 'room', 'drive',
-           'describe', 'other_revisions', 'failures', 'wanted_tables', 'glance', 'reproduce', 'only_one', 'terminable',
-           'work']
+           'register_here', 'joined', 'end', 'warm_jobs', 'snakemake_command', 'to_do', 'reason', 'Watch', 'room',
+           'drive', 'describe', 'other_revisions', 'failures', 'wanted_tables', 'glance', 'reproduce', 'only_one',
+           'terminable', 'work']
 
 # %% ../nbs/12d_reproduce.ipynb #06bfb1d3
 import contextlib
@@ -283,6 +283,13 @@ def to_do(plan: dict, plan_file: Path, jobs: int = 1) -> list[str]:
     return [n for n in plan["runs"] if f"{n}/metrics.json" in told]
 
 # %% ../nbs/12d_reproduce.ipynb #59d6c2dd
+def reason(error: Path) -> str:
+    "Why a job failed, in a line, from the file it left; a full disk may leave it empty."
+    if not error.exists():
+        return "it was not run; see snakemake.log"
+    return (error.read_text().strip() or "it left no word").splitlines()[0][:300]
+
+
 class Watch:
     "Says which runs have finished or failed since it was last asked."
 
@@ -297,7 +304,7 @@ class Watch:
                 path = self.out / name / file
                 if name not in self.done and path.exists() and path.stat().st_mtime >= self.began - 1:
                     self.done[name] = good
-                    yield f"[{len(self.done)}/{len(self.names)}] {name}: " + (self.result(path.with_name("metrics.json")) if good else f"FAILED, {path.read_text().strip()[:200]}") + self.left()
+                    yield f"[{len(self.done)}/{len(self.names)}] {name}: " + (self.result(path.with_name("metrics.json")) if good else f"FAILED, {reason(path)}") + self.left()
 
     def result(self, path: Path) -> str:
         m = json.loads(path.read_text())
@@ -374,14 +381,11 @@ def failures(plan: dict) -> list[str]:
     out, lines = Path(plan["out"]), []
     for name in plan["runs"]:
         if not (out / name / "metrics.json").exists():
-            why = (out / name / "error.txt").read_text().strip() if (out / name / "error.txt").exists() else "it was not run; see snakemake.log"
             shown = f" (executed notebook: {out / name / 'run.ipynb'})" if (out / name / "run.ipynb").exists() else ""
-            lines.append(f"{name}: {why.splitlines()[0][:300]}{shown}")
+            lines.append(f"{name}: {reason(out / name / 'error.txt')}{shown}")
     for name in plan["notebooks"]:
         if not (out / f"notebooks/{name}.done").exists():
-            error = out / f"notebooks/{name}.error.txt"
-            why = error.read_text().strip() if error.exists() else "it was not run; see snakemake.log"
-            lines.append(f"{name}: {why.splitlines()[0][:300]} (executed notebook: {out / f'notebooks/{name}.ipynb'})")
+            lines.append(f"{name}: {reason(out / f'notebooks/{name}.error.txt')} (executed notebook: {out / f'notebooks/{name}.ipynb'})")
     return lines
 
 # %% ../nbs/12d_reproduce.ipynb #d406daba
@@ -423,7 +427,6 @@ def reproduce(
     jobs = jobs or gpus() or os.cpu_count() or 1
     snakemake_command(out / "plan.json", "runs", cluster, jobs)  # refuses an unknown cluster before any work
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
-    room(out)
     plan_file = out / "plan.json"
     with only_one(out):
         plan_file.write_text(json.dumps(plan, indent=1))
@@ -432,6 +435,7 @@ def reproduce(
         if dry_run:
             print("\n".join(f"  {n}" for n in todo))
             return 0
+        room(out)
         code = work(plan, plan_file, todo, past, jobs, cluster)
         print(glance(out, wanted_tables(plan)), end="")
         if any(out.glob("*/metrics.json")):

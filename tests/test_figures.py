@@ -168,6 +168,7 @@ def test_colour_is_never_alone():
         assert len({look[key] for look in figures.LOOKS}) == len(figures.LOOKS)
     looks = figures.look_of([f"c{i}" for i in range(40)])
     assert len(set(looks.values())) == 40 and len({m for _, m in list(looks.values())[:12]}) == 12
+    assert figures.look_of(["b", "a"]) == figures.look_of(["a", "b"])  # the same in every figure
 
 
 def test_house_style_ends_with_its_block():

@@ -776,3 +776,13 @@ def test_affinity_function():
     zero = torch.zeros(1, 2, 5, requires_grad=True)
     (g,) = torch.autograd.grad(sum(t.sum() for t in Affinity.apply(zero, torch.ones(1, 2, 5))), zero)
     assert (g == 2).all()
+
+
+def test_spread_reaches_every_level(stand_in):
+    "The offsets of the centres inside a category start `spread` times the published ones; the main centres do not change."
+    made = []
+    for spread in (1.0, 0.1):
+        torch.manual_seed(0)
+        made.append(HGAD(stand_in(SHAPES), CATEGORIES, steps=1, code=4, centres=5, spread=spread))
+    for wide, narrow in zip(*(m.bases for m in made)):
+        assert torch.allclose(narrow.delta, 0.1 * wide.delta) and torch.equal(narrow.mu, wide.mu) and wide.delta.abs().max() > 0.5

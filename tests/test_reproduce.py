@@ -166,6 +166,13 @@ def test_unknown_key(tmp_path):
     assert go(tmp_path).returncode == 2
 
 
+@pytest.mark.parametrize("left, told", [(None, "it was not run; see snakemake.log"), ("", "it left no word"), ("ValueError: no\nmore", "ValueError: no")])
+def test_reason(tmp_path, left, told):
+    if left is not None:
+        (tmp_path / "error.txt").write_text(left)
+    assert R.reason(tmp_path / "error.txt") == told
+
+
 FULL = """
 import shutil, sys
 from collections import namedtuple
