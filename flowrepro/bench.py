@@ -172,8 +172,10 @@ def freia_chain(shape: tuple[int, ...], steps: int, subnet: Callable[[int], Call
     import FrEIA.framework as Ff
     import FrEIA.modules as Fm
 
+    before = np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        np.random.seed(seed)  # FrEIA draws its rotations by SciPy, from NumPy's global state
         chain = Ff.SequenceINN(*shape)
         for k in range(steps):
             chain.append(Fm.AllInOneBlock, subnet_constructor=subnet(k), **settings)
@@ -181,6 +183,7 @@ def freia_chain(shape: tuple[int, ...], steps: int, subnet: Callable[[int], Call
             for block in chain.module_list:
                 block.global_scale += 0.1 * torch.randn_like(block.global_scale)
                 block.global_offset += 0.1 * torch.randn_like(block.global_offset)
+    np.random.set_state(before)
     return chain
 
 

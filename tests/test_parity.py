@@ -172,7 +172,7 @@ class PublicFastFlow(nn.Module):
 
 def make_reference(shapes, batch, size, seed, **kw) -> dict[str, torch.Tensor]:
     "A reference in the format of the files, of a randomised `PublicFastFlow`."
-    torch.manual_seed(seed)
+    np.random.seed(seed), torch.manual_seed(seed)
     model = PublicFastFlow(shapes, **kw)
     with torch.no_grad():
         for p in model.parameters():
