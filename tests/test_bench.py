@@ -167,7 +167,12 @@ def test_check_outputs_wants_the_same_names():
 def test_rounds_are_interleaved_and_rotated():
     order = []
     seconds = B.time_rounds({n: lambda n=n: order.append(n) for n in "abc"}, 4)
-    assert "".join(order) == "abcbcacababc" and all(len(s) == 4 for s in seconds.values())
+    assert "".join(order) == "aabbcc" "bbccaa" "ccaabb" "aabbcc" and all(len(s) == 4 for s in seconds.values())
+
+
+def test_only_the_second_run_of_a_turn_is_timed():
+    waits = iter([0.05, 0.0] * 3)
+    assert all(s < 0.04 for s in B.time_rounds({"a": lambda: time.sleep(next(waits))}, 3)["a"])
 
 
 def test_compare_measures_time_and_memory():

@@ -416,14 +416,29 @@ def doubles(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("lead", [(), (4,), (2, 3)], ids=str)
-def test_gradients_of_the_products(lead):
-    "First and second derivatives of the joined product and of the rotation, against finite differences."
+@pytest.mark.parametrize("coded", [False, True], ids=["alone", "with code"])
+def test_gradients_of_the_products(lead, coded):
+    "The network's two layers, the rotation and the shuffle, against finite differences; a second derivative is refused, not wrong."
     torch.manual_seed(0)
-    perm = flows.random_rotation(5).double()
+    perm, shuffle = flows.random_rotation(5).double(), torch.randperm(5)
     scale = (torch.rand(5, dtype=torch.double) + 0.5).requires_grad_()
-    for product, given in ((flows.Joined.apply, (doubles(*lead, 3), doubles(*lead, 2), doubles(6, 5), doubles(6))),
-                           (lambda *a: flows.Rotation.apply(*a, perm), (doubles(*lead, 5), scale, doubles(5)))):
-        assert torch.autograd.gradcheck(product, given) and torch.autograd.gradgradcheck(product, given)
+    code, wide = (doubles(*lead, 2), 5) if coded else (None, 3)
+    layers = [(flows.Layers.apply, (doubles(*lead, 3), code, doubles(*lead[k:], 6), doubles(6, wide), doubles(4, 6), doubles(4))) for k in range(len(lead) + 1)]
+    for product, given in (*layers, (lambda *a: flows.Rotation.apply(*a, perm), (doubles(*lead, 5), scale, doubles(5))),
+                           *((lambda *a, d=d: flows.Shuffle.apply(*a, shuffle, d), (doubles(*lead, 5).transpose(-1, d).detach().requires_grad_(), scale, doubles(5)))
+                             for d in {-1, *range(len(lead))})):
+        assert torch.autograd.gradcheck(product, given)
+        grad, = torch.autograd.grad(product(*given).square().sum(), given[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"): grad.sum().backward()
+
+
+@pytest.mark.parametrize("shape, to", [((3, 4, 5), (5,)), ((3, 4, 5), (4, 5)), ((3, 4, 5), (3, 4, 5)), ((3, 4, 5), (1, 4, 5)), ((3, 4, 5), (3, 1, 5)), ((200, 5), (5,)), ((1, 5), (5,))], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_sum_of_what_was_shared(shape, to, dtype):
+    t = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    got, want = flows.summed(t, torch.Size(to)), t.double().sum_to_size(to)
+    assert got.dtype == dtype and got.shape == want.shape
+    torch.testing.assert_close(got.double(), want, rtol=4 * torch.finfo(dtype).eps, atol=40 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("rows", [5, 40])
