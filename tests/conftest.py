@@ -23,6 +23,12 @@ def quiet_machine(tmp_path_factory):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def same_draws():
+    "Every test starts from the same seeds, alone or after others."
+    torch.manual_seed(0), np.random.seed(0)
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Path:
     "The root of a small toy set: 4 categories of 10 + 4 normal and 6 anomalous images of 64 pixels."
