@@ -136,8 +136,8 @@ class Affine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x1: Tensor, x2: Tensor, out: Tensor, dim: int, clamp: float, slope: float) -> tuple[Tensor, Tensor]:
-        a, t = out.to(x2.dtype).chunk(2, dim)
-        sigma = (2 * slope * a).sigmoid_()  # (1 + tanh(slope·a)) / 2, ten times as fast
+        a, t = out.chunk(2, dim)
+        sigma = (2 * slope * a.to(x2.dtype)).sigmoid_()  # (1 + tanh(slope·a)) / 2, ten times as fast
         s = (2 * clamp * sigma).sub_(clamp)
         j, e = s.sum(dim), s.exp_()
         ctx.save_for_backward(x2, sigma, e)

@@ -283,3 +283,17 @@ def test_report_leaves_out_what_is_not_complete(finished, tmp_path, capsys):
     (second / "metrics.json").unlink()
     _, out, _ = run(capsys, "report", root)
     assert "±" not in out
+
+
+@pytest.mark.parametrize("command, waits", [(("bench", "--only", "fastflow"), None), (("data", "check", "nowhere", "--dataset", "mvtec"), "passive")], ids=["bench", "others"])
+def test_waiting_threads_sleep_but_in_a_bench(command, waits, monkeypatch, capsys):
+    "A bench measures what a plain script would have; everything else leaves the cores to its neighbours."
+    import os
+
+    from flowrepro import bench
+
+    monkeypatch.setattr(bench, "main", lambda *a, **k: [])
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    run(capsys, *command)
+    policy = os.environ.pop("OMP_WAIT_POLICY", None)
+    assert policy == waits
