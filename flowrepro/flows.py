@@ -72,7 +72,6 @@ class Layers(torch.autograd.Function):
             dw1 = rows(dh).T @ rows(x if c is None else torch.cat([x, c], dim=-1))
             return dx, dc, summed(dh, ctx.shape), dw1, rows(grad).T @ rows(hidden), rows(grad).sum(0)
 
-
 # %% ../nbs/03_flows.ipynb #ef8dd8f9
 class Subnet(nn.Module):
     "Layer, ReLU, layer on `[x1, cond]`; linear if `kernel` is None, else convolutions with same padding."
@@ -84,10 +83,10 @@ class Subnet(nn.Module):
         self.first, self.last = layer(c_in + c_cond, hidden), layer(hidden, c_out)
 
     def forward(self, x: Tensor, cond: Tensor | tuple[Tensor, Tensor] | None = None) -> Tensor:
-        first, last, shared = self.first, self.last, cond is not None
-        if self.dense and (not shared or torch.is_tensor(cond) and cond.shape[:-1] == x.shape[:-1]):  # no code, or one for each row
+        first, last = self.first, self.last
+        if self.dense and not isinstance(cond, tuple) and (cond is None or cond.shape[:-1] == x.shape[:-1]):  # no code, or one for each row
             return Layers.apply(x, cond, first.bias, first.weight, last.weight, last.bias)
-        if not shared:
+        if cond is None:
             return last(first(x).relu_())
         w_x, w_cond = first.weight.split([self.c_in, first.weight.shape[1] - self.c_in], dim=1)
         if self.dense:
@@ -98,7 +97,6 @@ class Subnet(nn.Module):
         h = F.conv2d(x, w_x, padding=first.padding)
         h += F.conv2d(cond, w_cond, first.bias, padding=first.padding)
         return last(h.relu_())
-
 
 # %% ../nbs/03_flows.ipynb #08e50515
 def positional_code(channels: int, height: int, width: int) -> Tensor:
@@ -202,25 +200,22 @@ class Rotation(torch.autograd.Function):
 
 
 class Shuffle(torch.autograd.Function):
-    "P(g·y + o) over axis `dim`, P the shuffle that takes channel perm[k] for channel k."
+    "P(g·y + o) over axis `dim`, P the shuffle that takes channel perm[k] for channel k; g and o shaped to broadcast against y from `dim` on."
 
     @staticmethod
     def forward(ctx, y: Tensor, g: Tensor, o: Tensor, perm: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(y, g, perm)
-        ctx.dim, ctx.shape = dim, [-1] + [1] * (y.dim() - dim % y.dim() - 1)  # of a vector over channels
+        ctx.dim = dim
         z = y.index_select(dim, perm)
-        return torch.addcmul(o[perm].view(ctx.shape), z, g[perm].view(ctx.shape), out=z)
+        return torch.addcmul(o[perm], z, g[perm], out=z)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         y, g, perm = ctx.saved_tensors
-        back, scale = perm.argsort(), g[perm].view(ctx.shape)
-        total = lambda t: t.sum_to_size(scale.shape).flatten()
-        scaled = grad * scale
+        back, scaled = perm.argsort(), grad * g[perm]
         dy = scaled.index_select(ctx.dim, back)
-        return dy, total(torch.mul(dy, y, out=scaled)) / g, total(grad)[back], None, None
-
+        return dy, torch.mul(dy, y, out=scaled).sum_to_size(g.shape) / g, grad.sum_to_size(g.shape)[back], None, None
 
 # %% ../nbs/03_flows.ipynb #80502077
 class Mixing(nn.Module):
@@ -251,7 +246,7 @@ class Mixing(nn.Module):
                 if self.dim == -1:
                     return Rotation.apply(y, g, self.offset, self.perm), g.log().sum()
                 return self.matmul(self.perm * g, y, self.perm @ self.offset), g.log().sum()
-        return Shuffle.apply(y, g, self.offset, self.perm, self.dim), g.log().sum()
+        return Shuffle.apply(y, self.over_channels(g), self.over_channels(self.offset), self.perm, self.dim), g.log().sum()
 
     def inverse(self, z: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):

@@ -1,5 +1,6 @@
 """The command line: exit codes, help with examples, and each command on small data."""
 import json
+import os
 import re
 import shlex
 import shutil
@@ -288,8 +289,6 @@ def test_report_leaves_out_what_is_not_complete(finished, tmp_path, capsys):
 @pytest.mark.parametrize("command, waits", [(("bench", "--only", "fastflow"), None), (("data", "check", "nowhere", "--dataset", "mvtec"), "passive")], ids=["bench", "others"])
 def test_waiting_threads_sleep_but_in_a_bench(command, waits, monkeypatch, capsys):
     "A bench measures what a plain script would have; everything else leaves the cores to its neighbours."
-    import os
-
     from flowrepro import bench
 
     monkeypatch.setattr(bench, "main", lambda *a, **k: [])

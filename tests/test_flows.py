@@ -424,9 +424,11 @@ def test_gradients_of_the_products(lead, coded):
     scale = (torch.rand(5, dtype=torch.double) + 0.5).requires_grad_()
     code, wide = (doubles(*lead, 2), 5) if coded else (None, 3)
     layers = [(flows.Layers.apply, (doubles(*lead, 3), code, doubles(*lead[k:], 6), doubles(6, wide), doubles(4, 6), doubles(4))) for k in range(len(lead) + 1)]
-    for product, given in (*layers, (lambda *a: flows.Rotation.apply(*a, perm), (doubles(*lead, 5), scale, doubles(5))),
-                           *((lambda *a, d=d: flows.Shuffle.apply(*a, shuffle, d), (doubles(*lead, 5).transpose(-1, d).detach().requires_grad_(), scale, doubles(5)))
-                             for d in {-1, *range(len(lead))})):
+    def shuffled(d):  # over axis d of `lead` and the channels
+        wide = lambda v: v if d == -1 else v.view(-1, *[1] * (len(lead) - d))
+        return lambda y, g, o: flows.Shuffle.apply(y.transpose(-1, d), wide(g), wide(o), shuffle, d)
+    mixings = [lambda *a: flows.Rotation.apply(*a, perm), *map(shuffled, [-1, *range(len(lead))])]
+    for product, given in (*layers, *((m, (doubles(*lead, 5), scale, doubles(5))) for m in mixings)):
         assert torch.autograd.gradcheck(product, given)
         grad, = torch.autograd.grad(product(*given).square().sum(), given[0], create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"): grad.sum().backward()
