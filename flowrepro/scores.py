@@ -56,9 +56,9 @@ def highest(level: Tensor, share: float) -> Tensor:
     return level[low].lerp(level[low + 1], (share - SHARES[low - 5]) * 2)
 
 
-def logdet_share(stats: Tensor) -> float:
-    "The share λ of the log-determinant that the training images suggest: (r − 1)/3 in [0, 1], r the mean over levels of the deviation of j over that of a."
-    return float(((stats[:, 4] / stats[:, 3].clamp_min(1e-12)).mean() - 1).div(3).clamp(0, 1))
+def logdet_share(stats: Tensor) -> Tensor:
+    "The share λ of the log-determinant that the training images suggest for each level: r − 2 in [0, 1], r the deviation of j over that of a; (levels,)."
+    return (stats[:, 4] / stats[:, 3].clamp_min(1e-12) - 2).clamp(0, 1)
 
 # %% ../nbs/08_scores.ipynb #e7420d65
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Score:
     image: str = "max"  # 'max', or 'top': mean of the highest pixels
     top: float = 0.001  # their share, in (0, 1]
     image_logdet: float | None = 0.0  # λ behind the image score
-    image_temperature: float = 1.2  # τ behind the image score
+    image_temperature: float = 1.0  # τ behind the image score
     image_criterion: str = "likelihood"  # criterion behind the image score
     image_smooth: float = 0.0  # smoothing behind the image score
 
@@ -129,8 +129,8 @@ def normality(
 ) -> tuple[Tensor, float]:  # the mean over levels (B, H, W), larger is more normal, and what stands for a wholly normal position
     "What the levels together say of each pixel, and its ceiling: the maximum over the batch (normalise='paper'), or over training positions."
     total, ceiling, tau = 0.0, 0.0, score.temperature
-    share = logdet_share(stats) if score.logdet is None else score.logdet
-    for l, part in enumerate(parts):
+    shares = [score.logdet] * len(parts) if score.logdet is not None else logdet_share(stats).tolist()
+    for l, (part, share) in enumerate(zip(parts, shares)):
         value = part.entropy if entropy else part.loglik(share)
         if score.normalise == "paper":
             value = value - value.max()

@@ -129,15 +129,15 @@ def test_calibration_of_one_position():
 
 
 def test_share_that_the_training_images_suggest():
-    "(r - 1)/3 within [0, 1], r how much more j varies than a, on the mean of the levels; and it is the share behind `logdet=None`."
+    "r - 2 within [0, 1], r how much more j varies than a, each level for itself; and it is the share behind `logdet=None`."
     parts = make(7, seed=5)
-    r = np.mean([p.logdet.double().std() / p.base.double().std() for p in parts])
-    spread = [[p._replace(logdet=p.logdet * f / r) for p in parts] for f in (0.5, 2.5, 9.0)]
-    shares = [logdet_share(calibration(s)) for s in spread]
-    assert shares == pytest.approx([0.0, 0.5, 1.0], abs=1e-5)
-    for train, share in zip(spread, (0.0, 0.5, 1.0)):
-        given, chosen = (combine(make(), 12, Score(logdet=v, smooth=0), calibration(train)) for v in (share, None))
-        torch.testing.assert_close(chosen, given, rtol=1e-4, atol=1e-4)
+    r = [float(p.logdet.double().std() / p.base.double().std()) for p in parts]
+    for ratios, shares in (((1.5, 2.5), (0.0, 0.5)), ((9.0, 2.25), (1.0, 0.25)), ((2.0, 3.0), (0.0, 1.0))):
+        train, test = ([p._replace(logdet=p.logdet * f / x) for p, f, x in zip(some, ratios, r)] for some in (parts, make()))
+        assert logdet_share(calibration(train)).tolist() == pytest.approx(shares, abs=1e-4)
+        shared = [[p._replace(logdet=p.logdet * share) for p, share in zip(some, shares)] for some in (train, test)]
+        given = combine(shared[1], 12, Score(logdet=1.0, smooth=0), calibration(shared[0]))
+        torch.testing.assert_close(combine(test, 12, Score(smooth=0), calibration(train)), given, rtol=1e-3, atol=1e-3)
 
 
 def test_calibration_levels_the_levels():
