@@ -15,6 +15,7 @@ _HOMES = {
     "metrics": ["evaluate"],
     "training": ["Schedule"],
     "diagnostics": [],
+    "export": [],
     "runs": ["Run", "configure"],
     "matrix": [],
     "reports": [],

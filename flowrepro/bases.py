@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 
 # %% ../nbs/04_bases.ipynb #992117ef
 LOG_2PI = math.log(2 * math.pi)
@@ -102,14 +103,14 @@ def own_affinity(z: Tensor, centres: Tensor, label: Tensor) -> Tensor:
     if z.shape[1] > 1:
         return affinity(z, centres[label])
     every = affinity(z, centres.flatten(0, 1)).unflatten(-1, centres.shape[:2])
-    return every[torch.arange(len(z), device=z.device), :, label]
+    return every[torch.arange(z.shape[0], device=z.device), :, label]
 
 
 def check_label(label: Tensor, classes: int, n: int) -> None:
     "ValueError for labels that are not n whole numbers in [0, classes)."
     if label.shape != (n,) or label.dtype != torch.long:
         raise ValueError(f"labels of shape {tuple(label.shape)}, {label.dtype}: one whole number for each of the {n} images")
-    if n and not 0 <= int(label.min()) <= int(label.max()) < classes:
+    if not is_exporting() and n and not 0 <= int(label.min()) <= int(label.max()) < classes:
         raise ValueError(f"labels {int(label.min())} to {int(label.max())}: this base has the categories 0 to {classes - 1}")
 
 # %% ../nbs/04_bases.ipynb #d5a8b7ba
@@ -134,7 +135,7 @@ class ClassMixture(Base):
 
     def rows(self, z: Tensor) -> Tensor:
         "z as rows (B, P, D)."
-        return z.flatten(2).transpose(1, 2) if self.dim == 1 else z.reshape(len(z), math.prod(z.shape[1:-1]), z.shape[-1])
+        return z.flatten(2).transpose(1, 2) if self.dim == 1 else z.reshape(z.shape[0], math.prod(z.shape[1:-1]), z.shape[-1])
 
     def class_log_prob(self, rows: Tensor) -> Tensor:
         "log p(z | y) of rows (B, P, D) for every category, (B, P, K), without −‖z‖²/2 and the constant."
@@ -149,10 +150,10 @@ class ClassMixture(Base):
         if label is None:
             a = (self.class_log_prob(rows) + F.log_softmax(self.phi, 0)).logsumexp(-1)
         else:
-            check_label(label, self.classes, len(z))
+            check_label(label, self.classes, z.shape[0])
             a = self.own_log_prob(rows, label)
         out = a - (rows.square().sum(-1) + self.channels * LOG_2PI) / 2
-        return out.view(len(z), *(z.shape[2:] if self.dim == 1 else z.shape[1:-1]))
+        return out.view(z.shape[0], *(z.shape[2:] if self.dim == 1 else z.shape[1:-1]))
 
     def log_posterior(self, z: Tensor) -> Tensor:
         "log p(y | z) with equal weights, as HGAD's entropy takes it: log softmax_y(−‖z − μ_y‖²/2), (B, P, K)."

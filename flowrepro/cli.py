@@ -1,4 +1,4 @@
-"""`flowrepro run | report | bench | data | fit | predict`; every command explains itself with `--help` and an example.
+"""`flowrepro run | report | bench | data | fit | predict | export`; every command explains itself with `--help` and an example.
 
 Docs: https://flowrepro.github.io/flowrepro/cli.html.md"""
 
@@ -6,8 +6,8 @@ Docs: https://flowrepro.github.io/flowrepro/cli.html.md"""
 
 # %% auto #0
 __all__ = ['cmd_run', 'run_name', 'print_summary', 'cmd_reproduce', 'cmd_report', 'cmd_bench', 'cmd_data', 'cmd_fit',
-           'best_device', 'cmd_predict', 'add', 'add_source', 'parser', 'add_run', 'add_reproduce', 'add_data',
-           'add_own_images', 'main']
+           'best_device', 'cmd_predict', 'cmd_export', 'add', 'add_source', 'parser', 'add_run', 'add_reproduce',
+           'add_data', 'add_own_images', 'main']
 
 # %% ../nbs/13_cli.ipynb #149ba2fc
 import argparse
@@ -142,6 +142,19 @@ def cmd_predict(args: argparse.Namespace) -> int:
     print(f"{len(files)} images scored: {(out / 'scores.csv').resolve()}")
     return 0
 
+# %% ../nbs/13_cli.ipynb #c96483e0
+def cmd_export(args: argparse.Namespace) -> int:
+    "Write a saved detector as one program, ONNX or torch.export, and compare the two."
+    import warnings
+
+    from flowrepro.detectors import Detector
+    from flowrepro.export import export
+
+    with warnings.catch_warnings(action="ignore"):  # the exporters warn of their own internals
+        error = export(Detector.load(args.model), args.out, args.category)
+    print(f"{Path(args.out).stat().st_size / 2**20:.1f} MiB, differs from the detector by {error:.0e} at most: {Path(args.out).resolve()}")
+    return 0
+
 # %% ../nbs/13_cli.ipynb #0ff6dc60
 def add(commands, name: str, run, example: str):
     "A subcommand whose help is the docstring of `run`, with an example below it."
@@ -220,7 +233,7 @@ def add_data(commands) -> None:
 
 # %% ../nbs/13_cli.ipynb #84f6d854
 def add_own_images(commands) -> None:
-    "`flowrepro fit` and `flowrepro predict`."
+    "`flowrepro fit`, `flowrepro predict` and `flowrepro export`."
     p = add(commands, "fit", cmd_fit, "flowrepro fit my_parts --out my_parts.safetensors")
     p.add_argument("data_root", help="folder with good/ and perhaps others, or a data set's root")
     add_source(p, "all")
@@ -235,6 +248,10 @@ def add_own_images(commands) -> None:
     p.add_argument("images", help="an image or a folder of images")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     p.add_argument("--out", default="predictions")
+    p = add(commands, "export", cmd_export, "flowrepro export my_parts.safetensors --out my_parts.onnx")
+    p.add_argument("model", help="file that fit or a run wrote")
+    p.add_argument("--out", required=True, help="a file that ends in .onnx, or in .pt2 (torch.export)")
+    p.add_argument("--category", default=None, help="of all images, for an HGAD that must be told")
 
 # %% ../nbs/13_cli.ipynb #864ff409
 def main(arguments: list[str] | None = None) -> int:

@@ -378,7 +378,7 @@ class FiberBatches(DenseDetector):
     def parts(self, features: list[Tensor], labels: Tensor | None = None) -> list[Parts]:
         out = []
         for l, (z, logdet) in enumerate(self.latents(features)):
-            square = lambda t: t.view(len(z), *features[l].shape[2:])
+            square = lambda t: t.unflatten(-1, features[l].shape[2:])
             out.append(Parts(square(self.bases[l].per_dimension(z)), square(logdet / z.shape[-1])))
         return out
 
@@ -495,7 +495,7 @@ class HGADParts(HGADLosses):
         latents, out = list(self.latents(features)), []
         own = self.categories_for(latents, labels, class_mode or self.config["class_mode"]) if self.mixture else None
         for l, (z, logdet) in enumerate(latents):
-            square = lambda t: t.view(len(z), *features[l].shape[2:])
+            square = lambda t: t.unflatten(-1, features[l].shape[2:])
             entropy = None
             if self.mixture:
                 q = self.bases[l].log_posterior(z)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_exporting
 
 # %% ../nbs/03_flows.ipynb #5d71ee2f
 def slope(clamp: float, rule: str) -> float:
@@ -84,7 +85,7 @@ class Subnet(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | tuple[Tensor, Tensor] | None = None) -> Tensor:
         first, last = self.first, self.last
-        if self.dense and not isinstance(cond, tuple) and (cond is None or cond.shape[:-1] == x.shape[:-1]):  # no code, or one for each row
+        if self.dense and not isinstance(cond, tuple) and (cond is None or cond.ndim == x.ndim and cond.shape[:-1] == x.shape[:-1]):  # no code, or one for each row
             return Layers.apply(x, cond, first.bias, first.weight, last.weight, last.bias)
         if cond is None:
             return last(first(x).relu_())
@@ -241,7 +242,7 @@ class Mixing(nn.Module):
         g = positive(self.gamma)
         if self.soft:
             with torch.autocast(y.device.type, enabled=False):  # the stream is never rotated in lower precision
-                if y.numel() < self.perm.numel():  # fewer rows than channels: scale the rows, not the matrix
+                if not is_exporting() and y.numel() < self.perm.numel():  # fewer rows than channels: scale the rows, not the matrix
                     return self.matmul(self.perm, torch.addcmul(self.over_channels(self.offset), y, self.over_channels(g))), g.log().sum()
                 if self.dim == -1:
                     return Rotation.apply(y, g, self.offset, self.perm), g.log().sum()

@@ -50,10 +50,9 @@ def calibration(parts: list[Parts]) -> Tensor:
     return torch.stack(rows).float()
 
 
-def highest(level: Tensor, share: float) -> Tensor:
-    "The maximum of a + λj over training positions, from a row of `calibration`; between the three shares kept, its linear upper bound."
-    low = 5 if share < 0.5 else 6
-    return level[low].lerp(level[low + 1], (share - SHARES[low - 5]) * 2)
+def highest(level: Tensor, share: float | Tensor) -> Tensor:
+    "The maximum of a + λj over training positions, from a row of `calibration`; it is convex in λ, and between the three shares kept its chord bounds it from above."
+    return torch.maximum(level[5].lerp(level[6], 2 * share), level[6].lerp(level[7], 2 * share - 1))
 
 
 def logdet_share(stats: Tensor) -> Tensor:
@@ -129,7 +128,7 @@ def normality(
 ) -> tuple[Tensor, float]:  # the mean over levels (B, H, W), larger is more normal, and what stands for a wholly normal position
     "What the levels together say of each pixel, and its ceiling: the maximum over the batch (normalise='paper'), or over training positions."
     total, ceiling, tau = 0.0, 0.0, score.temperature
-    shares = [score.logdet] * len(parts) if score.logdet is not None else logdet_share(stats).tolist()
+    shares = [score.logdet] * len(parts) if score.logdet is not None else logdet_share(stats)
     for l, (part, share) in enumerate(zip(parts, shares)):
         value = part.entropy if entropy else part.loglik(share)
         if score.normalise == "paper":

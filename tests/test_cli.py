@@ -57,7 +57,7 @@ def finished(toy, tmp_path_factory):
 def test_every_command_has_an_example():
     "Which parses, as it stands."
     texts = helps(parser())
-    assert {"run", "report", "bench", "data", "fit", "predict", "data toy", "data check"} <= texts.keys()
+    assert {"run", "reproduce", "report", "bench", "data", "fit", "predict", "export", "data toy", "data check"} <= texts.keys()
     for name, text in texts.items():
         examples = re.findall(r"^\s*(?:example: )?flowrepro (.+)$", text.partition("example:")[2] and text[text.index("example:"):], re.M)
         assert examples and all(e.startswith(name) for e in examples), f"{name} --help has no example of its own"
