@@ -151,7 +151,7 @@ def cmd_export(args: argparse.Namespace) -> int:
     from flowrepro.export import export
 
     with warnings.catch_warnings(action="ignore"):  # the exporters warn of their own internals
-        error = export(Detector.load(args.model), args.out, args.category)
+        error = export(Detector.load(args.model), args.out, args.images, args.category)
     print(f"{Path(args.out).stat().st_size / 2**20:.1f} MiB, differs from the detector by {error:.0e} at most: {Path(args.out).resolve()}")
     return 0
 
@@ -248,8 +248,9 @@ def add_own_images(commands) -> None:
     p.add_argument("images", help="an image or a folder of images")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     p.add_argument("--out", default="predictions")
-    p = add(commands, "export", cmd_export, "flowrepro export my_parts.safetensors --out my_parts.onnx")
+    p = add(commands, "export", cmd_export, "flowrepro export my_parts.safetensors my_parts/good --out my_parts.onnx")
     p.add_argument("model", help="file that fit or a run wrote")
+    p.add_argument("images", help="a folder with two or more images of its own, to compare on")
     p.add_argument("--out", required=True, help="a file that ends in .onnx, or in .pt2 (torch.export)")
     p.add_argument("--category", default=None, help="of all images, for an HGAD that must be told")
 

@@ -62,7 +62,7 @@ def agree(written, detector, images, category=None):
 def test_torch_program(name, trained, tmp_path):
     "As the detector, for one image and for more than the example had; each image by itself."
     detector, file = trained[name], tmp_path / "m.pt2"
-    assert export(detector, file, asked(name)) < 1e-4
+    assert export(detector, file, noise(3), asked(name)) < 1e-4
     program = torch.export.load(file).module()
     for n in (1, 2, 7):
         agree(program(noise(n)), detector, noise(n), asked(name))
@@ -74,7 +74,7 @@ def test_torch_program(name, trained, tmp_path):
 def test_onnx_model(name, trained, tmp_path):
     "A valid model with its weights inside, which says what it is and takes any number of images."
     detector, file = trained[name], tmp_path / "m.onnx"
-    assert export(detector, file, asked(name)) < 1e-3
+    assert export(detector, file, noise(3), asked(name)) < 1e-3
     onnx.checker.check_model(onnx.load(file, load_external_data=False))
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
     session = onnxruntime.InferenceSession(file)
@@ -91,7 +91,7 @@ def test_every_form_of_the_score(change, trained, tmp_path, monkeypatch):
     detector = trained["hgad"]
     plain = detector.predict(noise(2))
     monkeypatch.setattr(detector, "score", replace(detector.score, **change))
-    export(detector, tmp_path / "m.pt2")
+    export(detector, tmp_path / "m.pt2", noise(3))
     written = torch.export.load(tmp_path / "m.pt2").module()(noise(2))
     agree(written, detector, noise(2))
     assert any(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(written, plain))
@@ -99,7 +99,7 @@ def test_every_form_of_the_score(change, trained, tmp_path, monkeypatch):
 
 def test_runs_without_flowrepro(trained, tmp_path):
     "A process that has PyTorch alone reads the program, and what it is."
-    export(trained["cflow"], tmp_path / "m.pt2")
+    export(trained["cflow"], tmp_path / "m.pt2", noise(3))
     torch.save(noise(2), tmp_path / "x.pt")
     code = """if True:
         import sys, torch
@@ -118,7 +118,7 @@ def test_runs_without_flowrepro(trained, tmp_path):
 def test_leaves_the_detector_alone(trained, tmp_path):
     detector = trained["fastflow"].train()
     before = {k: v.clone() for k, v in detector.state_dict().items()}
-    export(detector, tmp_path / "m.pt2")
+    export(detector, tmp_path / "m.pt2", noise(3))
     assert detector.training and all(torch.equal(v, before[k]) for k, v in detector.state_dict().items())
     assert any(p.requires_grad for p in detector.flows.parameters())
 
@@ -126,7 +126,7 @@ def test_leaves_the_detector_alone(trained, tmp_path):
 def test_a_file_that_says_something_else(trained, tmp_path):
     "It is refused and removed: another detector's, or one that gives NaN."
     file, program = tmp_path / "m.pt2", module.Program(trained["fastflow"])
-    export(trained["fastflow"], file)
+    export(trained["fastflow"], file, noise(3))
     assert check_written(module.run_pt2, file, program, noise(3)) < 1e-4
     for wrong in (lambda path, x: tuple(1.01 * t for t in program(x)), lambda path, x: tuple(t * float("nan") for t in program(x)),
                   lambda path, x: (program(x)[0], program(x)[1] + (len(x) == 1))):
@@ -141,34 +141,36 @@ def test_a_file_that_says_something_else(trained, tmp_path):
 ])
 def test_what_cannot_be_written(name, ending, category, words, trained, tmp_path):
     with pytest.raises(ValueError, match=words):
-        export(trained[name], tmp_path / f"m{ending}", category)
+        export(trained[name], tmp_path / f"m{ending}", noise(3), category)
     assert not list(tmp_path.iterdir())
 
 
 def test_detectors_that_cannot_be_written(trained, tiny_backbone, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="has not been trained"):
-        export(FastFlow(tiny_backbone(), steps=1), tmp_path / "m.pt2")
+        export(FastFlow(tiny_backbone(), steps=1), tmp_path / "m.pt2", noise(3))
     for same in (noise(1), noise(1).expand(3, -1, -1, -1)):
-        with pytest.raises(ValueError, match="two or more like its own"):
-            export(trained["fastflow"], tmp_path / "m.pt2", images=same)
+        with pytest.raises(ValueError, match="two or more of its own"):
+            export(trained["fastflow"], tmp_path / "m.pt2", same)
     monkeypatch.setattr(trained["cflow"], "score", PUBLISHED["cflow"])
     with pytest.raises(ValueError, match="normalise='train'"):
-        export(trained["cflow"], tmp_path / "m.pt2")
+        export(trained["cflow"], tmp_path / "m.pt2", noise(3))
 
 
 def test_without_onnx(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"flowrepro\[onnx\]"):
-        export(trained["fastflow"], tmp_path / "m.onnx")
-    export(trained["fastflow"], tmp_path / "m.pt2")
+        export(trained["fastflow"], tmp_path / "m.onnx", noise(3))
+    export(trained["fastflow"], tmp_path / "m.pt2", noise(3))
 
 
-def test_command(trained, tmp_path, capsys):
+def test_command(trained, toy, tmp_path, capsys):
     "The file, its size, how far it is from the detector; a wrong name or model ends with 2."
     trained["hgad known"].save(tmp_path / "m.safetensors")
-    call = ["export", str(tmp_path / "m.safetensors"), "--out"]
-    assert main([*call, str(tmp_path / "new/m.pt2"), "--category", "bolt"]) == 0
+    call, own = ["export", str(tmp_path / "m.safetensors")], str(toy / "bolt/train")
+    assert main([*call, own, "--out", str(tmp_path / "new/m.pt2"), "--category", "bolt"]) == 0
     assert "MiB, differs from the detector by" in (out := capsys.readouterr().out) and str(tmp_path / "new/m.pt2") in out
     agree(torch.export.load(tmp_path / "new/m.pt2").module()(noise(1)), trained["hgad known"], noise(1), "bolt")
-    for arguments, words in (([*call, str(tmp_path / "m.txt")], ".onnx, .pt2"), (["export", str(tmp_path / "none"), "--out", "m.pt2"], "no detector")):
+    wrong = {".onnx, .pt2": [*call, own, "--out", str(tmp_path / "m.txt")], "no detector": ["export", str(tmp_path / "none"), own, "--out", "m.pt2"],
+             "no image": [*call, str(tmp_path / "new"), "--out", str(tmp_path / "m.pt2"), "--category", "bolt"]}
+    for words, arguments in wrong.items():
         assert main(arguments) == 2 and words in capsys.readouterr().err
