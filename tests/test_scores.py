@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flowrepro.scores import PUBLISHED, Parts, Score, calibration, combine, gaussian, image_scores, join, logdet_share, score_batch
+from flowrepro.scores import PUBLISHED, Parts, Score, calibration, combine, gaussian, highest, image_scores, join, logdet_share, score_batch
 
 SHAPES = [(6, 6), (3, 5)]  # of the levels
 
@@ -138,6 +138,17 @@ def test_share_that_the_training_images_suggest():
         shared = [[p._replace(logdet=p.logdet * share) for p, share in zip(some, shares)] for some in (train, test)]
         given = combine(shared[1], 12, Score(logdet=1.0, smooth=0), calibration(shared[0]))
         torch.testing.assert_close(combine(test, 12, Score(smooth=0), calibration(train)), given, rtol=1e-3, atol=1e-3)
+
+
+def test_highest_over_training_positions():
+    "Between the shares whose maximum is kept it is their chord, never below the true maximum; exact where one is kept."
+    part = make(6, seed=3)[0]
+    level = calibration([part])[0]
+    for share in (0.0, 0.1, 0.25, 0.5, 0.7, 1.0):
+        chord = np.interp(share, [0.0, 0.5, 1.0], level[5:])
+        true = float(part.loglik(share).max())
+        for given in (share, torch.tensor(share)):
+            assert float(highest(level, given)) == pytest.approx(chord, abs=1e-5) and float(highest(level, given)) >= true - 1e-5
 
 
 def test_calibration_levels_the_levels():
