@@ -83,7 +83,7 @@ def make_plan(
         raise ValueError(f"seeds {seeds}: at least 1")
     jobs = jobs_of(content, preset, find_roots(data_root), wanted, seeds)
     here = [j for j in jobs if not j.missing]
-    plan = {"preset": preset, "cwd": os.getcwd(), "out": str(out), "gpu": int(gpus() > 0), "mem_mb": 16000 if preset == "paper" else 6000}
+    plan = {"preset": preset, "cwd": os.getcwd(), "out": str(out), "gpu": int(gpus() > 0), "share": 1, "mem_mb": 16000 if preset == "paper" else 6000}
     plan["runs"] = {j.name: run_entry(j, out) for j in here}
     plan["notebooks"] = notebook_entries(content, wanted, here, preset, out, Path(matrix).resolve() if matrix else None)
     return plan | {"missing": {j.name: j.missing for j in jobs if j.missing}}
@@ -124,8 +124,8 @@ def said(seconds: float) -> str:
 
 # %% ../nbs/12d_reproduce.ipynb #e464ab0c
 @contextlib.contextmanager
-def one_gpu(out: Path) -> Iterator[int | None]:
-    "The number of a GPU that no other job of this folder uses, in CUDA_VISIBLE_DEVICES; None without GPUs. Slurm gives each job its own, so nothing is done there."
+def one_gpu(out: Path, share: int = 1) -> Iterator[int | None]:
+    "The number of a GPU that fewer than `share` other jobs of this folder use, in CUDA_VISIBLE_DEVICES; None without GPUs. Slurm gives each job its own, so nothing is done there."
     import fcntl
 
     visible = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v] or list(map(str, range(gpus())))
@@ -133,14 +133,14 @@ def one_gpu(out: Path) -> Iterator[int | None]:
         yield 0 if visible else None
         return
     while True:
-        for i, device in enumerate(visible):
+        for i, device in enumerate(visible * share):  # each GPU's first place, then each one's second
             with open(out / f".gpu{i}.lock", "w") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     continue
                 os.environ["CUDA_VISIBLE_DEVICES"] = device
-                yield i
+                yield i % len(visible)
                 return
         time.sleep(0.2)
 
@@ -161,7 +161,7 @@ def execute(plan: str, name: str, notebook: bool = False, engine: str | None = N
         if notebook:
             execute_notebook(name, out / f"notebooks/{name}.ipynb", content["notebooks"][name]["parameters"], engine)
         else:
-            with one_gpu(out):
+            with one_gpu(out, content["share"]):
                 run_notebook(content["runs"][name]["parameters"], engine=engine)
             finished.touch()  # metrics.json comes earlier, before the last pictures
     except BaseException as problem:  # also KeyboardInterrupt: whoever looks at the folder should see why it stopped
@@ -269,7 +269,7 @@ def snakemake_command(plan_file: Path, target: str, cluster: str | None, jobs: i
     profile = HERE / "workflow/profiles" / (cluster or "local")
     if not (profile / "config.yaml").exists():
         refuse("cluster", str(cluster), [p.name for p in profile.parent.iterdir()])
-    local = [] if cluster else ["--cores", str(jobs), "--resources", f"gpu={max(1, gpus())}"]
+    local = [] if cluster else ["--cores", str(jobs), "--resources", f"gpu={jobs}"]
     return [sys.executable, "-m", "snakemake", target, "--snakefile", str(HERE / "workflow/Snakefile"), "--directory", str(plan_file.parent),
             "--workflow-profile", str(profile), "--config", f"plan={plan_file.resolve()}", "--rerun-triggers", "mtime", "params", "input", "code", *local]
 
@@ -413,7 +413,7 @@ def reproduce(
     only: list[str] | None = None,
     seeds: int | None = None,
     out: str | Path = "runs/reproduce",
-    jobs: int | None = None,  # runs at a time; None: one a GPU, or one a CPU core
+    jobs: int | None = None,  # runs at a time, more than GPUs share them; None: one a GPU, or one a CPU core
     cluster: str | None = None,  # a profile in workflow/profiles
     dry_run: bool = False,
     matrix: str | Path | None = None,
@@ -425,6 +425,7 @@ def reproduce(
     if not plan["runs"] and not plan["missing"]:
         raise ValueError(f"preset {preset!r} has no data for {', '.join(only or ['any output'])}")
     jobs = jobs or gpus() or os.cpu_count() or 1
+    plan["share"] = -(-jobs // max(1, gpus()))
     snakemake_command(out / "plan.json", "runs", cluster, jobs)  # refuses an unknown cluster before any work
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     plan_file = out / "plan.json"

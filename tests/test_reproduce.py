@@ -1,4 +1,5 @@
 "The graph: what it plans, what it refuses, GPUs and resources."
+import contextlib
 import json
 import os
 import signal
@@ -144,6 +145,18 @@ def test_each_job_its_own_gpu(tmp_path, monkeypatch):
     assert {h[0] for h in held} == {0.0, 1.0} and all(h[0] == h[1] for h in held)
     for a in held:
         assert not any(a is not b and a[0] == b[0] and a[2] < b[3] and b[2] < a[3] for b in held)
+
+
+def test_jobs_share_gpus(tmp_path, monkeypatch):
+    "Two places on each of two simulated GPUs: the emptiest GPU is taken first; Snakemake may run as many jobs as asked for."
+    monkeypatch.setenv("FLOWREPRO_GPUS", "2")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with contextlib.ExitStack() as held:
+        for expected in (0, 1, 0, 1):
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+            assert held.enter_context(R.one_gpu(tmp_path, share=2)) == expected
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == str(expected)
+    assert "gpu=4" in R.snakemake_command(tmp_path / "plan.json", "runs", None, 4)
 
 
 def test_slurm_plan(folder):
