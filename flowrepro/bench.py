@@ -6,15 +6,17 @@ Docs: https://flowrepro.github.io/flowrepro/bench.html.md"""
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'NEEDS', 'SMALL', 'Variant', 'OutputsDiffer', 'relative_error', 'check_outputs', 'ExtraMemory',
-           'time_rounds', 'compare', 'freia_chain', 'freia_conv', 'training_step', 'flow_pair', 'bench_fastflow',
-           'freia_dense', 'dense_pair', 'code_rows', 'bench_cflow', 'plain_hgad', 'our_hgad', 'drawn_mixture',
-           'loss_step', 'bench_hgad_loss', 'has_bf16', 'hgad_step_variants', 'bench_hgad_step', 'timm_features',
-           'timm_forward', 'bench_extraction', 'one_epoch', 'bench_epoch', 'make_maps', 'sorted_metrics',
-           'bench_metrics', 'chosen', 'table', 'load_note', 'main']
+           'ExtraGpuMemory', 'wait', 'full_float32', 'time_rounds', 'compare', 'freia_chain', 'freia_conv',
+           'training_step', 'flow_pair', 'bench_fastflow', 'freia_dense', 'dense_pair', 'code_rows', 'bench_cflow',
+           'plain_hgad', 'our_hgad', 'drawn_mixture', 'loss_step', 'bench_hgad_loss', 'has_bf16', 'hgad_step_variants',
+           'bench_hgad_step', 'timm_features', 'timm_forward', 'bench_extraction', 'one_epoch', 'bench_epoch',
+           'make_maps', 'sorted_metrics', 'bench_metrics', 'check_device', 'chosen', 'table', 'heading', 'load_note',
+           'attempt', 'main']
 
 # %% ../nbs/12a_bench.ipynb #7fd8538e
-import ctypes
+import contextlib
 import copy
+import ctypes
 import gc
 import importlib.util
 import os
@@ -22,7 +24,8 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +66,7 @@ class OutputsDiffer(RuntimeError):
 
 def relative_error(got, want) -> float:
     "‖got − want‖ / ‖want‖ of two tensors, arrays, numbers or lists of tensors; infinite where the sizes differ or a value is not finite."
-    a, b = ([torch.as_tensor(t).double() for t in (v if isinstance(v, list) else [v])] for v in (got, want))
+    a, b = ([torch.as_tensor(t).cpu().double() for t in (v if isinstance(v, list) else [v])] for v in (got, want))
     if [t.shape for t in a] != [t.shape for t in b]:
         return float("inf")
     off, size = (sum(float(t.square().sum()) for t in ts) ** 0.5 for ts in ([x - y for x, y in zip(a, b)], b))
@@ -113,11 +116,47 @@ class ExtraMemory:
         self.thread.join()
         self.mib = (self.peak - self.start) / 2**20
 
+# %% ../nbs/12a_bench.ipynb #9bc0da02
+class ExtraGpuMemory:
+    "The same of the GPU: the largest memory that tensors held within, less that before, as PyTorch's allocator counts it."
+
+    def __enter__(self) -> "ExtraGpuMemory":
+        gc.collect()
+        wait("cuda")
+        torch.cuda.reset_peak_memory_stats()
+        self.start = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *_) -> None:
+        wait("cuda")
+        self.mib = (torch.cuda.max_memory_allocated() - self.start) / 2**20
+
+
+def wait(device: str) -> None:
+    "Wait until the GPU has done what it was given; on the CPU there is nothing to wait for."
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    "float32 on the GPU without TF32 within; the settings of before afterwards."
+    parts = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [part.allow_tf32 for part in parts]
+    try:
+        for part in parts:
+            part.allow_tf32 = False
+        yield
+    finally:
+        for part, value in zip(parts, before):
+            part.allow_tf32 = value
+
 # %% ../nbs/12a_bench.ipynb #7314c759
 def time_rounds(
     runs: dict[str, Callable],  # name -> work
     repeats: int,  # rounds
     tick: Callable[[], object] = lambda: None,  # called after each turn
+    device: str = "cpu",  # where the work is done
 ) -> dict[str, list[float]]:  # name -> seconds in each round
     "Each round gives each a turn and starts with the next one; a turn runs twice and times the second."
     names, seconds = list(runs), {name: [] for name in runs}
@@ -125,8 +164,10 @@ def time_rounds(
         k = r % len(names)
         for name in names[k:] + names[:k]:
             runs[name]()
+            wait(device)
             began = time.perf_counter()
             out = runs[name]()
+            wait(device)
             seconds[name].append(time.perf_counter() - began)
             del out
             tick()
@@ -137,11 +178,12 @@ def compare(
     variants: dict[str, Variant],  # the first is the reference
     repeats: int = 5,  # rounds
     progress: bool = True,
+    device: str = "cpu",  # where the variants compute: cpu or cuda
 ) -> list[dict]:  # a row a variant: times in seconds, memory in MiB
     "Check that all variants give the same, then measure memory, then time. Raises OutputsDiffer before anything is measured."
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: give 1 or more")
-    with tqdm(total=len(variants) * (2 + repeats), desc="bench", unit="run", disable=not progress, leave=False) as bar:
+    with full_float32(), tqdm(total=len(variants) * (2 + repeats), desc="bench", unit="run", disable=not progress, leave=False) as bar:
         first, want, errors, memory = next(iter(variants)), None, {}, {}
         for name, v in variants.items():
             out = v.run()
@@ -150,17 +192,17 @@ def compare(
             bar.update()
         del out, want
         for name, v in variants.items():
-            with ExtraMemory() as m:
+            with ExtraGpuMemory() if device == "cuda" else ExtraMemory() as m:
                 v.run()
             memory[name] = m.mib
             bar.update()
-        seconds = time_rounds({n: v.run for n, v in variants.items()}, repeats, bar.update)
+        seconds = time_rounds({n: v.run for n, v in variants.items()}, repeats, bar.update, device)
     rows, reached = [], lambda target, ratio: None if target is None else ratio >= target
     for name, v in variants.items():
         ratio = statistics.median(seconds[first]) / statistics.median(seconds[name])
         less = memory[first] / memory[name] if memory[name] else float("inf")
         each = [a / b for a, b in zip(seconds[first], seconds[name])]
-        rows.append(dict(variant=name, precision=v.precision, seconds=statistics.median(seconds[name]), all_seconds=seconds[name],
+        rows.append(dict(variant=name, device=device, precision=v.precision, seconds=statistics.median(seconds[name]), all_seconds=seconds[name],
                          against=first, ratio=ratio, ratio_fastest=min(seconds[first]) / min(seconds[name]),
                          ratio_low=min(each), ratio_high=max(each), extra_mib=memory[name], extra_ratio=less,
                          error=errors[name], tolerance=v.tolerance, target=v.target, reached=reached(v.target, ratio),
@@ -203,18 +245,18 @@ def training_step(
     loss: Callable[[Tensor, Tensor], Tensor],  # of z and logdet, both float32
     precision: str = "float32",  # or bfloat16: the flow under autocast
 ) -> dict:  # loss, z and the gradients, in the order of `parameters`
-    "Forward, loss and backward of one batch."
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+    "Forward, loss and backward of one batch, on the device of the parameters."
+    with torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         z, logdet = forward()
     z, logdet = z.float(), logdet.float()
     value = loss(z, logdet)
     return {"loss": value.detach(), "z": z.detach().flatten(0, -2), "gradient": [g.flatten() for g in torch.autograd.grad(value, parameters)]}
 
 
-def flow_pair(chain: nn.Module, flow: Flow) -> list[tuple[nn.Module, list[nn.Parameter]]]:
-    "FrEIA's chain and our flow with the chain's weights, each with its parameters in the same order."
+def flow_pair(chain: nn.Module, flow: Flow, device: str = "cpu") -> list[tuple[nn.Module, list[nn.Parameter]]]:
+    "FrEIA's chain and our flow with the chain's weights, each with its parameters in the same order, on `device`."
     flow = from_freia(flow, chain.state_dict())
-    return [(m, [block.get_parameter(n) for block in blocks for n in names])
+    return [(m.to(device), [block.get_parameter(n) for block in blocks for n in names])
             for m, blocks, names in ((chain, chain.module_list, FREIA_NAMES.values()), (flow, flow.steps, FREIA_NAMES))]
 
 # %% ../nbs/12a_bench.ipynb #00897ef4
@@ -223,22 +265,23 @@ def bench_fastflow(
     settings: tuple[tuple[int, int, int], ...] = ((256, 28, 8), (1024, 14, 2)),  # channels, side, steps
     batch: int = 8,
     progress: bool = True,
+    device: str = "cpu",
 ) -> list[dict]:
     "FastFlow's training step: FrEIA 0.2 against ours, float32 and bfloat16."
     rows = []
     for channels, side, steps in settings:
-        (freia, p), (flow, q) = flow_pair(freia_conv(channels, side, steps), conv_flow(channels, steps))
-        x = torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(1))
+        (freia, p), (flow, q) = flow_pair(freia_conv(channels, side, steps), conv_flow(channels, steps), device)
+        x = torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(1)).to(device)
         loss = lambda z, logdet: (z.square().sum((1, 2, 3)) / 2 - logdet).mean()
         one = lambda f, parameters, *precision: lambda: training_step(lambda: f(x), parameters, loss, *precision)
         variants = {
             "FrEIA 0.2": Variant(one(freia, p)),
-            "flowrepro": Variant(one(flow, q), tolerance=1e-4, target=1.1),
+            "flowrepro": Variant(one(flow, q), tolerance=1e-4 if device == "cpu" else 2e-3, target=1.1),
             "FrEIA 0.2 bf16": Variant(one(freia, p, "bfloat16"), "bfloat16", 0.05),
             "flowrepro bf16": Variant(one(flow, q, "bfloat16"), "bfloat16", 0.05, target=1.8),
         }
         text = f"training step of a flow (forward, loss, backward), C={channels}, {side}x{side}, {steps} steps, kernels 3/1, batch {batch}"
-        rows += [row | {"setting": text} for row in compare(variants, repeats, progress)]
+        rows += [row | {"setting": text} for row in compare(variants, repeats, progress, device)]
     return rows
 
 # %% ../nbs/12a_bench.ipynb #c1f10a02
@@ -248,9 +291,9 @@ def freia_dense(channels: int, steps: int, c_cond: int) -> nn.Module:
     return freia_chain((channels,), steps, subnet, cond=0, cond_shape=(c_cond,), affine_clamping=1.9, permute_soft=True)
 
 
-def dense_pair(channels: int, steps: int, c_cond: int) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+def dense_pair(channels: int, steps: int, c_cond: int, device: str = "cpu") -> list[tuple[nn.Module, list[nn.Parameter]]]:
     "The same for FrEIA and for us (`flow_pair`)."
-    return flow_pair(freia_dense(channels, steps, c_cond), dense_flow(channels, steps, c_cond))
+    return flow_pair(freia_dense(channels, steps, c_cond), dense_flow(channels, steps, c_cond), device)
 
 
 def code_rows(channels: int, grid: tuple[int, int]) -> Tensor:
@@ -267,22 +310,23 @@ def bench_cflow(
     grid: tuple[int, int] = (32, 32),  # positions of the level
     images: int = 32,  # that the fiber batch is drawn from
     progress: bool = True,
+    device: str = "cpu",
 ) -> list[dict]:
     "CFLOW-AD's training step on a fiber batch: FrEIA 0.2 against ours, float32."
-    (freia, p), (flow, q) = dense_pair(channels, steps, code)
+    (freia, p), (flow, q) = dense_pair(channels, steps, code, device)
     loss = lambda z, logdet: -F.logsigmoid((logdet - z.square().sum(-1) / 2) / channels - LOG_2PI / 2).mean()
-    table, out = code_rows(code, grid), []
+    table, out = code_rows(code, grid).to(device), []
     for n in rows:
         generator = torch.Generator().manual_seed(1)
-        x = torch.randn(n, channels, generator=generator)
-        index = torch.randperm(images * len(table), generator=generator)[:n] % len(table)
+        x = torch.randn(n, channels, generator=generator).to(device)
+        index = (torch.randperm(images * len(table), generator=generator)[:n] % len(table)).to(device)
         own = table[index]
         variants = {
             "FrEIA 0.2": Variant(lambda: training_step(lambda: freia(x, [own]), p, loss)),
             "flowrepro": Variant(lambda: training_step(lambda: flow(x, (table, index)), q, loss), tolerance=2e-3, target=1.0),
         }
         text = f"CFLOW-AD's training step (forward, loss, backward), fiber batch of {n} rows, C={channels}, position code {code}, {steps} steps"
-        out += [row | {"setting": text} for row in compare(variants, repeats, progress)]
+        out += [row | {"setting": text} for row in compare(variants, repeats, progress, device)]
     return out
 
 # %% ../nbs/12a_bench.ipynb #a6ad0a02
@@ -305,7 +349,7 @@ def plain_hgad(
     L_e = -(q * a.log_softmax(1)).sum(1).mean()
     main = mu.detach()[:, None]
     centres, log_w = torch.cat([main, main + delta], 1), psi.log_softmax(1)[y]
-    own = -expanded(centres.flatten(0, 1)).view(-1, K, M)[torch.arange(len(z)), y] / 2
+    own = -expanded(centres.flatten(0, 1)).view(-1, K, M)[torch.arange(len(z), device=z.device), y] / 2
     L_in = (-(own + log_w).logsumexp(1) - logdet).mean() / D
     direct = -(z[:, None] - centres[y]).square().sum(2) / 2
     log_lik = (direct + log_w).logsumexp(1) + logdet - D / 2 * LOG_2PI
@@ -346,12 +390,14 @@ def bench_hgad_loss(
     centres: int = 10,  # M
     channels: int = 200,  # D
     progress: bool = True,
+    device: str = "cpu",
 ) -> list[dict]:
     "HGAD's loss, forward and backward: the straightforward form against ours."
     mixture, label = drawn_mixture(classes, channels, centres, images)
     y, generator = label.repeat_interleave(positions), torch.Generator().manual_seed(1)
-    z = mixture.sample(len(y), y, generator).view(images, positions, channels).requires_grad_()
-    logdet = torch.randn(images, positions, generator=generator).requires_grad_()
+    z = mixture.sample(len(y), y, generator).view(images, positions, channels).to(device).requires_grad_()
+    logdet = torch.randn(images, positions, generator=generator).to(device).requires_grad_()
+    mixture, label, y = mixture.to(device), label.to(device), y.to(device)
     plain = lambda z, logdet: plain_hgad(z.flatten(0, 1), logdet.flatten(), y, mixture)
     ours = lambda z, logdet: our_hgad(z, logdet, label, mixture)
     variants = {
@@ -359,20 +405,25 @@ def bench_hgad_loss(
         "flowrepro": Variant(lambda: loss_step(ours, z, logdet, mixture), target=12, memory=6),
     }
     text = f"HGAD's loss (forward, backward), {images} images x {positions} positions, K={classes}, M={centres}, C={channels}"
-    return [row | {"setting": text} for row in compare(variants, repeats, progress)]
+    return [row | {"setting": text} for row in compare(variants, repeats, progress, device)]
 
 # %% ../nbs/12a_bench.ipynb #a6ad0a07
-def has_bf16() -> bool:
-    "Does this CPU multiply in bfloat16?"
+def has_bf16(device: str = "cpu") -> bool:
+    "Does this CPU or GPU multiply in bfloat16?"
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(v is True for k, v in getattr(torch.cpu, "get_capabilities", dict)().items() if "bf16" in k)
 
 
-def hgad_step_variants(images: int, grid: tuple[int, int], classes: int, centres: int, channels: int, code: int, steps: int) -> dict[str, Variant]:
+def hgad_step_variants(
+    images: int, grid: tuple[int, int], classes: int, centres: int, channels: int, code: int, steps: int, device: str = "cpu"
+) -> dict[str, Variant]:
     "HGAD's training step by FrEIA and by us, in both precisions."
-    (freia, p), (flow, q) = dense_pair(channels, steps, code)
+    (freia, p), (flow, q) = dense_pair(channels, steps, code, device)
     mixture, label = drawn_mixture(classes, channels, centres, images)
-    base, table = list(mixture.parameters()), code_rows(code, grid)
-    x = torch.randn(images, len(table), channels, generator=torch.Generator().manual_seed(1))
+    mixture, label, table = mixture.to(device), label.to(device), code_rows(code, grid).to(device)
+    base = list(mixture.parameters())
+    x = torch.randn(images, len(table), channels, generator=torch.Generator().manual_seed(1)).to(device)
     rows, each, y = x.flatten(0, 1), table.repeat(images, 1), label.repeat_interleave(len(table))
     plain = lambda z, logdet: plain_hgad(z, logdet, y, mixture)["total"]
     ours = lambda z, logdet: our_hgad(z, logdet, label, mixture)["total"]
@@ -390,23 +441,24 @@ def bench_hgad_step(
     repeats: int = 5,
     images: int = 8,
     grid: tuple[int, int] = (32, 64),  # positions of an image
-    few: tuple[int, int] = (8, 8),  # the same for bfloat16 where the CPU has none
+    few: tuple[int, int] = (8, 8),  # the same for bfloat16 where the device has none
     classes: int = 15,
     centres: int = 10,
     channels: int = 200,
     code: int = 256,  # channels of the position code
     steps: int = 12,
-    native: bool | None = None,  # does the CPU multiply in bfloat16? None: ask it
+    native: bool | None = None,  # does the device multiply in bfloat16? None: ask it
     progress: bool = True,
+    device: str = "cpu",
 ) -> list[dict]:
     "HGAD's training step, flow and loss: FrEIA 0.2 with the straightforward loss against ours, float32 and bfloat16."
-    native, out = has_bf16() if native is None else native, []
+    native, out = has_bf16(device) if native is None else native, []
     for size, full in ((grid, True),) if native else ((grid, False), (few, True)):
-        made = hgad_step_variants(images, size, classes, centres, channels, code, steps)
+        made = hgad_step_variants(images, size, classes, centres, channels, code, steps, device)
         variants = {k: v for k, v in made.items() if full or v.precision == "float32"}
-        note = "" if native or not full else "; few rows, since this CPU has no bfloat16 arithmetic"
+        note = "" if native or not full else f"; few rows, since this {'CPU' if device == 'cpu' else 'GPU'} has no bfloat16 arithmetic"
         text = f"HGAD's training step (forward, loss, backward), {images} images x {size[0] * size[1]} positions, C={channels}, position code {code}, {steps} steps{note}"
-        out += [row | {"setting": text} for row in compare(variants, repeats, progress)]
+        out += [row | {"setting": text} for row in compare(variants, repeats, progress, device)]
     return out
 
 # %% ../nbs/12a_bench.ipynb #54d5e840
@@ -424,7 +476,7 @@ def timm_features(name: str, levels: tuple[int, ...], weights: str) -> nn.Module
 def timm_forward(net: nn.Module, backbone: Backbone, images: Tensor, layout: torch.memory_format, precision: str) -> dict:
     "The features of one batch by timm's extractor; normalized by `backbone`."
     x = backbone.normalize(images).contiguous(memory_format=layout)
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         return {f"level {l}": y for l, y in zip(backbone.levels, net(x))}
 
 # %% ../nbs/12a_bench.ipynb #a62e519f
@@ -433,13 +485,14 @@ def bench_extraction(
     settings: tuple = (("tf_efficientnet_b6", (3,), "random:0", 8), ("tf_efficientnet_lite0", (2, 3, 4), "packaged", 16)),  # name, levels, weights, batch
     size: int = 256,
     progress: bool = True,
+    device: str = "cpu",
 ) -> list[dict]:
     "Features of one batch: timm's `features_only` against `Backbone`."
     rows = []
     for name, levels, weights, batch in settings:
-        images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        ours, half = (Backbone(name, levels, weights=weights, size=size, dtype=d) for d in ("float32", "bfloat16"))
-        plain = timm_features(name, levels, weights)
+        images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+        ours, half = (Backbone(name, levels, weights=weights, size=size, dtype=d).to(device) for d in ("float32", "bfloat16"))
+        plain = timm_features(name, levels, weights).to(device)
         last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
         theirs = lambda *args: lambda: timm_forward(args[0], ours, images, *args[1:])
         own = lambda b: lambda: {f"level {l}": y for l, y in zip(levels, b(images))}
@@ -451,7 +504,7 @@ def bench_extraction(
             "flowrepro bf16": Variant(own(half), "bfloat16", 0.1),
         }
         text = f"features of {name}, stages {', '.join(map(str, levels))}, {size}x{size}, batch {batch}, {weights.split(':')[0]} weights"
-        rows += [row | {"setting": text} for row in compare(variants, repeats, progress)]
+        rows += [row | {"setting": text} for row in compare(variants, repeats, progress, device)]
     return rows
 
 # %% ../nbs/12a_bench.ipynb #3887b6a6
@@ -471,6 +524,7 @@ def bench_epoch(
     levels: tuple[int, ...] = (2, 3, 4),
     dataset: Dataset | None = None,  # normal images to train on
     progress: bool = True,
+    device: str = "cpu",
 ) -> list[dict]:
     "An epoch of FastFlow's training: decoding and backbone for each batch against the bank."
     if dataset is None:
@@ -479,14 +533,16 @@ def bench_epoch(
     backbone = Backbone("tf_efficientnet_lite0", levels, weights="packaged", size=dataset.transform.size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        start = FastFlow(backbone)
-    bank, live = FeatureBank(dataset, backbone, where="ram", progress=progress), LiveFeatures(dataset, backbone)
+        start = FastFlow(backbone).to(device)
+    with full_float32():
+        bank = FeatureBank(dataset, backbone, where="device", device=device, progress=progress)  # on the CPU: in RAM
+    live = LiveFeatures(dataset, backbone, device=device)
     start.prepare(bank)
     variants = {"backbone each batch": Variant(lambda: one_epoch(start, live, batch)),
                 "flowrepro bank": Variant(lambda: one_epoch(start, bank, batch), tolerance=1e-2)}
     text = (f"FastFlow (tf_efficientnet_lite0, stages {', '.join(map(str, levels))}, 8 steps), {len(dataset)} images at "
             f"{dataset.transform.size}x{dataset.transform.size}, batch {batch}; bank of {bank.nbytes / 2**20:.0f} MiB filled once in {bank.seconds:.1f} s")
-    return [row | {"setting": text, "fill_seconds": bank.seconds} for row in compare(variants, repeats, progress)]
+    return [row | {"setting": text, "fill_seconds": bank.seconds} for row in compare(variants, repeats, progress, device)]
 
 # %% ../nbs/12a_bench.ipynb #810a04e4
 def make_maps(n: int, side: int, share: float = 0.01, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -513,8 +569,14 @@ def sorted_metrics(maps: np.ndarray, masks: np.ndarray) -> dict:
     return {"pixel_auroc": roc_auc_score(y, s), "pixel_ap": average_precision_score(y, s), "aupro_30": aupro(maps, masks)}
 
 
-def bench_metrics(repeats: int = 5, n: int = 200, side: int = 256, progress: bool = True) -> list[dict]:
-    "`evaluate` against scikit-learn and sorting."
+def bench_metrics(
+    repeats: int = 5,
+    n: int = 200,
+    side: int = 256,
+    progress: bool = True,
+    device: str = "cpu",  # of the other benchmarks: this one stays on the CPU, as scikit-learn does
+) -> list[dict]:
+    "`evaluate` against scikit-learn and sorting, on the CPU."
     maps, masks = make_maps(n, side)
     ours = lambda: {k: v for k, v in evaluate(maps, masks, bounds=True).items() if k in ("pixel_auroc", "pixel_ap", "aupro_30")}
     variants = {"scikit-learn AUROC + AP, sorting AUPRO": Variant(lambda: sorted_metrics(maps, masks)),
@@ -535,6 +597,14 @@ SMALL = {
     "epoch": dict(images=8, size=64, batch=4, levels=(2,)),
     "metrics": dict(n=6, side=64),
 }
+
+
+def check_device(device: str) -> None:
+    "ValueError for a device that does not exist, or not here."
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r}: one of cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda': no CUDA device is available here; use 'cpu'")
 
 
 def chosen(only: list[str] | None) -> list[str]:
@@ -560,37 +630,64 @@ def table(rows: list[dict]) -> str:
     return f"{rows[0]['setting']}\n{pd.DataFrame(shown).to_string(index=False)}"
 
 
+def heading(device: str, name: str, threads: int, repeats: int, load: str) -> str:
+    "What stands above the tables: the device and its name, and what the columns mean."
+    gpu = device == "cuda"
+    place, memory = (f"{name} (cuda), float32 without TF32", "peak memory of tensors on the GPU") if gpu else (f"CPU ({name})", "peak resident memory, sampled,")
+    return (f"flowrepro bench: {place}, {threads} torch threads, {repeats} interleaved rounds, {load}\n"
+            "ratio = median time of the first row / median time of this row; of fastest: of the fastest times; in rounds: smallest and largest ratio within a round;\n"
+            f"extra MiB: {memory} less that before the run; error: relative, against the first row, checked before timing")
+
+
 def load_note() -> str:
     "The load average of the last minute beside the number of cores."
     return f"load average {os.getloadavg()[0]:.2f} on {os.cpu_count()} cores"
+
+# %% ../nbs/12a_bench.ipynb #9bc0da05
+def attempt(name: str, repeats: int, device: str, size: dict, progress: bool = True) -> tuple[list[dict], str]:
+    "Run one benchmark and print its tables; its rows, and what failed, or an empty text."
+    try:
+        rows = BENCHMARKS[name](repeats, progress=progress, device=device, **size)
+    except Exception as error:
+        if not isinstance(error, OutputsDiffer):
+            traceback.print_exc()
+        said = f"{type(error).__name__}: {error}"
+        print(f"\n{name} failed: {said}", flush=True)
+        return [], said
+    for setting in dict.fromkeys(r["setting"] for r in rows):
+        print(f"\n{name}: {table([r for r in rows if r['setting'] == setting])}", flush=True)
+    return rows, ""
 
 # %% ../nbs/12a_bench.ipynb #7db2ea59
 def main(
     only: list[str] | None = None,  # some of BENCHMARKS; default all
     threads: int = 2,  # of torch; numpy and scikit-learn sort on one
     repeats: int = 5,  # rounds
-    out: str | Path | None = None,  # JSON file: environment and rows
+    out: str | Path | None = None,  # JSON file: environment and rows, written after each benchmark
     sizes: dict[str, dict] | None = None,  # benchmark -> its arguments, such as `SMALL`
     progress: bool = True,
+    device: str = "cpu",  # or cuda; the metrics are computed on the CPU in any case
 ) -> list[dict]:
-    "Run benchmarks, print their tables and write the rows to `out`. Errors: see `chosen` and `compare`."
-    names, before, load, rows = chosen(only), torch.get_num_threads(), load_note(), []
-    if threads < 1:
-        raise ValueError(f"threads={threads}: give 1 or more")
-    print(f"flowrepro bench: CPU, {threads} torch threads, {repeats} interleaved rounds, {load}\n"
-          "ratio = median time of the first row / median time of this row; of fastest: of the fastest times; in rounds: smallest and largest ratio within a round;\n"
-          "extra MiB: peak resident memory less that before the run, sampled; error: relative, against the first row, checked before timing", flush=True)
+    "Run benchmarks, print their tables and write the rows to `out`. RuntimeError, at the end, if one failed; other errors: see `chosen`."
+    names, before, load, rows, failed = chosen(only), torch.get_num_threads(), load_note(), [], {}
+    check_device(device)
+    for name, value in (("threads", threads), ("repeats", repeats)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: give 1 or more")
     try:
         torch.set_num_threads(threads)
+        about = environment(device)
+        print(heading(device, about["device_name"], threads, repeats, load), flush=True)
         for name in names:
-            new = BENCHMARKS[name](repeats, progress=progress, **(sizes or {}).get(name, {}))
+            new, error = attempt(name, repeats, device, (sizes or {}).get(name, {}), progress)
             rows += [{"benchmark": name, "setting": r["setting"]} | r | {"threads": threads, "repeats": repeats} for r in new]
-            for setting in dict.fromkeys(r["setting"] for r in new):
-                print(f"\n{name}: {table([r for r in new if r['setting'] == setting])}", flush=True)
+            failed |= {name: error} if error else {}
+            if out is not None:
+                Path(out).parent.mkdir(parents=True, exist_ok=True)
+                write_json(Path(out), {"environment": about, "load_before": load, "load_after": load_note(), "failed": failed, "rows": rows})
         print(f"\nafterwards: {load_note()}; other work on the machine adds noise, mostly visible in the spread over the rounds")
-        if out is not None:
-            Path(out).parent.mkdir(parents=True, exist_ok=True)
-            write_json(Path(out), {"environment": environment(), "load_before": load, "load_after": load_note(), "rows": rows})
     finally:
         torch.set_num_threads(before)
+    if failed:
+        raise RuntimeError(f"{', '.join(failed)} failed, see above" + (f"; {out} holds the others" if out and rows else ""))
     return rows

@@ -73,7 +73,7 @@ def cmd_bench(args: argparse.Namespace) -> int:
     "Measure ratios against the straightforward way."
     from flowrepro.bench import main as bench
 
-    bench(args.only, threads=args.threads, repeats=args.repeats, out=args.out)
+    bench(args.only, threads=args.threads, repeats=args.repeats, out=args.out, device=args.device)
     return 0
 
 # %% ../nbs/13_cli.ipynb #56a438ad
@@ -188,6 +188,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--only", nargs="*", default=None, help="some of: fastflow cflow hgad_loss hgad_step extraction epoch metrics")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure (default cpu)")
     p.add_argument("--out", default=None, help="JSON file for the results")
     return top
 
@@ -214,7 +215,7 @@ def add_reproduce(commands) -> None:
     p.add_argument("--seeds", type=int, default=None, help="how many; default as the preset says")
     p.add_argument("--dry-run", action="store_true", help="say what would be done, and how long it takes")
     p.add_argument("--cluster", default=None, help="run on a cluster: slurm")
-    p.add_argument("--jobs", type=int, default=None, help="runs at a time; default one a GPU, or one a CPU core")
+    p.add_argument("--jobs", type=int, default=None, help="runs at a time; default one a GPU, or one a CPU core; more than GPUs share them")
     p.add_argument("--matrix", default=None, help="another matrix file than workflow/experiments.yml")
     p.add_argument("--out", default="runs/reproduce", help="folder for runs, tables, figures and the report")
 

@@ -1,16 +1,19 @@
 "The bench checks outputs before it times anything, and writes what it measured."
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("FrEIA"), pytest.importorskip("sklearn"), pytest.importorskip("psutil")
 from flowrepro import bench as B
+from flowrepro import cli
 from flowrepro.flows import Flow
 
-KEYS = {"benchmark", "setting", "variant", "precision", "seconds", "all_seconds", "against", "ratio", "ratio_fastest", "ratio_low", "ratio_high", "extra_mib",
+KEYS = {"benchmark", "setting", "variant", "precision", "seconds", "all_seconds", "device", "against", "ratio", "ratio_fastest", "ratio_low", "ratio_high", "extra_mib",
         "extra_ratio", "error", "tolerance", "target", "reached", "memory_target", "memory_reached", "threads", "repeats"}
 
 
@@ -53,7 +56,7 @@ def break_cflow(m): break_fastflow(m)
 def break_hgad_loss(m): m.setattr(B, "hgad_terms", lambda *a, terms=B.hgad_terms: terms(*a, smoothing=0.1))
 def break_hgad_step(m): break_fastflow(m)
 def break_extraction(m): m.setattr(B, "load_net", lambda name, weights: (B.timm.create_model(name), ""))
-def break_epoch(m): m.setattr(B, "LiveFeatures", lambda d, b: B.FeatureBank(B.Dataset(d.records[1:] + d.records[:1], d.transform), b, progress=False))
+def break_epoch(m): m.setattr(B, "LiveFeatures", lambda d, b, device: B.FeatureBank(B.Dataset(d.records[1:] + d.records[:1], d.transform), b, progress=False))
 def break_metrics(m): m.setattr(B, "aupro", lambda maps, masks: 0.5)
 
 
@@ -204,12 +207,104 @@ def test_main_writes_json_and_a_table(tmp_path, capsys):
     threads, out = torch.get_num_threads(), tmp_path/"new"/"bench.json"
     rows = B.main(None, threads=1, repeats=2, out=str(out), sizes=B.SMALL, progress=False)
     saved, text = json.loads(out.read_text()), capsys.readouterr().out
-    assert saved.keys() == {"environment", "load_before", "load_after", "rows"} and saved["environment"]["threads"] == 1
+    assert saved.keys() == {"environment", "load_before", "load_after", "failed", "rows"} and saved["failed"] == {} and saved["environment"]["threads"] == 1
     assert [r["benchmark"] for r in saved["rows"]] == [r["benchmark"] for r in rows] and {r["benchmark"] for r in rows} == set(B.BENCHMARKS)
     for r in saved["rows"]: assert KEYS <= r.keys() and len(r["all_seconds"]) == r["repeats"] == 2 and r["threads"] == 1
     assert torch.get_num_threads() == threads
     for part in ("1 torch threads", "2 interleaved rounds", "load average", "bfloat16", "float32", "FrEIA 0.2", "timm features_only", "scikit-learn", "reached"):
         assert part in text, part
+
+
+def test_a_benchmark_that_fails_leaves_the_others(tmp_path, capsys, monkeypatch):
+    "It is named on the screen, in the file and in the error; the file is there before the next one starts."
+    out, seen, metrics = tmp_path/"bench.json", [], B.bench_metrics
+    def look(*a, **k):
+        seen.append(json.loads(out.read_text())["failed"])
+        return metrics(*a, **k)
+    break_cflow(monkeypatch)
+    monkeypatch.setitem(B.BENCHMARKS, "metrics", look)
+    monkeypatch.setitem(B.BENCHMARKS, "hgad_loss", lambda *a, **k: 1/0)
+    with pytest.raises(RuntimeError, match="cflow, hgad_loss failed.*bench.json"):
+        B.main(["cflow", "hgad_loss", "metrics"], threads=1, repeats=1, out=out, sizes=B.SMALL, progress=False)
+    saved, (text, errors) = json.loads(out.read_text()), capsys.readouterr()
+    assert seen == [saved["failed"]] and list(saved["failed"]) == ["cflow", "hgad_loss"] and {r["benchmark"] for r in saved["rows"]} == {"metrics"}
+    assert "cflow failed: OutputsDiffer: flowrepro: " in text and "hgad_loss failed: ZeroDivisionError" in text
+    assert "Traceback" in errors and "OutputsDiffer" not in errors, "only what is not understood needs a traceback"
+    with pytest.raises(RuntimeError, match="cflow failed, see above$"): B.main(["cflow"], repeats=1, out=out, sizes=B.SMALL, progress=False)
+
+
+def test_cuda_without_a_gpu_is_a_clear_error(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(B, "BENCHMARKS", dict.fromkeys(B.BENCHMARKS, never))
+    assert cli.main(["bench", "--device", "cuda", "--out", str(tmp_path/"x.json")]) == 2 and not list(tmp_path.iterdir())
+    assert "device='cuda': no CUDA device is available here" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="'gpu': one of cpu, cuda"): B.main(["metrics"], device="gpu")
+
+
+def test_a_turn_on_the_gpu_starts_and_ends_with_waiting_for_it(monkeypatch):
+    order = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("w"))
+    B.time_rounds({n: lambda n=n: order.append(n) for n in "ab"}, 1, device="cuda")
+    assert "".join(order) == "awaw" "bwbw"
+    B.wait("cpu")
+    assert len(order) == 8
+
+
+def test_memory_of_the_gpu_is_the_peak_less_what_was_there(monkeypatch):
+    order, calls = [], {"synchronize": None, "reset_peak_memory_stats": None, "memory_allocated": 2**20, "max_memory_allocated": 5*2**20}
+    for name, value in calls.items(): monkeypatch.setattr(torch.cuda, name, lambda name=name, value=value: order.append(name) or value)
+    with B.ExtraGpuMemory() as m: order.append("work")
+    assert m.mib == 4 and order == ["synchronize", "reset_peak_memory_stats", "memory_allocated", "work", "synchronize", "max_memory_allocated"]
+
+
+def test_nothing_runs_in_tf32_and_the_settings_come_back(monkeypatch):
+    now = lambda: (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    seen, before = [], now()
+    monkeypatch.setattr(B, "FeatureBank", lambda *a, bank=B.FeatureBank, **k: seen.append(now()) or bank(*a, **k))
+    small("epoch")
+    B.compare({"one": B.Variant(lambda: seen.append(now()) or {"x": 1.0})}, 1, progress=False)
+    assert set(seen) == {(False, False)} and len(seen) == 5 and now() == before
+
+
+class Pair:
+    "The indices of two images, where tensors have no values."
+    def __len__(self): return 2
+    def tolist(self): return [0, 1]
+    def split(self, chunk): return [self]
+    def to(self, device, **_): return torch.arange(2, device=device)
+
+
+def moved(module, device=None, **_):
+    "`Module.to` for tensors without values."
+    for m in module.modules():
+        for held in (m._parameters, m._buffers):
+            for k, t in held.items():
+                if t is not None: held[k] = torch.nn.Parameter(t.detach().to(device), t.requires_grad) if held is m._parameters else t.to(device)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("name", [n for n in B.BENCHMARKS if n != "metrics"])
+def test_everything_is_on_the_device_asked_for(name, monkeypatch):
+    "Forward passes of tensors without values on a GPU that is not there; one that was left on the CPU is an error."
+    seen = set()
+    def run_once(variants, repeats, progress, device):
+        assert device == "cuda"
+        for v in variants.values(): seen.update(t.device.type for o in v.run().values() for t in (o if isinstance(o, list) else [o]))
+        return []
+    def losses(model, source, *a, **k):
+        total = sum(model.losses(source[Pair()]))
+        return [{"loss": total + 0*sum(p.sum() for p in model.flows.parameters())}]
+    same, none = lambda flow, state: flow, lambda *a, **k: None  # what looks at values
+    for place, new in (("torch.nn.Module.to", moved), ("torch.autograd.grad", lambda value, leaves: [torch.zeros_like(p) for p in leaves]),
+                       ("torch.cuda.mem_get_info", lambda device: (2**30, 2**30)), ("torch.Tensor.isfinite", lambda t: torch.Tensor.new_ones),
+                       ("flowrepro.hgad.check_label", none), ("flowrepro.bases.check_label", none), ("flowrepro.backbones.fold_norms", none),
+                       ("flowrepro.flows.random_rotation", lambda n, generator: torch.eye(n)), ("flowrepro.backbones.state_hash", lambda net: ""),
+                       ("flowrepro.features.fill", none), ("flowrepro.features.bank_key", none), ("flowrepro.features.as_index", lambda i, n: i if isinstance(i, Pair) else Pair())):
+        monkeypatch.setattr(place, new)
+    for place, new in (("compare", run_once), ("from_freia", same), ("has_bf16", lambda device: True), ("fit", losses), ("copy", SimpleNamespace(deepcopy=lambda m: m))): monkeypatch.setattr(B, place, new)
+    with FakeTensorMode(): B.BENCHMARKS[name](1, progress=False, device="cuda", **B.SMALL[name])
+    assert seen == {"cuda"}
 
 
 def test_main_refuses_what_it_does_not_know(monkeypatch):
