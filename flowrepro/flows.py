@@ -6,8 +6,8 @@ Docs: https://flowrepro.github.io/flowrepro/flows.html.md"""
 
 # %% auto #0
 __all__ = ['UNIT', 'FREIA_NAMES', 'slope', 'log_scale', 'rows', 'summed', 'Layers', 'Subnet', 'positional_code', 'positive',
-           'random_rotation', 'Affine', 'Coupling', 'Rotation', 'Shuffle', 'Mixing', 'Step', 'Flow', 'conv_flow',
-           'dense_flow', 'to_freia', 'from_freia']
+           'random_rotation', 'Affine', 'Coupling', 'Rotation', 'inverse_of', 'Shuffle', 'Mixing', 'Step', 'Flow',
+           'conv_flow', 'dense_flow', 'to_freia', 'from_freia']
 
 # %% ../nbs/03_flows.ipynb #4e20eb5b
 import math
@@ -200,6 +200,11 @@ class Rotation(torch.autograd.Function):
             return dy, rows(dy * y).sum(0) / g, rows(grad).sum(0) @ perm, None
 
 
+def inverse_of(perm: Tensor) -> Tensor:
+    "The permutation that undoes another, (C,)."
+    return torch.empty_like(perm).scatter_(0, perm, torch.arange(len(perm), device=perm.device))
+
+
 class Shuffle(torch.autograd.Function):
     "P(g·y + o) over axis `dim`, P the shuffle that takes channel perm[k] for channel k; g and o shaped to broadcast against y from `dim` on."
 
@@ -207,16 +212,14 @@ class Shuffle(torch.autograd.Function):
     def forward(ctx, y: Tensor, g: Tensor, o: Tensor, perm: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(y, g, perm)
         ctx.dim = dim
-        z = y.index_select(dim, perm)
-        return torch.addcmul(o[perm], z, g[perm], out=z)
+        return torch.addcmul(o, y, g).index_select(dim, perm)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         y, g, perm = ctx.saved_tensors
-        back, scaled = perm.argsort(), grad * g[perm]
-        dy = scaled.index_select(ctx.dim, back)
-        return dy, torch.mul(dy, y, out=scaled).sum_to_size(g.shape) / g, grad.sum_to_size(g.shape)[back], None, None
+        du = grad.index_select(ctx.dim, inverse_of(perm))
+        return du * g, (du * y).sum_to_size(g.shape), du.sum_to_size(g.shape), None, None
 
 # %% ../nbs/03_flows.ipynb #80502077
 class Mixing(nn.Module):
@@ -238,20 +241,20 @@ class Mixing(nn.Module):
         "w·x + b over channels."
         return F.linear(x, w, b) if self.dim == -1 else F.conv2d(x, w[:, :, None, None], b)
 
-    def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        g = positive(self.gamma)
+    def forward(self, y: Tensor, g: Tensor) -> Tensor:
+        "z, with the scale g = `positive(gamma)`."
         if self.soft:
             with torch.autocast(y.device.type, enabled=False):  # the stream is never rotated in lower precision
                 if not is_exporting() and y.numel() < self.perm.numel():  # fewer rows than channels: scale the rows, not the matrix
-                    return self.matmul(self.perm, torch.addcmul(self.over_channels(self.offset), y, self.over_channels(g))), g.log().sum()
+                    return self.matmul(self.perm, torch.addcmul(self.over_channels(self.offset), y, self.over_channels(g)))
                 if self.dim == -1:
-                    return Rotation.apply(y, g, self.offset, self.perm), g.log().sum()
-                return self.matmul(self.perm * g, y, self.perm @ self.offset), g.log().sum()
-        return Shuffle.apply(y, self.over_channels(g), self.over_channels(self.offset), self.perm, self.dim), g.log().sum()
+                    return Rotation.apply(y, g, self.offset, self.perm)
+                return self.matmul(self.perm * g, y, self.perm @ self.offset)
+        return Shuffle.apply(y, self.over_channels(g), self.over_channels(self.offset), self.perm, self.dim)
 
     def inverse(self, z: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
-            y = self.matmul(self.perm.T, z) if self.soft else z.index_select(self.dim, self.perm.argsort())
+            y = self.matmul(self.perm.T, z) if self.soft else z.index_select(self.dim, inverse_of(self.perm))
         return (y - self.over_channels(self.offset)) / self.over_channels(positive(self.gamma))
 
 # %% ../nbs/03_flows.ipynb #53343637
@@ -276,8 +279,8 @@ class Step(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, j = self.coupling(x, cond)
-        z, mixed = self.mixing(y)
-        return z, j + mixed
+        g = positive(self.mixing.gamma)
+        return self.mixing(y, g), j + g.log().sum()
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
         return self.coupling.inverse(self.mixing.inverse(z), cond)
@@ -298,10 +301,11 @@ class Flow(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # latent, shape of x; log-determinant, see the contract
         if isinstance(cond, tuple) and cond[1].numel() < len(cond[0]):
             cond = cond[0][cond[1]]  # fewer rows than positions: look up the codes, once, instead of their products
-        logdet = 0.0
-        for step in self.steps:
-            x, j = step(x, cond)
-            logdet = logdet + j
+        scales = positive(torch.stack([step.mixing.gamma for step in self.steps]))  # of all steps at once: few numbers, many small operations
+        logdet = scales.log().sum()
+        for step, g in zip(self.steps, scales.unbind()):
+            y, j = step.coupling(x, cond)
+            x, logdet = step.mixing(y, g), logdet + j
         return x, logdet if local or self.steps[0].dim == -1 else logdet.flatten(1).sum(1)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> Tensor:

@@ -85,7 +85,7 @@ def write_checkpoint(path: Path, model: Detector, optimizers: list[torch.optim.O
 
 def read_checkpoint(path: Path, model: Detector, optimizers: list[torch.optim.Optimizer], schedule: dict) -> tuple[int, list[dict]]:
     "Restore model and optimizers; returns the next epoch and the history. ValueError if it belongs to another schedule."
-    saved = torch.load(path, map_location=model.device, weights_only=True)
+    saved = torch.load(path, map_location="cpu", weights_only=True)  # model and optimizers take theirs to where they are, the history stays
     if saved["schedule"] != schedule:
         raise ValueError(f"{path} was written under another schedule {saved['schedule']}: remove it, or train with that one")
     model.load_state_dict(saved["model"], strict=False)

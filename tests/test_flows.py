@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowrepro import flows
 from flowrepro.flows import UNIT, Coupling, conv_flow, dense_flow, from_freia, log_scale, positional_code, positive, random_rotation, to_freia
@@ -453,3 +454,32 @@ def test_codes_by_position_and_by_row_give_the_same(rows):
         return z, logdet, *torch.autograd.grad(z.square().sum() / 2 - logdet.sum(), [x, table, *flow.parameters()])
     for a, b in zip(all_of(table[index]), all_of((table, index))):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+# -- operations ------------------------------------------------------------------------------------------------------
+
+class Operations(TorchDispatchMode):
+    "Counts the operations that do work; views and empty tensors do none."
+    VIEWS = {"view", "_unsafe_view", "t", "transpose", "expand", "split", "split_with_sizes", "slice", "select", "unsqueeze", "squeeze", "detach", "permute", "unbind", "_reshape_alias"}
+    count = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        name = f.overloadpacket.__name__
+        self.count += name not in self.VIEWS and not name.startswith("empty")
+        return f(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["conv", "dense"])
+def test_fewer_operations_than_freia(kind):
+    "What a training step costs where each operation costs its launch, as small ones do on a GPU."
+    pytest.importorskip("FrEIA")
+    from flowrepro.bench import dense_pair, flow_pair, freia_conv, training_step
+    code, x = torch.randn(64, 8), torch.randn(4, 16, 8, 8) if kind == "conv" else torch.randn(40, 16)
+    pairs = flow_pair(freia_conv(16, 8, 8), conv_flow(16, 8)) if kind == "conv" else dense_pair(16, 8, 8)
+    counted = []
+    for (flow, parameters), c in zip(pairs, ([code[:40]], code[:40])):
+        forward = (lambda: flow(x)) if kind == "conv" else lambda: flow(x, c)
+        with Operations() as operations:
+            training_step(forward, parameters, lambda z, logdet: z.square().sum() - logdet.sum())
+        counted.append(operations.count)
+    assert counted[1] < 0.9 * counted[0], counted

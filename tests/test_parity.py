@@ -452,7 +452,8 @@ def make_cflow(shapes, batch, size, seed, steps, code) -> dict[str, torch.Tensor
 CFLOWS = {
     "three levels, odd": dict(shapes=[(5, 6, 4), (9, 3, 3), (2, 2, 2)], batch=3, size=(12, 20), seed=1, steps=3, code=8),
     "one level, one image": dict(shapes=[(11, 4, 5)], batch=1, size=(17, 16), seed=2, steps=5, code=4),
-    "one position, deep": dict(shapes=[(16, 1, 1), (24, 5, 5)], batch=6, size=(9, 9), seed=3, steps=8, code=20),
+    # a seed that leaves no ReLU input within rounding of 0 (seed 3: 2e-7 of their mean), where float32 may fall on either side
+    "one position, deep": dict(shapes=[(16, 1, 1), (24, 5, 5)], batch=6, size=(9, 9), seed=7, steps=8, code=20),
 }
 
 

@@ -188,6 +188,15 @@ def test_checkpoint_is_replaced_whole(make, tmp_path):
         assert old.read() == before != path.read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:for .*no-op")  # a model without values takes none
+def test_history_stays_on_the_cpu(make, tmp_path):
+    "Whatever device the model is on: what an evaluation returned before is put together with what it returns after."
+    path = tmp_path / "checkpoint.pt"
+    write_checkpoint(path, make(), [], 0, [{"epoch": 1, "base": {"0.mean": torch.ones(2)}}], {})
+    epoch, history = read_checkpoint(path, make().to("meta"), [], {})
+    assert epoch == 1 and history[0]["base"]["0.mean"].device.type == "cpu"
+
+
 def test_checkpoint_holds_no_backbone(tiny_backbone, tmp_path):
     model = FastFlow(tiny_backbone(), steps=1)
     write_checkpoint(tmp_path / "c.pt", model, [torch.optim.Adam(model.flows.parameters())], 0, [], asdict(SCHEDULE))
