@@ -676,7 +676,8 @@ def main(
             raise ValueError(f"{name}={value}: give 1 or more")
     try:
         torch.set_num_threads(threads)
-        about = environment(device)
+        with full_float32():
+            about = environment(device)
         print(heading(device, about["device_name"], threads, repeats, load), flush=True)
         for name in names:
             new, error = attempt(name, repeats, device, (sizes or {}).get(name, {}), progress)

@@ -101,11 +101,13 @@ def gpus() -> int:
 OVERHEAD = 8.0  # seconds a run spends on imports and pictures
 
 
-def past_seconds(folders: list[Path]) -> dict[str, float]:
-    "Seconds of finished runs, by folder name without the seed and by 'method preset' (the median of them)."
+def past_seconds(folders: list[Path], device: str = "cpu") -> dict[str, float]:
+    "Seconds of finished runs on a kind of device, by folder name without the seed and by 'method preset' (the median of them)."
     out: dict[str, list[float]] = {}
     for path in (p for f in folders for p in Path(f).glob("**/metrics.json")):
         m = json.loads(path.read_text())
+        if m["environment"]["device"] != device:
+            continue
         seconds = OVERHEAD + sum(m["timing"][k] for k in ("features_s", "train_s", "evaluate_s"))
         for key in (path.parent.name.rpartition("-")[0], f"{m['config']['method']} {m['config']['preset']}"):
             out.setdefault(key, []).append(seconds)
@@ -431,7 +433,7 @@ def reproduce(
     plan_file = out / "plan.json"
     with only_one(out):
         plan_file.write_text(json.dumps(plan, indent=1))
-        todo, past = to_do(plan, plan_file, jobs), past_seconds([out, Path("results")])
+        todo, past = to_do(plan, plan_file, jobs), past_seconds([out, Path("results")], "cuda" if gpus() else "cpu")
         print("\n".join(filter(None, [describe(plan, todo, past, jobs), other_revisions(plan) if not todo or dry_run else ""])), flush=True)
         if dry_run:
             print("\n".join(f"  {n}" for n in todo))
