@@ -12,7 +12,7 @@ _HOMES = {
     "hgad": [],
     "detectors": ["Detector", "FastFlow", "CFlow", "HGAD"],
     "scores": ["Score"],
-    "metrics": ["evaluate"],
+    "metrics": ["evaluate", "fpr_threshold"],
     "training": ["Schedule"],
     "diagnostics": [],
     "export": [],

@@ -120,16 +120,18 @@ def best_device(name: str) -> str:
 
 # %% ../nbs/13_cli.ipynb #c9648355
 def cmd_predict(args: argparse.Namespace) -> int:
-    "Score images with a saved detector: scores.csv, and each image with its heat map."
+    "Score images with a saved detector: scores.csv, and each image with its heat map; with --good, a threshold as well."
     import numpy as np
     import pandas as pd
     from PIL import Image
 
     from flowrepro.detectors import Detector, image_files
+    from flowrepro.metrics import fpr_threshold
     from flowrepro.reports import overlay
 
     detector = Detector.load(args.model).to(best_device(args.device))
     files = image_files(args.images)
+    limit = fpr_threshold(detector.predict(image_files(args.good))[1], args.fpr) if args.good else None
     maps, scores = detector.predict(files)
     out, top = Path(args.out), Path(args.images) if Path(args.images).is_dir() else Path(args.images).parent
     low, high = np.percentile(maps.numpy(), [50, 99.8])
@@ -138,7 +140,11 @@ def cmd_predict(args: argparse.Namespace) -> int:
         drawn = out / file.relative_to(top).with_name(f"{file.name}.png")
         drawn.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(overlay(picture, heat, low, high)).save(drawn)
-    pd.DataFrame({"image": [str(f) for f in files], "score": scores}).sort_values("score", ascending=False).to_csv(out / "scores.csv", index=False)
+    table = pd.DataFrame({"image": [str(f) for f in files], "score": scores}).sort_values("score", ascending=False)
+    if limit is not None:
+        table["anomalous"] = table["score"] > limit
+        print(f"{table['anomalous'].sum()} of {len(files)} images above {limit:.4g}, which a good one exceeds with a probability of at most {args.fpr:g}")
+    table.to_csv(out / "scores.csv", index=False)
     print(f"{len(files)} images scored: {(out / 'scores.csv').resolve()}")
     return 0
 
@@ -247,6 +253,8 @@ def add_own_images(commands) -> None:
     p = add(commands, "predict", cmd_predict, "flowrepro predict my_parts.safetensors new_images --out heat_maps")
     p.add_argument("model", help="file that fit or a run wrote")
     p.add_argument("images", help="an image or a folder of images")
+    p.add_argument("--good", default=None, help="folder of good images kept back from the training: they say from which score on an image is anomalous")
+    p.add_argument("--fpr", type=float, default=0.05, help="share of false alarms to bear, with --good (default 0.05, which takes 19 images)")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     p.add_argument("--out", default="predictions")
     p = add(commands, "export", cmd_export, "flowrepro export my_parts.safetensors my_parts/good --out my_parts.onnx")

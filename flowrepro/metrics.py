@@ -6,8 +6,8 @@ Docs: https://flowrepro.github.io/flowrepro/metrics.html.md"""
 
 # %% auto #0
 __all__ = ['PIXEL', 'IMAGE', 'Bins', 'auroc_interval', 'ap_interval', 'f1max_interval', 'aupro_interval', 'rank', 'as_float',
-           'as_bool', 'auroc', 'average_precision', 'f1_max_threshold', 'f1_max', 'region_weights', 'pro_curve',
-           'aupro', 'key', 'Grid', 'make_grid', 'place', 'Survey', 'survey', 'count', 'join', 'refine',
+           'as_bool', 'auroc', 'average_precision', 'f1_max_threshold', 'f1_max', 'fpr_threshold', 'region_weights',
+           'pro_curve', 'aupro', 'key', 'Grid', 'make_grid', 'place', 'Survey', 'survey', 'count', 'join', 'refine',
            'pixel_intervals', 'evaluate']
 
 # %% ../nbs/09_metrics.ipynb #78781dc0
@@ -176,6 +176,20 @@ def f1_max_threshold(
 def f1_max(scores, labels) -> float:
     "Exact largest F1 over all thresholds; see `f1_max_threshold`."
     return f1_max_threshold(scores, labels)[0]
+
+# %% ../nbs/09_metrics.ipynb #f9a00002
+def fpr_threshold(
+    scores,             # (n,) of good images that the detector was not trained on
+    fpr: float = 0.05,  # share of false alarms to bear, in (0, 1)
+) -> float:  # t: call `score > t` anomalous
+    "The threshold that a further good image exceeds with a probability of at most `fpr`; ValueError if the images are too few to say so."
+    s, _ = _checked(scores, np.zeros(np.shape(scores)), 'fpr_threshold')
+    if not 0 < fpr < 1: raise ValueError(f"fpr_threshold: fpr={fpr}; give a share between 0 and 1, such as 0.05")
+    k = int(np.ceil((s.size + 1)*(1 - fpr) - 1e-9))
+    if k > s.size:
+        need = int(np.ceil(1/fpr - 1e-9)) - 1
+        raise ValueError(f"fpr_threshold: {s.size} good images cannot vouch for {fpr:.3g}; give {need} or more, or fpr of {1/(s.size + 1):.3g} or more")
+    return float(np.sort(s)[k - 1])
 
 # %% ../nbs/09_metrics.ipynb #692f4e9c
 def region_weights(

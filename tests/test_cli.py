@@ -217,6 +217,17 @@ def test_predict(model, parts_folder, tmp_path, capsys):
     assert scores.item() == pytest.approx(table["score"][0], rel=1e-4)
 
 
+def test_predict_with_a_threshold(model, parts_folder, tmp_path, capsys):
+    "Good images kept back say which are anomalous; too few of them are an error that says how many it takes."
+    good = parts_folder / "good"  # seen in training, but this is about the command
+    code, out, _ = run(capsys, "predict", model, parts_folder, "--good", good, "--fpr", "0.1", "--device", "cpu", "--out", tmp_path / "heat")
+    table = pd.read_csv(tmp_path / "heat/scores.csv")
+    limit = table[table["image"].str.contains("/good/")]["score"].max()
+    assert code == 0 and list(table["anomalous"]) == list(table["score"] > limit) and f"{table['anomalous'].sum()} of 15 images above" in out
+    code, _, err = run(capsys, "predict", model, parts_folder, "--good", good, "--device", "cpu", "--out", tmp_path / "other")
+    assert code == 2 and "12 good images cannot vouch for 0.05; give 19 or more" in err and not (tmp_path / "other/scores.csv").exists()
+
+
 def test_predict_one_image(model, parts_folder, tmp_path, capsys):
     code, out, _ = run(capsys, "predict", model, parts_folder / "spot/00.bmp", "--device", "cpu", "--out", tmp_path / "heat")
     assert code == 0 and {p.name for p in (tmp_path / "heat").iterdir()} == {"scores.csv", "00.bmp.png"}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 from flowrepro import metrics as M
-from flowrepro.metrics import aupro, auroc, average_precision, evaluate, f1_max, f1_max_threshold
+from flowrepro.metrics import aupro, auroc, average_precision, evaluate, f1_max, f1_max_threshold, fpr_threshold
 
 NAMES = ['image_auroc', 'image_ap', 'image_f1max', 'pixel_auroc', 'pixel_ap', 'pixel_f1max', 'aupro_30', 'aupro_05']
 ROUND = 1e-11  # float64 sums
@@ -400,3 +400,23 @@ def test_extra_memory_is_small():
     try: evaluate(x, m); peak = tracemalloc.get_traced_memory()[1]
     finally: tracemalloc.stop()
     assert peak < 80*2**20
+
+
+# -- a threshold from good images --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n, fpr", [(19, 0.05), (20, 0.05), (99, 0.01), (9, 0.1), (10, 0.5), (57, 0.23)])
+def test_threshold_holds_its_promise(n, fpr):
+    "By exchangeability, exactly: among n + 1 distinct scores, each one left out in turn, at most a share `fpr` lies above the threshold of the others; one rank higher it would be too many."
+    scores = np.random.default_rng(0).permutation(n + 1).astype(float)
+    above = sum(s > fpr_threshold(np.delete(scores, i), fpr) for i, s in enumerate(scores))
+    assert above <= fpr * (n + 1) + 1e-9 and above + 1 > fpr * (n + 1) + 1e-9
+
+
+@pytest.mark.parametrize("scores, fpr, words", [(range(18), 0.05, "18 good images .* give 19 or more, or fpr of 0.0526"), (range(9), 0, "between 0 and 1"), (range(9), 1.0, "between 0 and 1"),
+                                                ([], 0.1, "no scores"), ([1.0, np.nan], 0.5, "not finite")], ids=str)
+def test_threshold_refuses(scores, fpr, words):
+    with pytest.raises(ValueError, match=words): fpr_threshold(np.array(list(scores), float), fpr)
+
+
+def test_threshold_of_ties_and_tensors():
+    assert fpr_threshold(torch.tensor([1.0] * 19)) == 1.0 and fpr_threshold(torch.arange(99, dtype=torch.bfloat16), 0.5) == 49
