@@ -425,6 +425,9 @@ def by_class_mode(run: Run) -> dict[str, dict]:
         return out
     chosen, before = config["class_mode"], run.detector.calibration.clone()
     for mode in CLASS_MODES:
+        if mode == chosen:  # evaluated already
+            out[mode] = run.history[-1]["results"]
+            continue
         config["class_mode"] = mode
         run.detector.calibrate(run.train_bank, run.labels)
         out[mode] = run.results(parts=run.detector.all_parts(run.test_bank, run.test_labels))[0]
@@ -463,9 +466,11 @@ def score_forms(run: Run, forms: dict[str, Score] | None = None) -> pd.DataFrame
     if run.parts[0].entropy is not None:
         published = {"published (hgad)": PUBLISHED["hgad"]}
         own = {c: Score(criterion=c, image_criterion=c) for c in ("likelihood", "entropy", "product")}
-    rows = []
+    known, rows = {run.detector.score: run.history[-1]["results"]}, []  # each score once, that of the run not again
     for name, score in (forms or {"this run": run.detector.score, "default": Score(), **own, **published}).items():
-        rows += [{"category": c, "score": name} | m for c, m in run.results(score)[0].items() if c != "mean"]
+        if score not in known:
+            known[score] = run.results(score)[0]
+        rows += [{"category": c, "score": name} | m for c, m in known[score].items() if c != "mean"]
     return pd.DataFrame(rows).set_index(["category", "score"])
 
 # %% ../nbs/11_runs.ipynb #35d4ec17
