@@ -155,7 +155,7 @@ class Affine(torch.autograd.Function):
         dout = torch.empty(**ctx.like)
         da, dt = dout.chunk(2, ctx.dim)
         da.copy_(torch.ops.aten.sigmoid_backward.grad_input(ds, sigma, grad_input=ds))
-        torch.mul(dy2, 0.1, out=dt)
+        dt.copy_(0.1 * dy2)
         return dy1, dx2, dout, None, None, None
 
 

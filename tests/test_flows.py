@@ -483,3 +483,19 @@ def test_fewer_operations_than_freia(kind):
             training_step(forward, parameters, lambda z, logdet: z.square().sum() - logdet.sum())
         counted.append(operations.count)
     assert counted[1] < 0.9 * counted[0], counted
+
+
+@pytest.mark.parametrize("kind", ["conv", "conv, rotations", "dense", "dense, codes of each row", "dense, table of codes"])
+def test_compiles_in_one_piece(kind):
+    "`torch.compile` takes forward and backward without a break, and gives the same."
+    flow, x, cond = (conv_flow(6, 3, soft="rotations" in kind), torch.randn(2, 6, 5, 5), None) if kind.startswith("conv") else (dense_flow(6, 3, 4), torch.randn(20, 6), torch.randn(20, 4))
+    if kind == "dense":
+        flow, cond = dense_flow(6, 3), None
+    if "table" in kind:
+        cond = (torch.randn(7, 4), torch.arange(20) % 7)
+    def gradients(f):
+        z, logdet = f(x) if cond is None else f(x, cond)
+        return [z, *torch.autograd.grad(z.square().sum() - logdet.sum(), list(flow.parameters()))]
+    torch._dynamo.reset()
+    for got, want in zip(gradients(torch.compile(flow, backend="aot_eager", fullgraph=True)), gradients(flow)):
+        close(got, want, 1e-5)
