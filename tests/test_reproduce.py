@@ -147,6 +147,17 @@ def test_each_job_its_own_gpu(tmp_path, monkeypatch):
         assert not any(a is not b and a[0] == b[0] and a[2] < b[3] and b[2] < a[3] for b in held)
 
 
+def test_past_seconds_of_the_same_device(tmp_path):
+    "What a GPU took says nothing about a CPU."
+    for device, seconds in (("cpu", 40.0), ("cuda", 2.0)):
+        (tmp_path / device / "fastflow-toy-weave-demo-0").mkdir(parents=True)
+        timing = {"features_s": 0.0, "train_s": seconds, "evaluate_s": 0.0}
+        content = {"config": {"method": "fastflow", "preset": "demo"}, "timing": timing, "environment": {"device": device}}
+        (tmp_path / device / "fastflow-toy-weave-demo-0/metrics.json").write_text(json.dumps(content))
+    took = [R.past_seconds([tmp_path], d)["fastflow-toy-weave-demo"] - R.OVERHEAD for d in ("cpu", "cuda")]
+    assert took == [40.0, 2.0] and R.past_seconds([tmp_path]) == R.past_seconds([tmp_path], "cpu")
+
+
 def test_jobs_share_gpus(tmp_path, monkeypatch):
     "Two places on each of two simulated GPUs: the emptiest GPU is taken first; Snakemake may run as many jobs as asked for."
     monkeypatch.setenv("FLOWREPRO_GPUS", "2")
