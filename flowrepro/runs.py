@@ -286,9 +286,9 @@ def environment(device: str = "cpu") -> dict:
     "Versions, code revision and hardware, to stand beside every result."
     packages = {n: version(n) for n in ("flowrepro", "torch", "torchvision", "timm", "numpy", "pandas", "scipy")}
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    tf32 = {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32} if device == "cuda" else {}
+    tf32 = {"tf32": {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32}} if device == "cuda" else {}
     return {"revision": revision(), "python": platform.python_version(), **packages, "device": device, "device_name": name,
-            "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(), **({"tf32": tf32} if tf32 else {})}
+            "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(), **tf32}
 
 # %% ../nbs/11_runs.ipynb #41414502
 def peak_memory(device: str) -> dict:

@@ -112,3 +112,14 @@ def features() -> SimpleNamespace:
     a, b = torch.randn(14, 4, 6, 6, generator=g) * 3 + 5, torch.randn(14, 5, 3, 3, generator=g) * 0.2 - 1
     a[:, 2] = 7.0
     return SimpleNamespace(shapes=[(4, 6, 6), (5, 3, 3)], bank=Bank(a, b))
+
+
+def moved(module, device=None, **_):
+    "`Module.to` for tensors without values, within FakeTensorMode."
+    for m in module.modules():
+        for held in (m._parameters, m._buffers):
+            for k, t in held.items():
+                if t is not None:
+                    empty = torch.empty(t.shape, dtype=t.dtype, device=device or t.device)
+                    held[k] = nn.Parameter(empty, t.requires_grad) if held is m._parameters else empty
+    return module

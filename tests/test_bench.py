@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import moved
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("FrEIA"), pytest.importorskip("sklearn"), pytest.importorskip("psutil")
@@ -272,15 +273,6 @@ class Pair:
     def tolist(self): return [0, 1]
     def split(self, chunk): return [self]
     def to(self, device, **_): return torch.arange(2, device=device)
-
-
-def moved(module, device=None, **_):
-    "`Module.to` for tensors without values."
-    for m in module.modules():
-        for held in (m._parameters, m._buffers):
-            for k, t in held.items():
-                if t is not None: held[k] = torch.nn.Parameter(t.detach().to(device), t.requires_grad) if held is m._parameters else t.to(device)
-    return module
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")

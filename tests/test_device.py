@@ -1,6 +1,7 @@
 "Everything is computed where the model is: a GPU's tensors without their values, so that no GPU is needed."
 import pytest
 import torch
+from conftest import moved
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flowrepro import bases, detectors, hgad
@@ -11,19 +12,9 @@ METHODS = [("fastflow", dict(steps=2)), ("fastflow", dict(steps=2, soft=True, no
            ("hgad", dict(steps=2, code=8, centres=3)), ("hgad", dict(steps=2, code=8, base="classes", norm="layer-fixed")), ("hgad", dict(steps=2, code=8, base="standard"))]
 
 
-def to_fake_gpu(module: torch.nn.Module) -> None:
-    "Parameters and buffers on a GPU that need not exist; within FakeTensorMode."
-    for m in module.modules():
-        for own in (m._parameters, m._buffers):
-            for name, t in own.items():
-                if t is not None:
-                    empty = torch.empty(t.shape, dtype=t.dtype, device="cuda")
-                    own[name] = torch.nn.Parameter(empty, t.requires_grad) if isinstance(t, torch.nn.Parameter) else empty
-
-
 @pytest.mark.parametrize("method, settings", METHODS, ids=str)
 def test_everything_stays_on_the_gpu(method, settings, tiny_backbone, monkeypatch):
-    "Features, losses, parts, calibration, maps and image scores, of the default and of the published form."
+    "Features, losses, parts of every class mode, calibration, maps and image scores, of the default and of the published form."
     for module in (bases, hgad):
         monkeypatch.setattr(module, "check_label", lambda *_: None)  # looks at values
     model = detectors.DETECTORS[method](tiny_backbone(64), **settings)
@@ -31,13 +22,14 @@ def test_everything_stays_on_the_gpu(method, settings, tiny_backbone, monkeypatc
         model.adopt(["a", "b"])
     published = PUBLISHED[method] if method != "hgad" or model.mixture else PUBLISHED["cflow"]
     with FakeTensorMode():
-        to_fake_gpu(model)
-        model.backbone.mean, model.backbone.std = (torch.empty(1, 3, 1, 1, device="cuda") for _ in range(2))
+        moved(model, "cuda")
         features, labels = model.backbone(torch.zeros(4, 3, 64, 64, dtype=torch.uint8)), torch.zeros(4, dtype=torch.int64, device="cuda")
         got = [*features, *model.losses(features, labels, torch.Generator())]
         parts = model.parts(features, labels)
         stats = calibration(parts)
+        for mode in detectors.CLASS_MODES if method == "hgad" and model.mixture else ():
+            parts += model.parts(features, labels, mode)
         got += [t for part in parts for t in part if t is not None] + [stats]
         for score in (Score(), published):
-            got += score_batch(parts, 64, score, stats)
+            got += score_batch(parts[:len(stats)], 64, score, stats)
     assert {t.device.type for t in got} == {"cuda"}

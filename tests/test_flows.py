@@ -474,28 +474,33 @@ def test_fewer_operations_than_freia(kind):
     "What a training step costs where each operation costs its launch, as small ones do on a GPU."
     pytest.importorskip("FrEIA")
     from flowrepro.bench import dense_pair, flow_pair, freia_conv, training_step
-    code, x = torch.randn(64, 8), torch.randn(4, 16, 8, 8) if kind == "conv" else torch.randn(40, 16)
-    pairs = flow_pair(freia_conv(16, 8, 8), conv_flow(16, 8)) if kind == "conv" else dense_pair(16, 8, 8)
+    if kind == "conv":
+        pairs, given = flow_pair(freia_conv(16, 8, 8), conv_flow(16, 8)), 2 * [(torch.randn(4, 16, 8, 8),)]
+    else:
+        x, code = torch.randn(40, 16), torch.randn(40, 8)
+        pairs, given = dense_pair(16, 8, 8), [(x, [code]), (x, code)]
     counted = []
-    for (flow, parameters), c in zip(pairs, ([code[:40]], code[:40])):
-        forward = (lambda: flow(x)) if kind == "conv" else lambda: flow(x, c)
+    for (flow, parameters), inputs in zip(pairs, given):
         with Operations() as operations:
-            training_step(forward, parameters, lambda z, logdet: z.square().sum() - logdet.sum())
+            training_step(lambda: flow(*inputs), parameters, lambda z, logdet: z.square().sum() - logdet.sum())
         counted.append(operations.count)
     assert counted[1] < 0.9 * counted[0], counted
 
 
-@pytest.mark.parametrize("kind", ["conv", "conv, rotations", "dense", "dense, codes of each row", "dense, table of codes"])
+COMPILED = {
+    "conv": lambda: (conv_flow(6, 3), torch.randn(2, 6, 5, 5)), "conv, rotations": lambda: (conv_flow(6, 3, soft=True), torch.randn(2, 6, 5, 5)),
+    "dense": lambda: (dense_flow(6, 3), torch.randn(20, 6)), "dense, codes of each row": lambda: (dense_flow(6, 3, 4), torch.randn(20, 6), torch.randn(20, 4)),
+    "dense, table of codes": lambda: (dense_flow(6, 3, 4), torch.randn(20, 6), (torch.randn(7, 4), torch.arange(20) % 7)),
+}
+
+
+@pytest.mark.parametrize("kind", COMPILED)
 def test_compiles_in_one_piece(kind):
     "`torch.compile` takes forward and backward without a break, and gives the same."
-    flow, x, cond = (conv_flow(6, 3, soft="rotations" in kind), torch.randn(2, 6, 5, 5), None) if kind.startswith("conv") else (dense_flow(6, 3, 4), torch.randn(20, 6), torch.randn(20, 4))
-    if kind == "dense":
-        flow, cond = dense_flow(6, 3), None
-    if "table" in kind:
-        cond = (torch.randn(7, 4), torch.arange(20) % 7)
+    flow, *given = COMPILED[kind]()
     def gradients(f):
-        z, logdet = f(x) if cond is None else f(x, cond)
+        z, logdet = f(*given)
         return [z, *torch.autograd.grad(z.square().sum() - logdet.sum(), list(flow.parameters()))]
     torch._dynamo.reset()
-    for got, want in zip(gradients(torch.compile(flow, backend="aot_eager", fullgraph=True)), gradients(flow)):
+    for got, want in zip(gradients(torch.compile(flow, backend="aot_eager", fullgraph=True)), gradients(flow), strict=True):
         close(got, want, 1e-5)
