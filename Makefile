@@ -28,7 +28,7 @@ $(STAMP):
 		{ echo "$(PYTHON) is not Python 3.11 or newer: install one, or run make PYTHON=/path/to/python"; exit 1; }
 	[ -x $(BIN)/python ] || { echo "Creating .venv with $(PYTHON)"; "$(PYTHON)" -m venv .venv; }
 	echo "Installing flowrepro and its requirements into .venv (minutes, the first time)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "setuptools>=77" -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt "setuptools>=77" -e ".[dev]"
 	$(BIN)/python -m pip check --disable-pip-version-check
 	rm -f .venv/.installed*; touch $@
 

@@ -6,7 +6,7 @@ Docs: https://flowrepro.github.io/flowrepro/scores.html.md"""
 
 # %% auto #0
 __all__ = ['SHARES', 'PUBLIC_FORM', 'MAXIMA', 'PUBLISHED', 'Parts', 'join', 'calibration', 'highest', 'logdet_share', 'Score',
-           'mirrored', 'gaussian', 'normality', 'combine', 'image_scores', 'score_batch']
+           'mirrored', 'smoothing', 'gaussian', 'normality', 'combine', 'image_scores', 'score_batch']
 
 # %% ../nbs/08_scores.ipynb #6c52f552
 from dataclasses import dataclass, replace
@@ -107,16 +107,20 @@ def mirrored(n: int, r: int, device: torch.device) -> Tensor:
     return torch.where(i < n, i, 2 * n - 1 - i)
 
 
+def smoothing(n: int, sigma: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    "The matrix (n, n) that smooths a row of n pixels by a Gaussian of `sigma` pixels, mirrored at the ends, cut at 4 sigma."
+    r = int(4 * sigma + 0.5)
+    k = torch.exp(-0.5 * (torch.arange(-r, r + 1, device=device, dtype=dtype) / sigma) ** 2)
+    seen = mirrored(n, r, device).unfold(0, 2 * r + 1, 1)  # which pixels each one sees
+    return torch.zeros(n, n, device=device, dtype=dtype).scatter_add_(1, seen, (k / k.sum()).expand(n, -1))
+
+
 def gaussian(maps: Tensor, sigma: float) -> Tensor:
-    "Maps (B, H, W) smoothed by a Gaussian of `sigma` pixels, mirrored at the border, cut at 4 sigma (scipy's `gaussian_filter`); sigma 0 returns them as they are."
+    "Maps (B, H, W) smoothed by a Gaussian of `sigma` pixels (scipy's `gaussian_filter`), as two products; sigma 0 returns them as they are."
     if sigma <= 0:
         return maps
-    r = int(4 * sigma + 0.5)
-    k = torch.exp(-0.5 * (torch.arange(-r, r + 1, device=maps.device, dtype=maps.dtype) / sigma) ** 2)
-    k = k / k.sum()
-    rows, columns = (mirrored(n, r, maps.device) for n in maps.shape[1:])
-    x = maps.index_select(1, rows).index_select(2, columns)[:, None]
-    return F.conv2d(F.conv2d(x, k.view(1, 1, 1, -1)), k.view(1, 1, -1, 1))[:, 0]
+    down, across = (smoothing(n, sigma, maps.device, maps.dtype) for n in maps.shape[1:])
+    return down @ maps @ across.T
 
 # %% ../nbs/08_scores.ipynb #8f8f9024
 def normality(
