@@ -16,6 +16,8 @@ COPIED := nbs flowrepro workflow pyproject.toml settings.ini _quarto.yml
 export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 # Waiting threads do not spin, so that a busy machine does not stall.
 export OMP_WAIT_POLICY ?= passive
+# Byte code is written when a module is first imported, not for the whole of .venv at the install.
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## list the commands
 	awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -8,13 +8,13 @@ Docs: https://flowrepro.github.io/flowrepro/tables.html.md"""
 __all__ = ['HERE', 'PROTOCOLS', 'MEASURED', 'TD', 'TEX', 'LONG', 'BACKBONES', 'PAPERS', 'SHOWN', 'HEADLINE', 'MISSING', 'NOTHING',
            'READING', 'COMPARED', 'CLASSES', 'SPREADS', 'FORMS', 'COMPONENTS', 'OWN', 'TABLES', 'every_published',
            'published', 'percent', 'as_published', 'points', 'spread', 'sets_of', 'data_name', 'categories_in',
-           'on_official_data', 'results_of', 'measured', 'Table', 'quiet', 'headings', 'as_markdown', 'as_html', 'tex',
-           'tex_heading', 'as_latex', 'backbone_name', 'published_as', 'Reference', 'reference', 'difference', 'key_of',
-           'job_data', 'absent', 'commands', 'with_means', 'modes_of', 'setting_of', 'places', 'letter', 'by_seed',
-           'beside', 'measured_on', 'notes_on', 'row_of', 'comparison_rows', 'lacking', 'prepared', 'comparison',
-           'table_1', 'table_2', 'table_5', 'table_6', 'wobble', 'steadiness', 'stability_row', 'table_3', 'paired',
-           'changed_row', 'ablation_rows', 'ablation', 'components_published', 'form_rows', 'table_4', 'table_7',
-           'table_8', 'anchor_rows', 'table_9']
+           'on_official_data', 'results_of', 'values_of', 'measured', 'Table', 'quiet', 'headings', 'as_markdown',
+           'as_html', 'tex', 'tex_heading', 'as_latex', 'backbone_name', 'published_as', 'Reference', 'reference',
+           'difference', 'key_of', 'job_data', 'absent', 'commands', 'with_means', 'modes_of', 'setting_of', 'places',
+           'letter', 'by_seed', 'beside', 'measured_on', 'notes_on', 'row_of', 'comparison_rows', 'lacking', 'prepared',
+           'comparison', 'table_1', 'table_2', 'table_5', 'table_6', 'of_other_seeds', 'setting_note', 'beside_papers',
+           'wobble', 'steadiness', 'stability_row', 'table_3', 'paired', 'changed_row', 'ablation_rows', 'ablation',
+           'components_published', 'form_rows', 'table_4', 'table_7', 'table_8', 'anchor_rows', 'table_9']
 
 # %% ../nbs/12b_tables.ipynb #405f9ff5
 import html
@@ -31,7 +31,7 @@ import pandas as pd
 
 from .data import OFFICIAL, TOY
 from .matrix import Job, jobs_of, load_matrix, papermill_line, refuse, role_of, select, variant_of
-from .reports import METRICS, markdown, read_runs
+from .reports import METRICS, markdown, method_name, read_runs
 from .runs import PRESETS
 
 # %% ../nbs/12b_tables.ipynb #7b0b4f82
@@ -123,17 +123,19 @@ def results_of(run: dict) -> dict[tuple[str, str], dict]:
     return out | {(PROTOCOLS["last"], mode): r for mode, r in others.items() if mode != own}
 
 # %% ../nbs/12b_tables.ipynb #f19a441e
+def values_of(run: dict, variant: str, method: str) -> list[dict]:
+    "A row per value of a run, columns `MEASURED`; 'mean' is a category of a run that has several. NaN where a metric was not to be had."
+    c, single = run["config"], len(run["results"]["last"]) <= 2
+    about = {"variant": variant, "method": method, "data": data_name(sets_of(c["dataset"], c["data_root"])), "seed": c["seed"],
+             "backbone": c["settings"]["backbone"]["name"], "epoch_s": run["timing"]["epoch_s"], "official": on_official_data(run)}
+    return [about | {"protocol": protocol, "mode": mode, "category": category, "metric": m, "value": np.nan if x is None else x}
+            for (protocol, mode), result in results_of(run).items() for category, values in result.items()
+            if not (single and category == "mean") for m, x in values.items()]
+
+
 def measured(runs: list[dict], matrix: dict) -> pd.DataFrame:
-    "A row per value of runs of the matrix, columns `MEASURED`; 'mean' is a category of runs that have several. NaN where a metric was not to be had."
-    rows = []
-    for run in runs:
-        c = run["config"]
-        single = len(run["results"]["last"]) <= 2
-        about = {"variant": (v := variant_of(run)), "method": matrix["variants"][v]["title"], "data": data_name(sets_of(c["dataset"], c["data_root"])),
-                 "seed": c["seed"], "backbone": c["settings"]["backbone"]["name"], "epoch_s": run["timing"]["epoch_s"], "official": on_official_data(run)}
-        rows += [about | {"protocol": protocol, "mode": mode, "category": category, "metric": m, "value": np.nan if x is None else x}
-                 for (protocol, mode), result in results_of(run).items() for category, values in result.items()
-                 if not (single and category == "mean") for m, x in values.items()]
+    "The values of runs of the matrix, named as it names them."
+    rows = [row for run in runs for v in [variant_of(run)] for row in values_of(run, v, matrix["variants"][v]["title"])]
     return pd.DataFrame(rows, columns=MEASURED).astype({"value": float})
 
 # %% ../nbs/12b_tables.ipynb #983e853c
@@ -535,6 +537,47 @@ def table_5(runs: list[dict], matrix: dict, preset: str, out: str = "runs/reprod
 def table_6(runs: list[dict], matrix: dict, preset: str, out: str = "runs/reproduce") -> Table:
     "T6: one unified model for all categories of BTAD, VisA, MVTec 3D-AD, and of the union of all four data sets."
     return comparison("T6", f"One model for all categories, further data sets (preset {preset}; the paper: BTAD, VisA, MVTec 3D-AD, union)", runs, matrix, preset, out, CLASSES)
+
+# %% ../nbs/12b_tables.ipynb #be51de02
+def of_other_seeds(folder: str | Path) -> list[dict]:
+    "A finished run and those in the folders beside it that differ from it in the seed alone, by seed."
+    kind = lambda run: {k: v for k, v in run["config"].items() if k not in ("seed", "out_dir", "device")}
+    near = {p.parent: json.loads(p.read_text()) | {"path": p.parent} for p in sorted(Path(folder).absolute().parent.glob("*/metrics.json"))}
+    own = near[Path(folder).absolute()]
+    like = {run["config"]["seed"]: run for run in near.values() if kind(run) == kind(own)}
+    return [run for _, run in sorted((like | {own["config"]["seed"]: own}).items())]
+
+# %% ../nbs/12b_tables.ipynb #be51de03
+def setting_note(runs: list[dict]) -> str:
+    "With what runs of one setting were made, and whether that is the published one."
+    c, seeds = runs[0]["config"], sorted({r["config"]["seed"] for r in runs})
+    changed = [k for group, names in c["overrides"].items() for k in (names if isinstance(names, dict) else [group]) if group != "features"]
+    other = ", ".join([f"preset {c['preset']}"] * (c["preset"] != "paper") + [f"{k} set" for k in changed])
+    return (f"Backbone {c['settings']['backbone']['name']}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+            + (f"; not the published setting ({other})." if other else "; the published setting, as preset paper has it."))
+
+
+def beside_papers(runs: list[dict]) -> Table:
+    "Runs of one method and setting on one data set, with their deviation over seeds, beside what papers report: of the metrics that one reports, or of all, where none does, what was measured."
+    c = runs[0]["config"]
+    method, data, unified = method_name(c), data_name(sets_of(c["dataset"], c["data_root"])), c["category"] == "all"
+    values = pd.DataFrame([row for run in runs for row in values_of(run, "", method)], columns=MEASURED).astype({"value": float})
+    jobs = [Job("", c["preset"], r["config"]["seed"], r["config"]) for r in runs]
+    whole = {j.parameters["category"] for j in jobs} >= set(OFFICIAL.get(data, ()))  # the mean over fewer categories would be another number
+    frame, sources, rows = with_means(values, jobs if whole else []), {}, []
+    for category in dict.fromkeys([*frame["category"], "mean"]):
+        for mode in dict.fromkeys(frame["mode"]):
+            own = frame[frame["mode"] == mode]
+            cells, seen, known = row_of(own, {"title": method, "method": c["method"]}, (data, category), unified, mode, sources, "not run")
+            if seen or known:
+                rows.append({"category": category, "category of a test image": mode, "seeds": own[own["category"] == category]["seed"].nunique()} | cells)
+    table = pd.DataFrame(rows)
+    told = [METRICS[m] for m in HEADLINE if any(table[f"{METRICS[m]}: published"] != NOTHING)]
+    shown = lambda metric, what: metric in told if told else what in ("last", "best on test")
+    table = table[[k for k in table if (shown(*k.split(": ")) if ": " in k else any(table[k] != ""))]]
+    notes = [READING, *([COMPARED] if sources else [f"No paper that is known here reports numbers of {method} on {data}."]), setting_note(runs),
+             *(f"[{mark}] {text}." for text, mark in sources.items())]
+    return Table("Beside the papers", f"{method} on {data}", table, notes, keys=1)
 
 # %% ../nbs/12b_tables.ipynb #ff2054e8
 def wobble(history: pd.DataFrame, metric: str) -> float:

@@ -12,7 +12,8 @@ import pytest
 from flowrepro.data import OFFICIAL
 from flowrepro.matrix import load_matrix, run_folder
 from flowrepro.reports import METRICS, read_runs
-from flowrepro.tables import TABLES, Table, as_latex, as_markdown, measured, published, table_9
+from flowrepro.cli import print_published
+from flowrepro.tables import TABLES, Table, as_latex, as_markdown, beside_papers, measured, of_other_seeds, published, table_9
 
 MATRIX = load_matrix()
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "nbs/experiments"
@@ -175,3 +176,51 @@ def test_notebook_writes_its_tables(notebook, tmp_path):
                      f"runs, preset, out_dir, only, matrix_file = {str(tmp_path)!r}, 'demo', {str(tmp_path)!r}, '', ''" for c in code)
     subprocess.run([sys.executable, "-c", text], check=True, timeout=120)
     assert sorted(p.name for p in (tmp_path / "tables").glob("*.tex")) == [f"{n}.tex" for n in names]
+
+
+def own_runs(root: Path, variant: str, category: str, **more) -> list[dict]:
+    "Runs of preset paper on the official images, read as the run notebook reads them."
+    official = {c: sum(n[1:]) for c, n in OFFICIAL["mvtec"].items()}
+    for seed, last in ((0, 0.97), (1, 0.99)):
+        write_run(root, variant, "mvtec", category, seed, "paper", last, images={category: official[category]}, **more)
+    for path in root.glob("*/metrics.json"):
+        run = json.loads(path.read_text())
+        run["config"]["overrides"] = {}
+        path.write_text(json.dumps(run))
+    return of_other_seeds(root / run_folder(variant, "mvtec", category, "paper", 0))
+
+
+def test_beside_the_papers(root, capsys):
+    runs = own_runs(root, "cflow", "bottle", backbone="wide_resnet50_2.tv_in1k")
+    table = beside_papers(runs)
+    row = table.frame.set_index("category").loc["bottle"]
+    assert row["seeds"] == 2 and row["pixel AUROC: last"] == "98.00 ± 1.41" and row["pixel AUROC: published"].startswith("98.98 [")
+    assert row["pixel AUROC: difference"].startswith("−1.0 / ") and any(n.endswith("the published setting, as preset paper has it.") for n in table.notes)
+    print_published(runs)
+    assert "98.98 [a]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more, words", [(dict(backbone="resnet10"), "other backbone"), (dict(backbone="wide_resnet50_2.tv_in1k", images={"bottle": 3}), "other data")], ids=["backbone", "data"])
+def test_beside_the_papers_but_not_comparable(more, words, root):
+    own_runs(root, "cflow", "bottle", backbone=more["backbone"])
+    if "images" in more:
+        for path in root.glob("*/scores.csv"):
+            pd.DataFrame({"category": ["bottle"] * 3}).to_csv(path, index=False)
+    assert beside_papers(of_other_seeds(next(root.iterdir()))).frame["image AUROC: difference"].iloc[0] == words
+
+
+def test_beside_the_papers_a_mean_needs_every_category(root):
+    runs = [run for category in OFFICIAL["mvtec"] for run in own_runs(root, "cflow", category, backbone="wide_resnet50_2.tv_in1k")]
+    mean = lambda own: beside_papers(own).frame.set_index("category").loc["mean"]
+    assert mean(runs)["pixel AUROC: last"] == "98.00 ± 1.41" and mean(runs)["seeds"] == 2
+    assert mean(runs[2:])["pixel AUROC: last"] == "not run" and mean(runs[2:])["pixel AUROC: published"].startswith("98.62 [")
+
+
+def test_beside_no_paper(root, capsys):
+    write_run(root, "fastflow")
+    run = read_runs(root)[0]
+    run["config"]["overrides"] = {"schedule": {"epochs": 3}}
+    table = beside_papers([run])
+    assert list(table.frame)[-2:] == ["AUPRO@0.3: last", "AUPRO@0.3: best on test"] and "No paper that is known here" in table.notes[1] and "epochs set" in table.notes[2]
+    print_published([run])
+    assert capsys.readouterr().out == ""
