@@ -50,7 +50,7 @@ def run_name(args: argparse.Namespace, category: str, seed: int) -> str:
 def print_summary(table) -> None:
     "A summary as text, the metrics that people compare first."
     shown = table[["seeds", "image AUROC", "pixel AUROC", "pixel AP", "AUPRO@0.3"]].reset_index()
-    print("\n" + shown.drop(columns=["method", "preset"]).to_string(index=False))
+    print("\n" + shown.drop(columns=[k for k in ("method", "preset") if shown[k].nunique() == 1]).to_string(index=False))
 
 
 def print_published(runs: list[dict]) -> None:

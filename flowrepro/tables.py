@@ -31,7 +31,7 @@ import pandas as pd
 
 from .data import OFFICIAL, TOY
 from .matrix import Job, jobs_of, load_matrix, papermill_line, refuse, role_of, select, variant_of
-from .reports import METRICS, markdown, method_name, read_runs
+from .reports import METRICS, changed_settings, markdown, method_name, read_runs
 from .runs import PRESETS
 
 # %% ../nbs/12b_tables.ipynb #7b0b4f82
@@ -551,8 +551,7 @@ def of_other_seeds(folder: str | Path) -> list[dict]:
 def setting_note(runs: list[dict]) -> str:
     "With what runs of one setting were made, and whether that is the published one."
     c, seeds = runs[0]["config"], sorted({r["config"]["seed"] for r in runs})
-    changed = [k for group, names in c["overrides"].items() for k in (names if isinstance(names, dict) else [group]) if group != "features"]
-    other = ", ".join([f"preset {c['preset']}"] * (c["preset"] != "paper") + [f"{k} set" for k in changed])
+    other = ", ".join([f"preset {c['preset']}"] * (c["preset"] != "paper") + changed_settings(c))
     return (f"Backbone {c['settings']['backbone']['name']}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
             + (f"; not the published setting ({other})." if other else "; the published setting, as preset paper has it."))
 

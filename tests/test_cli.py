@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from flowrepro import __version__
-from flowrepro.cli import main, parser, run_name
+from flowrepro.cli import main, parser, print_summary, run_name
 from flowrepro.detectors import Detector
 
 
@@ -307,3 +307,13 @@ def test_waiting_threads_sleep_but_in_a_bench(command, waits, monkeypatch, capsy
     run(capsys, *command)
     policy = os.environ.pop("OMP_WAIT_POLICY", None)
     assert policy == waits
+
+
+def test_summary_names_what_differs(capsys):
+    rows = [(method, "toy", "smoke", "weave", "last epoch", 1, *["0.900"] * 4) for method in ("FastFlow", "CFLOW-AD")]
+    keys, metrics = ["method", "dataset", "preset", "category", "protocol"], ["image AUROC", "pixel AUROC", "pixel AP", "AUPRO@0.3"]
+    table = pd.DataFrame(rows, columns=[*keys, "seeds", *metrics]).set_index(keys)
+    print_summary(table)
+    both = capsys.readouterr().out
+    print_summary(table[:1])
+    assert "CFLOW-AD" in both and "smoke" not in both and "FastFlow" not in capsys.readouterr().out

@@ -185,7 +185,7 @@ def own_runs(root: Path, variant: str, category: str, **more) -> list[dict]:
         write_run(root, variant, "mvtec", category, seed, "paper", last, images={category: official[category]}, **more)
     for path in root.glob("*/metrics.json"):
         run = json.loads(path.read_text())
-        run["config"]["overrides"] = {}
+        run["config"] |= {"backbone": "auto", "weights": "auto", "overrides": {}}
         path.write_text(json.dumps(run))
     return of_other_seeds(root / run_folder(variant, "mvtec", category, "paper", 0))
 
@@ -219,8 +219,8 @@ def test_beside_the_papers_a_mean_needs_every_category(root):
 def test_beside_no_paper(root, capsys):
     write_run(root, "fastflow")
     run = read_runs(root)[0]
-    run["config"]["overrides"] = {"schedule": {"epochs": 3}}
+    run["config"] |= {"backbone": "auto", "weights": "auto", "overrides": {"schedule": {"epochs": 3}}}
     table = beside_papers([run])
-    assert list(table.frame)[-2:] == ["AUPRO@0.3: last", "AUPRO@0.3: best on test"] and "No paper that is known here" in table.notes[1] and "epochs set" in table.notes[2]
+    assert list(table.frame)[-2:] == ["AUPRO@0.3: last", "AUPRO@0.3: best on test"] and "No paper that is known here" in table.notes[1] and "(preset demo, epochs 3)" in table.notes[2]
     print_published([run])
     assert capsys.readouterr().out == ""
