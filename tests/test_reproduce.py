@@ -2,10 +2,12 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -200,6 +202,7 @@ def test_reason(tmp_path, left, told):
 FULL = """
 import shutil, sys, time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from flowrepro.cli import main
 full = lambda log: log.exists() and log.read_text().count("rule run:") > 1  # Snakemake has noted the first run and begun the second
@@ -223,13 +226,13 @@ def test_full_disk_goes_on(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    "A function that makes a disk of so many MiB, or changes its size, and returns its folder; for root alone."
+    "A function that makes a disk of so many KiB, or changes its size, and returns its folder; for root alone."
     top, made = tmp_path / "disk", []
     top.mkdir()
 
-    def size(mib: int) -> Path:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"{'remount,' * bool(made)}size={mib}m", "tmpfs", str(top)], check=True)
-        made.append(mib)
+    def size(kib: int) -> Path:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"{'remount,' * bool(made)}size={kib}k", "tmpfs", str(top)], check=True)
+        made.append(kib)
         return top
 
     yield size
@@ -240,12 +243,17 @@ def small_disk(tmp_path):
 @pytest.mark.slow
 def test_a_really_full_disk(small_disk):
     "A file system that fills up during the second run; enlarged, the same command ends the work."
-    top = small_disk(103)
+    top = small_disk(300 * 1024)
     write_matrix(top)
-    full = go(top, "--jobs", "1")
+    with ThreadPoolExecutor() as pool:
+        going = pool.submit(go, top, "--jobs", "1")
+        while not going.done() and not [*top.glob("out/*/finished")]:
+            time.sleep(0.05)
+        small_disk((shutil.disk_usage(top).used + R.RESERVE) // 1024 + 300)  # room for a part of the second run
+        full = going.result()
     assert full.returncode == 2 and "disk full" in full.stderr and "Traceback" not in full.stderr, full.stdout + full.stderr
     (done,) = stamps(top).items()
-    small_disk(200)
+    small_disk(300 * 1024)
     mended = go(top)
     assert mended.returncode == 0 and "1 of them done" in mended.stdout and done in stamps(top).items() and stamps(top).keys() == RUNS, mended.stdout + mended.stderr
 
@@ -253,7 +261,7 @@ def test_a_really_full_disk(small_disk):
 @pytest.mark.slow
 def test_one_run_on_a_full_disk(small_disk):
     "Without the graph nothing keeps a reserve: the run ends at the full disk, with the remedy and without a number."
-    top = small_disk(1)
+    top = small_disk(1024)
     done = subprocess.run([FLOWREPRO, "run", "--preset", "smoke", "--dataset", "toy", "--category", "weave", "--out", "out"], cwd=top, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "disk full; free some" in done.stderr, done.stdout + done.stderr
     assert not [*top.glob("out/*/metrics.json")]
