@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator
 from multiprocessing import connection, get_context
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from .matrix import HERE, MATRIX, Job, find_roots, jobs_of, load_matrix, refuse, select
 
@@ -102,7 +102,7 @@ OVERHEAD = 8.0  # seconds a run spends on imports and pictures
 
 
 def past_seconds(folders: list[Path], device: str = "cpu") -> dict[str, float]:
-    "Seconds of finished runs on a kind of device, by folder name without the seed and by 'method preset' (the median of them)."
+    "Seconds of finished runs on a kind of device, by folder name without the seed (the fewest, which other work disturbed least) and by 'method preset' (the median)."
     out: dict[str, list[float]] = {}
     for path in (p for f in folders for p in Path(f).glob("**/metrics.json")):
         m = json.loads(path.read_text())
@@ -111,7 +111,7 @@ def past_seconds(folders: list[Path], device: str = "cpu") -> dict[str, float]:
         seconds = OVERHEAD + sum(m["timing"][k] for k in ("features_s", "train_s", "evaluate_s"))
         for key in (path.parent.name.rpartition("-")[0], f"{m['config']['method']} {m['config']['preset']}"):
             out.setdefault(key, []).append(seconds)
-    return {key: median(seconds) for key, seconds in out.items()}
+    return {key: (median if " " in key else min)(seconds) for key, seconds in out.items()}
 
 
 def estimate(names: list[str], plan: dict, past: dict[str, float]) -> tuple[float, int]:
@@ -315,8 +315,13 @@ class Watch:
         return f"{shown} ({said(t['features_s'] + t['train_s'] + t['evaluate_s'])})"
 
     def left(self) -> str:
-        rest = [self.seconds.get(n) for n in self.names if n not in self.done]
-        return f", about {said(sum(s for s in rest if s) / self.jobs)} left" if rest and all(rest) else ""
+        "What the rest takes by past timings, and by how fast this machine has been so far."
+        past = lambda done: [self.seconds.get(n) for n in self.names if (n in self.done) == done]
+        over, rest = past(True), past(False)
+        if not over or not rest or not all(over + rest):
+            return ""
+        worked = sum(over) + mean(over) * (self.jobs - 1) / 2  # the other jobs have done half of their runs
+        return f", about {said(sum(rest) * (time.time() - self.began) / worked)} left"
 
 # %% ../nbs/12d_reproduce.ipynb #d15cf012
 RESERVE = 100 * 2**20  # bytes: what the running jobs may still write, and Snakemake's own records
