@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .SILENT:
 .NOTPARALLEL:
-.PHONY: help install demo test docs export clean drift readme notebooks
+.PHONY: help install demo test docs outputs export clean drift readme notebooks
 
 # The first Python that is new enough; name another one with `make PYTHON=...`.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
@@ -57,6 +57,11 @@ readme: $(STAMP)
 notebooks: $(STAMP)
 	echo "Running the notebooks"
 	$(BIN)/nbdev-test --n-workers 1
+
+outputs: $(STAMP) ## run the notebooks and keep their outputs, which the documentation shows
+	$(BIN)/nbdev-test --n-workers 1 --save
+	$(BIN)/python tools/outputs.py
+	$(BIN)/nbdev-clean
 
 docs: $(STAMP) ## render the documentation into _docs
 	$(BIN)/python tools/docs.py

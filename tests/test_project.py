@@ -84,10 +84,11 @@ def test_sidebar_lists_every_notebook():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_notebook_form(path):
-    "Code cells are short; the title cell holds nothing but title, summary and settings (the docs drop the rest)."
+    "Code cells are short, their outputs without stderr; the title cell holds nothing but title, summary and settings (the docs drop the rest)."
     for cell in cells(path, "code"):
         lines = [line for line in cell["source"].splitlines() if line.strip()]
         assert len(lines) <= 45, f"a cell of {len(lines)} lines, beginning {lines[0]!r}"
+        assert not [o for o in cell["outputs"] if o.get("name") == "stderr"], f"warnings or progress bars under the cell beginning {lines[0]!r}; run: make outputs"
     title = next((c["source"] for c in cells(path, "markdown") if re.search(r"^# \S", c["source"], re.M)), "")
     assert title, "no title cell (# Title)"
     extra = [line for line in title.strip().splitlines() if line.strip() and not re.match(r"# |> |- [\w-]+: ", line)]
