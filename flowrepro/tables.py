@@ -195,7 +195,7 @@ def as_markdown(table: Table) -> str:
     return "\n\n".join(part for part in (f"**{table.name}. {table.title}**", body, notes, commands) if part) + "\n"
 
 # %% ../nbs/12b_tables.ipynb #8599cef5
-TD = ' style="text-align:{}; white-space:nowrap"'
+TD = ' style="text-align:{}; white-space:nowrap; padding:0.1em 0.6em"'
 
 
 def as_html(table: Table) -> str:
