@@ -17,6 +17,7 @@ __all__ = ['HERE', 'PROTOCOLS', 'MEASURED', 'TD', 'TEX', 'LONG', 'BACKBONES', 'P
            'components_published', 'form_rows', 'table_4', 'table_7', 'table_8', 'anchor_rows', 'table_9']
 
 # %% ../nbs/12b_tables.ipynb #405f9ff5
+import contextlib
 import html
 import json
 import re
@@ -542,9 +543,12 @@ def table_6(runs: list[dict], matrix: dict, preset: str, out: str = "runs/reprod
 def of_other_seeds(folder: str | Path) -> list[dict]:
     "A finished run and those in the folders beside it that differ from it in the seed alone, by seed."
     kind = lambda run: {k: v for k, v in run["config"].items() if k not in ("seed", "out_dir", "device")}
-    near = {p.parent: json.loads(p.read_text()) | {"path": p.parent} for p in sorted(Path(folder).absolute().parent.glob("*/metrics.json"))}
-    own = near[Path(folder).absolute()]
-    like = {run["config"]["seed"]: run for run in near.values() if kind(run) == kind(own)}
+    read = lambda path: json.loads((path / "metrics.json").read_text()) | {"path": path}
+    own, like = read(Path(folder).absolute()), {}
+    for path in sorted(p.parent for p in Path(folder).absolute().parent.glob("*/metrics.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # it may be about to be made anew, or be no run of ours
+            if kind(run := read(path)) == kind(own):
+                like[run["config"]["seed"]] = run
     return [run for _, run in sorted((like | {own["config"]["seed"]: own}).items())]
 
 # %% ../nbs/12b_tables.ipynb #be51de03

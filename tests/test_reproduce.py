@@ -202,7 +202,6 @@ def test_reason(tmp_path, left, told):
 FULL = """
 import shutil, sys, time
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from flowrepro.cli import main
 full = lambda log: log.exists() and log.read_text().count("rule run:") > 1  # Snakemake has noted the first run and begun the second
