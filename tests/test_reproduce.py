@@ -150,13 +150,14 @@ def test_each_job_its_own_gpu(tmp_path, monkeypatch):
 
 
 def test_past_seconds_of_the_same_device(tmp_path):
-    "What a GPU took says nothing about a CPU."
-    for device, seconds in (("cpu", 40.0), ("cuda", 2.0)):
-        (tmp_path / device / "fastflow-toy-weave-demo-0").mkdir(parents=True)
+    "What a GPU took says nothing about a CPU; of the seeds of a run the fewest count."
+    for device, seed, seconds in (("cpu", 0, 70.0), ("cpu", 1, 40.0), ("cpu", 2, 60.0), ("cuda", 0, 2.0)):
+        (tmp_path / device / f"fastflow-toy-weave-demo-{seed}").mkdir(parents=True)
         timing = {"features_s": 0.0, "train_s": seconds, "evaluate_s": 0.0}
         content = {"config": {"method": "fastflow", "preset": "demo"}, "timing": timing, "environment": {"device": device}}
-        (tmp_path / device / "fastflow-toy-weave-demo-0/metrics.json").write_text(json.dumps(content))
+        (tmp_path / device / f"fastflow-toy-weave-demo-{seed}/metrics.json").write_text(json.dumps(content))
     took = [R.past_seconds([tmp_path], d)["fastflow-toy-weave-demo"] - R.OVERHEAD for d in ("cpu", "cuda")]
+    assert R.past_seconds([tmp_path])["fastflow demo"] - R.OVERHEAD == 60.0  # the median of a method, the fewest of a run
     assert took == [40.0, 2.0] and R.past_seconds([tmp_path]) == R.past_seconds([tmp_path], "cpu")
 
 
@@ -164,6 +165,7 @@ def test_jobs_share_gpus(tmp_path, monkeypatch):
     "Two places on each of two simulated GPUs: the emptiest GPU is taken first; Snakemake may run as many jobs as asked for."
     monkeypatch.setenv("FLOWREPRO_GPUS", "2")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(R.time, "sleep", lambda _: pytest.fail("no place is free"))
     with contextlib.ExitStack() as held:
         for expected in (0, 1, 0, 1):
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
