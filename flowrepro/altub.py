@@ -38,9 +38,11 @@ class AltUB:
         if (self.factor is None) == (self.lr is None):
             raise ValueError(f"altub factor {self.factor} and lr {self.lr}: give one, the rate over the current one or a constant rate, and set the other to None")
         for field in ("factor", "lr", "clip"):
-            if getattr(self, field) is not None and not getattr(self, field) > 0:
-                raise ValueError(f"altub {field} {getattr(self, field)}: must be positive")
-        if not 0 <= self.warmup < 1:
+            if (value := getattr(self, field)) is not None and not (isinstance(value, (int, float)) and value > 0):
+                raise ValueError(f"altub {field} {value!r}: a positive number, or None")
+        if self.clip is None and self.clip_by != "value":
+            raise ValueError(f"altub clip_by={self.clip_by!r} without clip: give the bound, too")
+        if not isinstance(self.warmup, (int, float)) or not 0 <= self.warmup < 1:
             raise ValueError(f"altub warmup {self.warmup}: a share of the training, in [0, 1)")
         if self.every == 1 and self.warmup == 0:
             raise ValueError("altub every=1 without warmup: each step would train the base alone, and the flow never; give every >= 2 or a warmup")

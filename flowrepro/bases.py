@@ -28,6 +28,7 @@ class Base(nn.Module):
         if not isinstance(channels, int) or channels < 1 or dim not in (-1, 1):
             raise ValueError(f"channels {channels!r}: a whole number from 1; dim {dim!r}: -1 (dense) or 1 (spatial)")
         self.channels, self.dim = channels, dim
+        self.register_buffer("zero", torch.zeros(()), persistent=False)  # where, and in which precision, draws are made
 
     def log_prob(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         "log p(z), or log p(z | label); in nats, the constant included."
@@ -36,6 +37,15 @@ class Base(nn.Module):
     def sample(self, n: int, label: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         "n draws, (n, D); given labels (n,), each from its category."
         raise NotImplementedError(f"{type(self).__name__} cannot be drawn from")
+
+    def noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        "n draws from N(0, I), (n, D), on the base's device and in its precision."
+        return torch.randn(n, self.channels, generator=generator, dtype=self.zero.dtype, device=self.zero.device)
+
+    def check(self, z: Tensor) -> None:
+        "ValueError unless z has this base's channels on its axis."
+        if z.shape[self.dim] != self.channels:
+            raise ValueError(f"z of shape {tuple(z.shape)} has {z.shape[self.dim]} channels on axis {self.dim}, this base {self.channels}")
 
     def per_dimension(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         "log p(z) over D without its constant: −‖z‖²/2D for N(0, I). What anomaly maps are made of."
@@ -49,10 +59,11 @@ class StandardNormal(Base):
     "N(0, I): log p = −‖z‖²/2 − (D/2) log 2π."
 
     def log_prob(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        self.check(z)
         return -(z.square().sum(self.dim) + self.channels * LOG_2PI) / 2
 
     def sample(self, n: int, label: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        return torch.randn(n, self.channels, generator=generator)
+        return self.noise(n, generator)
 
 # %% ../nbs/04_bases.ipynb #eb5dcd10
 class DiagonalNormal(Base):
@@ -76,22 +87,24 @@ class DiagonalNormal(Base):
         self.log_scale = nn.Parameter(torch.zeros(shape), requires_grad=scale)
 
     def log_prob(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        self.check(z)
         u = (z - self.mean) * (-self.log_scale).exp()
         return -(u.square() / 2 + self.log_scale).sum(self.dim) - self.channels * LOG_2PI / 2
 
     def sample(self, n: int, label: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         if self.mean.numel() not in (1, self.channels):
             raise ValueError("a base with values of its own at each position has no single distribution to draw from")
-        z = torch.randn(n, self.channels, generator=generator)
-        return self.mean.detach().flatten() + self.log_scale.detach().flatten().exp() * z
+        return self.mean.detach().flatten() + self.log_scale.detach().flatten().exp() * self.noise(n, generator)
 
 # %% ../nbs/04_bases.ipynb #69ab3df0
 def affinity(
     z: Tensor,  # (B, P, D) rows
     centres: Tensor,  # (K, D) for all images, or (B, M, D), each image's own
 ) -> Tensor:  # (B, P, K or M)
-    "z·μ − ‖μ‖²/2 for every row and centre, never in lower precision than the rows (@eq-affinity)."
+    "z·μ − ‖μ‖²/2 for every row and centre, in the higher of the two precisions (@eq-affinity)."
     with torch.autocast(z.device.type, enabled=False):
+        dtype = torch.promote_types(z.dtype, centres.dtype)
+        z, centres = z.to(dtype), centres.to(dtype)
         half = centres.square().sum(-1) / 2
         if centres.ndim == 2:
             return F.linear(z, centres, -half)
@@ -160,7 +173,7 @@ class ClassMixture(Base):
         return F.log_softmax(affinity(self.rows(z), self.mu), -1)
 
     def sample(self, n: int, label: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        return self.mu.detach()[self.categories(n, label, generator)] + torch.randn(n, self.channels, generator=generator)
+        return self.mu.detach()[self.categories(n, label, generator)] + self.noise(n, generator)
 
     def categories(self, n: int, label: Tensor | None, generator: torch.Generator | None) -> Tensor:
         "The category of each of n draws, (n,): as given, checked, or drawn by their weights."
@@ -191,8 +204,10 @@ class HierarchicalMixture(ClassMixture):
         spread: float = 1.0,  # their deviation; published 1
     ):
         super().__init__(classes, channels, dim, generator)
-        if not isinstance(centres, int) or centres < 1 or not spread > 0:
-            raise ValueError(f"centres {centres!r}: a whole number from 1; spread {spread!r}: positive")
+        if not isinstance(centres, int) or centres < 1:
+            raise ValueError(f"centres {centres!r}: a whole number from 1")
+        if not spread > 0:
+            raise ValueError(f"spread {spread!r}: must be positive")
         self.centres = centres
         self.delta = nn.Parameter(spread * torch.randn(classes, centres - 1, channels, generator=generator))
         self.psi = nn.Parameter(torch.zeros(classes, centres))
@@ -212,7 +227,7 @@ class HierarchicalMixture(ClassMixture):
     def sample(self, n: int, label: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         y = self.categories(n, label, generator)
         i = self.draw(self.psi[y], generator)
-        return self.all_centres().detach()[y, i] + torch.randn(n, self.channels, generator=generator)
+        return self.all_centres().detach()[y, i] + self.noise(n, generator)
 
     def extra_repr(self) -> str:
         return f"centres={self.centres}, {super().extra_repr()}"

@@ -331,10 +331,11 @@ class DenseDetector(Detector):
     "A detector whose flows see one position at a time, and its code."
 
     def __init__(self, backbone: Backbone, score: Score, config: dict, base: Callable[[tuple], Base]):
+        codes = [positional_code(config["code"], h, w).flatten(1).T.contiguous() for _, h, w in backbone.shapes]
         flow = lambda shape: dense_flow(shape[0], config["steps"], config["code"], config["clamp"], config["soft"], rule=config["rule"])
         super().__init__(backbone, score, config, flow, base)
-        for l, (_, h, w) in enumerate(backbone.shapes):
-            self.register_buffer(f"code{l}", positional_code(config["code"], h, w).flatten(1).T.contiguous(), persistent=False)
+        for l, code in enumerate(codes):
+            self.register_buffer(f"code{l}", code, persistent=False)
 
     def code(self, level: int) -> Tensor:
         "The position code of a level, (H·W, P)."
@@ -342,6 +343,8 @@ class DenseDetector(Detector):
 
     def rows(self, level: int, x: Tensor) -> Tensor:
         "Features (B, C, H, W) of a level as rows (B, H·W, C), ready for the flow."
+        if x.shape[1:] != self.backbone.shapes[level]:
+            raise ValueError(f"features of level {level} are {tuple(x.shape[1:])}, this detector's {tuple(self.backbone.shapes[level])}: give images of the size it was made for")
         return self.norms[level](x).flatten(2).transpose(1, 2).contiguous()
 
     def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -432,7 +435,7 @@ class OverCategories(DenseDetector):
         if not names or len(set(names)) < len(names):
             raise ValueError(f"categories {names}: at least one, each once")
         self.config["categories"], kind = names, self.config["base"]
-        if len(names) == 1 and self.score.normalise != "paper":  # the entropy over one category says nothing; the published form stays
+        if len(names) == 1:  # the entropy over one category says nothing
             self.score = replace(self.score, criterion="likelihood", image_criterion="likelihood")
         sizes = {"hierarchical": {k: self.config[k] for k in ("centres", "spread")}, "classes": {}}.get(kind)
         made = [normal_base(kind, s, -1) if sizes is None else BASES[kind](len(names), s[0], **sizes) for s in self.backbone.shapes]
@@ -541,12 +544,13 @@ class HGAD(HGADParts):
         norm: str = "standard",
         score: Score | None = None,  # default: pixels by likelihood, images by the product; the public code's is scores.PUBLISHED["hgad"]
     ):
-        if base not in BASES or class_mode not in CLASS_MODES:
-            raise ValueError(f"base {base!r}: one of {', '.join(BASES)}; class_mode {class_mode!r}: one of {', '.join(CLASS_MODES)}")
+        for name, given, allowed in (("base", base, BASES), ("class_mode", class_mode, CLASS_MODES)):
+            if given not in allowed:
+                raise ValueError(f"{name} {given!r}: one of {', '.join(allowed)}")
         if not (0 <= stage_one <= 1 and 0 <= smoothing < 1 and centre_rate > 0 and min(lambda1, lambda2, lambda_e) >= 0):
             raise ValueError(f"stage_one {stage_one} in [0, 1], smoothing {smoothing} in [0, 1), centre_rate {centre_rate} positive, weights not negative")
         if isinstance(backbone, str):
-            backbone = Backbone(backbone, **self.features, size=384)
+            backbone = Backbone(backbone, **self.features)
         config = dict(categories=None, steps=steps, code=code, centres=centres, spread=spread, base=base, lambda1=lambda1, lambda2=lambda2, lambda_e=lambda_e, smoothing=smoothing,
                       stage_one=stage_one, joint=joint, centre_rate=centre_rate, class_mode=class_mode, clamp=clamp, soft=soft, rule=rule, norm=norm)
         self.mixture, self.intra = base in ("hierarchical", "classes"), base == "hierarchical"
@@ -562,10 +566,14 @@ OFFICIAL = {"mus": "mu", "mu_deltas": "delta", "phi_inters": "phi", "phi_intras"
 
 
 def check_official(detector: HGAD) -> None:
-    "DataError if the detector is none that HGAD's public code could hold."
-    if detector.config["base"] != "hierarchical" or detector.config["categories"] is None:
-        raise DataError(f"HGAD's public code holds a hierarchical mixture over known categories; this detector has base={detector.config['base']!r} "
-                        f"and categories {detector.config['categories']}: build it with base='hierarchical' and categories=[...]")
+    "DataError if the detector is none that HGAD's public code could hold: it has no norm, one form of the clamp, one base."
+    c = detector.config
+    if c["norm"] != "none" or c["rule"] != "published":
+        raise DataError(f"HGAD's public code has neither norm={c['norm']!r} nor rule={c['rule']!r}, and its numbers would mean something else: "
+                        "build the detector with norm='none' and rule='published'")
+    if c["base"] != "hierarchical" or c["categories"] is None:
+        raise DataError(f"HGAD's public code holds a hierarchical mixture over known categories; this detector has base={c['base']!r} "
+                        f"and categories {c['categories']}: build it with base='hierarchical' and categories=[...]")
 
 
 def to_official(detector: HGAD) -> dict:
@@ -599,4 +607,5 @@ def from_official(detector: HGAD, state: dict) -> HGAD:
             read[f"{l}.{ours}"] = value
     detector.flows.load_state_dict(flows.state_dict())
     detector.bases.load_state_dict(read)
+    detector.calibration.fill_(float("nan"))  # of the weights before
     return detector

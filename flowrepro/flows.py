@@ -102,7 +102,7 @@ class Subnet(nn.Module):
 # %% ../nbs/03_flows.ipynb #08e50515
 def positional_code(channels: int, height: int, width: int) -> Tensor:
     "The 2-D sin/cos code of CFLOW-AD and HGAD, (P, H, W) with P = `channels`; ValueError unless four divides P."
-    if channels < 4 or channels % 4:
+    if not isinstance(channels, int) or channels < 4 or channels % 4:
         raise ValueError(f"a position code of {channels} channels: sines and cosines of rows and columns need a multiple of four")
     half = channels // 2
     rate = torch.exp(torch.arange(0.0, half, 2) * (-math.log(1e4) / half))
@@ -340,8 +340,8 @@ def dense_flow(
     **kwargs,  # further arguments of `Step`
 ) -> Flow:
     "The conditional dense flow of CFLOW-AD and HGAD: linear layers, hidden width twice the network's input."
-    if c_cond < 0:
-        raise ValueError(f"a position code of {c_cond} channels: a multiple of four, or 0 for none")
+    if not isinstance(steps, int) or steps < 1 or not isinstance(c_cond, int) or c_cond < 0:
+        raise ValueError(f"steps {steps!r}: a whole number from 1; c_cond {c_cond!r}: a whole number, 0 for none")
     hidden = 2 * (channels - channels // 2 + c_cond)
     return Flow(Step(channels, hidden, None, c_cond, clamp, soft, **kwargs) for _ in range(steps))
 

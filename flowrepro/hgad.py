@@ -74,9 +74,9 @@ def hgad_terms(
 def hgad_loss(
     terms: dict[str, Tensor],
     lambda1: float = 1.0,  # weight of L_g
-    lambda2: float = 100.0,  # weight of L_mi
+    lambda2: float = 100.0,  # weight of L_mi, as published; `detectors.HGAD` takes 1
     lambda_e: float = 1.0,  # weight of L_e; the paper has none, the ablation sets it to 0
 ) -> Tensor:
-    "λ1·L_g − λ2·L_mi + L_e, and + L_in + L_z where the terms hold them (@eq-hgad; paper Eq. 11)."
+    "λ1·L_g − λ2·L_mi + L_e, and + L_in + L_z where the terms hold them (@eq-hgad; paper Eq. 11 has the two weights)."
     loss = lambda1 * terms["L_g"] - lambda2 * terms["L_mi"] + lambda_e * terms["L_e"]
     return loss + terms["L_in"] + terms["L_z"] if "L_in" in terms else loss

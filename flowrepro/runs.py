@@ -6,10 +6,11 @@ Docs: https://flowrepro.github.io/flowrepro/runs.html.md"""
 
 # %% auto #0
 __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES', 'PLAIN', 'HERE', 'defaults_of', 'settings_of',
-           'ConfigError', 'resolve', 'parse_overrides', 'Config', 'given_parameters', 'check_choices', 'check_settings',
-           'configure', 'published_for', 'write_json', 'revision', 'environment', 'peak_memory', 'masks_by_category',
-           'evaluate_parts', 'mean_results', 'best_results', 'Run', 'evaluation_epochs', 'open_folder', 'timing',
-           'score_table', 'by_class_mode', 'write_results', 'score_forms', 'execute_notebook', 'run_notebook']
+           'ConfigError', 'resolve', 'parse_overrides', 'Config', 'given_parameters', 'check_choices', 'check_detector',
+           'check_settings', 'configure', 'published_for', 'write_json', 'revision', 'environment', 'peak_memory',
+           'masks_by_category', 'evaluate_parts', 'mean_results', 'best_results', 'Run', 'evaluation_epochs',
+           'open_folder', 'timing', 'score_table', 'by_class_mode', 'write_results', 'score_forms', 'execute_notebook',
+           'run_notebook']
 
 # %% ../nbs/11_runs.ipynb #c6d1b3a8
 import difflib
@@ -22,8 +23,10 @@ import resource
 import subprocess
 import time
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -32,7 +35,7 @@ from torch import Tensor
 
 import flowrepro
 from .altub import AltUB
-from .backbones import Backbone
+from .backbones import Backbone, full_name
 from .data import Dataset, Transform, load
 from .detectors import CFLOW_SIZES, CLASS_MODES, DETECTORS, FASTFLOW_PUBLISHED, Detector
 from .diagnostics import base_state, base_trace, latents_file, pictures_file
@@ -45,7 +48,7 @@ from .training import Schedule, check_training, fit
 LITE = "tf_efficientnet_lite0"
 THREE = dict(name=LITE, levels=(2, 3, 4))  # strides 8, 16, 32
 PYRAMID = dict(name=LITE, levels=(3,), pyramid=(1.0, 0.5, 0.25))  # stride 16 of three sizes
-META = dict(lr=2e-4, floor=1e-3)  # 25 meta-epochs of 8 passes; cosine to lr·0.1³ (CFLOW-AD and HGAD, utils.py)
+META = dict(epochs=200, warmup=16, hold=8, lr=2e-4, floor=1e-3)  # 25 meta-epochs of 8 passes; cosine to lr·0.1³ (CFLOW-AD and HGAD, utils.py)
 PRESETS = {
     "fastflow": {
         "smoke": dict(transform=dict(size=64), backbone=dict(name=LITE, levels=(2, 3)), detector=dict(steps=2),
@@ -55,7 +58,7 @@ PRESETS = {
         "real": dict(transform=dict(size=256), backbone=THREE, schedule=dict(epochs=40, batch=32, lr=1e-3), evaluations=8),
         "paper": dict(  # gathierry/FastFlow: main.py, constants.py, configs/wide_resnet50_2.yaml; other backbones: FASTFLOW_PUBLISHED
             transform=dict(size=256), backbone=dict(name="wide_resnet50_2.racm_in1k", levels=(1, 2, 3)),
-            detector=dict(steps=8, kernels=(3, 1), ratio=1.0, clamp=2.0, norm="layer"), score=asdict(PUBLISHED["fastflow"]),
+            detector=dict(steps=8, kernels=(3, 1), ratio=1.0, clamp=2.0, soft=False, rule="published", norm="layer"), score=asdict(PUBLISHED["fastflow"]),
             schedule=dict(epochs=500, batch=32, lr=1e-3, weight_decay=1e-5, decay="constant"), evaluations=50),
     },
     "cflow": {
@@ -64,10 +67,11 @@ PRESETS = {
         "demo": dict(transform=dict(size=192), backbone=dict(name=LITE, levels=(2, 3)), detector=dict(steps=4, code=64, fibers=512),
                      schedule=dict(epochs=12, batch=8, lr=2e-3), evaluations=4),
         "real": dict(transform=dict(size=256), backbone=THREE, detector=dict(fibers=512), schedule=dict(epochs=6, batch=16, lr=1e-3, weight_decay=0.0), evaluations=3),
-        "paper": dict(  # gudovskiy/cflow-ad: config.py, main.py, train.py, model.py; size by category: CFLOW_SIZES
-            transform=dict(size=256, rotate=5.0), backbone=dict(name="wide_resnet50_2.tv_in1k", levels=(2, 3, 4)),
-            detector=dict(steps=8, code=128, fibers=256, clamp=1.9, norm="none"), score=asdict(PUBLISHED["cflow"]), features=dict(copies=8),
-            schedule=dict(epochs=25, batch=32, weight_decay=0.0, warmup=2, hold=1, **META), evaluations=25),  # an epoch: 8 rotated copies, a meta-epoch
+        "paper": dict(  # gudovskiy/cflow-ad: config.py, main.py, train.py, model.py, custom_datasets/loader.py; size by category: CFLOW_SIZES
+            transform=dict(size=256, interpolation="lanczos", rotate=5.0), backbone=dict(name="wide_resnet50_2.tv_in1k", levels=(2, 3, 4)),
+            detector=dict(steps=8, code=128, fibers=256, clamp=1.9, soft=True, rule="published", norm="none"),
+            score=asdict(PUBLISHED["cflow"]), features=dict(copies=8),  # one for each pass of a meta-epoch
+            schedule=dict(batch=32, weight_decay=0.0, **META), evaluations=25),
     },
     "hgad": {
         "smoke": dict(transform=dict(size=64), backbone=PYRAMID, detector=dict(steps=2, code=16, centres=3),
@@ -79,9 +83,10 @@ PRESETS = {
         "paper": dict(  # xcyao00/HGAD: main.py, train.py, models/model.py, datasets/*.py
             transform=dict(size=1024, policy="crop", interpolation="lanczos", mask_size=256),
             backbone=dict(name="tf_efficientnet_b6.aa_in1k", levels=(3,), pyramid=(1.0, 0.5, 0.25)),
-            detector=dict(steps=12, code=256, centres=10, lambda1=1.0, lambda2=100.0, smoothing=0.02, stage_one=0.08, clamp=1.9, norm="none", class_mode="known"),
+            detector=dict(steps=12, code=256, centres=10, spread=1.0, base="hierarchical", lambda1=1.0, lambda2=100.0, lambda_e=1.0, smoothing=0.02, stage_one=0.08,
+                          joint=False, centre_rate=1.0, clamp=1.9, soft=True, rule="published", norm="none", class_mode="known"),
             score=asdict(PUBLISHED["hgad"]),
-            schedule=dict(epochs=200, batch=8, weight_decay=1e-4, betas=(0.95, 0.99), warmup=16, hold=8, **META), evaluations=25),
+            schedule=dict(batch=8, weight_decay=1e-4, betas=(0.95, 0.99), **META), evaluations=25),  # public code: after each pass
     },
 }
 
@@ -107,7 +112,7 @@ def settings_of(method: str) -> dict[str, dict]:
         "score": asdict(Score(image_criterion="product" if method == "hgad" else "likelihood")),
         "schedule": {k: v for k, v in asdict(Schedule()).items() if k != "seed"},
         "altub": asdict(AltUB()),
-        "features": dict(where="auto", dtype="float32", cache=None, copies=1),  # copies: fixed rotated variants of each image, with transform.rotate
+        "features": dict(where="auto", dtype="float32", cache=None, copies=1),  # copies: fixed rotated variants of each image, with transform.rotate; an epoch takes one of them
     }
 
 
@@ -199,10 +204,20 @@ def check_choices(p: dict) -> None:
         raise ConfigError("device='cuda': no CUDA device is available here; use 'auto' or 'cpu'")
 
 # %% ../nbs/11_runs.ipynb #abfc73fb
+@cache
+def check_detector(method: str, settings: str) -> None:
+    "ValueError for settings of a detector (JSON) that make no sense on any features: it is made on 4 × 4 positions of 8 channels, where each part checks its own."
+    with torch.random.fork_rng(devices=[]):
+        model = DETECTORS[method](SimpleNamespace(shapes=[(8, 4, 4)]), **json.loads(settings))
+        if model.labelled:
+            model.adopt(["any"])
+
+
 def check_settings(settings: dict, p: dict, overrides: dict) -> None:
     "ConfigError for a setting that makes no sense by itself or beside another; what depends on the backbone is found when the run is made."
     try:
         Score(**settings["score"]), Schedule(**settings["schedule"]), Transform(**settings["transform"]), AltUB(**settings["altub"])
+        check_detector(p["method"], json.dumps(settings["detector"]))
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
     held, n, base = settings["features"], settings["evaluations"], settings["detector"]["base"]
@@ -215,6 +230,9 @@ def check_settings(settings: dict, p: dict, overrides: dict) -> None:
         raise ConfigError("a random rotation needs a fixed set of rotated copies, and copies need a rotation: set both transform.rotate and features.copies (2 or more)")
     if p["altub"] and base == "standard":
         raise ConfigError("altub=True with base='standard': N(0, I) has nothing to learn; use base='diagonal', or altub=False")
+    idle = {"per", "scale"} & overrides.get("detector", {}).keys()
+    if idle and base != "diagonal":
+        raise ConfigError(f"override {min(idle)} with base={base!r}: only a diagonal base has it; set altub=True or base='diagonal'")
     if not p["altub"] and "altub" in overrides:
         raise ConfigError(f"override altub.{next(iter(overrides['altub']))} with altub=False: it would do nothing; set altub=True")
 
@@ -245,8 +263,12 @@ def configure(parameters: dict | None = None, **more) -> Config:
 def published_for(p: dict) -> dict[str, dict]:
     "Settings that depend on the backbone or the category: FastFlow's published ones of a backbone, CFLOW-AD's input size of a category."
     out: dict[str, dict] = {} if p["backbone"] == "auto" else {"backbone": {"name": p["backbone"]}}
-    if p["preset"] == "paper" and p["method"] == "fastflow" and p["backbone"] in FASTFLOW_PUBLISHED:
-        known = FASTFLOW_PUBLISHED[p["backbone"]]
+    try:
+        name = p["backbone"] if p["backbone"] == "auto" else full_name(p["backbone"])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if p["preset"] == "paper" and p["method"] == "fastflow" and name in FASTFLOW_PUBLISHED:
+        known = FASTFLOW_PUBLISHED[name]
         out["backbone"] |= {"levels": known["levels"]}
         out |= {"transform": {"size": known["size"]}, "detector": {k: v for k, v in known.items() if k not in ("levels", "size")}}
     if p["preset"] == "paper" and p["method"] == "cflow" and p["dataset"] == "mvtec":
@@ -328,9 +350,11 @@ def mean_results(results: dict) -> dict:
 
 # %% ../nbs/11_runs.ipynb #ac653d02
 def best_results(history: list[dict]) -> dict:
-    "Each metric's maximum over the evaluated epochs, per category: *best on test*, the protocol of the papers, chosen with the test set."
+    "Of each metric the evaluated epoch in which its mean over the categories is highest: *best on test*, the protocol of the papers, chosen with the test set."
     rows = [r["results"] for r in history if "results" in r]
-    return {c: {m: float(np.fmax.reduce([r[c][m] for r in rows])) for m in rows[0][c]} for c in rows[0]} if rows else {}
+    def best(metric: str) -> dict:
+        return rows[np.nansum([[r[c][metric] for c in r if c != "mean"] for r in rows], axis=1).argmax()]
+    return {c: {m: best(m)[c][m] for m in rows[0][c]} for c in rows[0]} if rows else {}
 
 # %% ../nbs/11_runs.ipynb #073cb633
 class Run:
@@ -346,7 +370,7 @@ class Run:
         self.altub = AltUB(**s["altub"]) if config.altub else None
         self.normal = self.train_set.filter(label=0)
         self.labels, self.test_labels = map(self.detector.labels_of, (self.normal, self.test_set))
-        check_training(self.detector, len(self.normal) * s["features"]["copies"], self.schedule, self.altub)
+        check_training(self.detector, len(self.normal), self.schedule, self.altub)
         self.parts, self.seconds_evaluating, self.base_start = None, 0.0, base_state(self.detector)
         self.size = s["transform"]["mask_size"] or s["transform"]["size"]  # of maps and masks
         self.out = open_folder(config)

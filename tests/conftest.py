@@ -88,6 +88,8 @@ def stand_in():
 class Bank:
     "The interface of a `FeatureBank` over tensors given: one (N, C, H, W) a level."
 
+    copies = 1
+
     def __init__(self, *levels):
         self.levels, self.device = levels, levels[0].device
         self.shapes = [tuple(x.shape[1:]) for x in levels]

@@ -1,4 +1,5 @@
 """One battery over every base distribution: mass one, forms, formulas, gradients, draws, independence, storage, precision, memory, labels."""
+import copy
 import math
 from dataclasses import dataclass, field
 
@@ -605,3 +606,30 @@ def test_says_what_it_is(case):
 def test_sample_refuses_labels_it_does_not_have(base, label):
     with pytest.raises(ValueError, match="labels"):
         base.sample(2, label)
+
+
+@pytest.mark.parametrize("make", [lambda: StandardNormal(3), lambda: DiagonalNormal(3), lambda: ClassMixture(4, 3), lambda: HierarchicalMixture(4, 3, centres=2)])
+def test_draws_are_where_the_base_is(make):
+    "On its device and in its precision."
+    label = torch.arange(4)
+    for base in (make(), make().double()):
+        drawn = base.sample(4, label)
+        assert drawn.dtype == base.zero.dtype and (drawn.float().double() != drawn.double()).any() == (base.zero.dtype == torch.float64)
+    base = make().to("meta")
+    assert base.noise(5).device.type == "meta" and "zero" not in base.state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("make", [lambda: ClassMixture(4, 3), lambda: HierarchicalMixture(4, 3, centres=2)])
+def test_rows_of_another_precision(make, dtype):
+    "The affinity is computed in the higher of the two."
+    base, z = make(), torch.randn(2, 5, 3).to(dtype)
+    wide = copy.deepcopy(base).double()
+    for label in (None, torch.tensor([3, 1])):
+        assert torch.allclose(base.log_prob(z, label).double(), wide.log_prob(z.double(), label), rtol=0.02 if dtype != torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("base", [StandardNormal(3), DiagonalNormal(3, per="scalar"), DiagonalNormal(3, dim=1)])
+def test_another_number_of_channels(base):
+    with pytest.raises(ValueError, match="has 4 channels on axis .*this base 3"):
+        base.log_prob(torch.randn(2, 4, 4, 4))

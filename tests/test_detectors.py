@@ -124,6 +124,17 @@ def test_loss_is_a_density(stand_in):
     torch.testing.assert_close(model.loss([x]) + constant, -normal.log_prob(x.flatten()).sum())
 
 
+@pytest.mark.parametrize("method, settings", [(FastFlow, {}), (CFlow, dict(code=4)), (HGAD, dict(code=4, base="standard", categories=["a"]))], ids=["eq-fastflow", "eq-cflow", "one normal"])
+def test_gradient_of_the_loss(method, settings, stand_in):
+    "Against finite differences in float64, in the features and in every parameter of the first step."
+    torch.manual_seed(1)
+    model = method(stand_in([(4, 2, 2)]), steps=2, norm="none", **settings).double()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    inputs = [torch.randn(2, 4, 2, 2, dtype=torch.float64, requires_grad=True), *model.flows[0].steps[0].parameters()]
+    assert torch.autograd.gradcheck(lambda x, *_: sum(model.losses([x], torch.zeros(2, dtype=torch.long))), inputs)
+
+
 def test_base_class_asks_for_a_method(stand_in):
     model = Detector(stand_in([(4, 2, 2)]), Score(), {"norm": "none"}, lambda shape: nn.Identity(), lambda shape: nn.Identity())
     for name in ("losses", "parts"):

@@ -612,7 +612,7 @@ def test_a_missing_or_surplus_tensor_is_found(method, cflow_reference, hgad_refe
 def hgad_model(stand_in, seed=0, shapes=((6, 3, 3), (9, 2, 2)), classes=3, **kw) -> HGAD:
     "A small HGAD, all its parameters random."
     torch.manual_seed(seed)
-    model = HGAD(stand_in(shapes), [f"category {y}" for y in range(classes)], **dict(steps=2, code=4, centres=3) | kw)
+    model = HGAD(stand_in(shapes), [f"category {y}" for y in range(classes)], **dict(steps=2, code=4, centres=3, norm="none") | kw)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.2)
@@ -713,4 +713,4 @@ def test_official_checkpoint_needs_the_hierarchy(base, stand_in):
 def test_official_checkpoint_needs_categories(stand_in):
     "A detector that has not been told its categories has no centres yet."
     with pytest.raises(DataError, match="categories"):
-        from_official(HGAD(stand_in([(6, 3, 3), (9, 2, 2)]), steps=2, code=4, centres=3), as_public(hgad_model(stand_in)))
+        from_official(HGAD(stand_in([(6, 3, 3), (9, 2, 2)]), steps=2, code=4, centres=3, norm="none"), as_public(hgad_model(stand_in)))

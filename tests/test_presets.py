@@ -165,7 +165,7 @@ def test_a_step_of_every_paper_preset(name, meta, stand_in):
     config = paper(name)
     schedule, altub = Schedule(**config.settings["schedule"]), AltUB(**config.settings["altub"]) if config.altub else None
     model = build(config, stand_in(PAPER[name][1], config.settings["transform"]["size"]))
-    check_training(model, IMAGES.get(config.category, 240) * config.settings["features"]["copies"], schedule, altub)
+    check_training(model, IMAGES.get(config.category, 240), schedule, altub)
     inside = {n for n, _ in model.named_parameters() if n.endswith(("delta", "psi"))}
     if inside:
         assert take_steps(model, schedule, epoch=15) == inside and not model.intra  # the last of the first two meta-epochs

@@ -138,7 +138,11 @@ CONTRADICTIONS = [
     ("cflow", True, {"every": 1, "altub.warmup": 0.0}, "every=1 without warmup"), ("cflow", True, {"every": 2.5}, "every 2.5"), ("cflow", True, {"altub.warmup": 1.0}, "altub warmup 1.0"),
     ("cflow", True, {"unit": "image"}, "altub unit 'image'"), ("cflow", True, {"altub.optimizer": "lion"}, "altub optimizer 'lion'"),
     ("cflow", True, {"altub.clip": -1.0}, "altub clip -1.0"), ("cflow", False, {"copies": 3}, "set both transform.rotate and features.copies"),
-    ("cflow", False, {"rotate": 5.0}, "set both transform.rotate and features.copies"),
+    ("cflow", False, {"rotate": 5.0}, "set both transform.rotate and features.copies"), ("cflow", False, {"scale": False}, "override scale with base='standard'"),
+    ("cflow", True, {"altub": {"clip": None, "clip_by": "norm"}}, "clip_by='norm' without clip"), ("cflow", True, {"altub.factor": "5"}, "altub factor '5'"),
+    ("hgad", False, {"class_mode": "x"}, "class_mode 'x'"), ("hgad", False, {"base": "banana"}, "base 'banana'"), ("hgad", False, {"centres": 0}, "centres 0"),
+    ("cflow", False, {"code": 6}, "multiple of four"), ("cflow", False, {"code": 4.0}, "multiple of four"), ("hgad", False, {"steps": 0}, "steps 0"), ("cflow", False, {"steps": 2.5}, "steps 2.5"),
+    ("hgad", False, {"smoothing": 2}, "smoothing 2"), ("cflow", False, {"per": "position"}, "per='position'"), ("fastflow", False, {"kernels": [2]}, "odd numbers"),
 ]
 
 
@@ -215,18 +219,20 @@ def test_paper_preset():
     s = configure(preset="paper").settings
     assert s["backbone"]["name"] == "wide_resnet50_2.racm_in1k" and Score(**s["score"]) == PUBLISHED["fastflow"] and s["detector"]["norm"] == "layer"
     assert (s["schedule"]["epochs"], s["schedule"]["batch"], s["schedule"]["lr"], s["schedule"]["weight_decay"], s["schedule"]["decay"]) == (500, 32, 1e-3, 1e-5, "constant")
-    deit = configure(preset="paper", backbone="deit_base_distilled_patch16_384.fb_in1k", overrides={"steps": 3}).settings
-    assert (deit["transform"]["size"], deit["backbone"]["levels"], deit["detector"]["ratio"], deit["detector"]["norm"], deit["detector"]["steps"]) == (384, (7,), 0.16, "none", 3)
+    for name in ("deit_base_distilled_patch16_384.fb_in1k", "deit_base_distilled_patch16_384"):  # with its weight tag and without
+        deit = configure(preset="paper", backbone=name, overrides={"steps": 3}).settings
+        assert (deit["transform"]["size"], deit["backbone"]["levels"], deit["detector"]["ratio"], deit["detector"]["norm"], deit["detector"]["steps"]) == (384, (7,), 0.16, "none", 3)
 
 
 def test_paper_preset_of_cflow():
-    "Its public code's settings: 25 meta-epochs over 8 rotated copies, 256 rows a step, and the input size of the category."
+    "Its public code's settings: 25 meta-epochs of 8 passes, each over images rotated otherwise, 256 rows a step, Lanczos, and the input size of the category."
     config = configure(method="cflow", preset="paper")
     s = config.settings
     assert s["backbone"]["name"] == "wide_resnet50_2.tv_in1k" and s["backbone"]["levels"] == (2, 3, 4) and Score(**s["score"]) == PUBLISHED["cflow"]
-    assert (s["schedule"]["epochs"], s["features"]["copies"], s["transform"]["rotate"], s["schedule"]["batch"], s["detector"]["fibers"]) == (25, 8, 5.0, 32, 256)
+    assert (s["schedule"]["epochs"], s["features"]["copies"], s["transform"]["rotate"], s["schedule"]["batch"], s["detector"]["fibers"]) == (200, 8, 5.0, 32, 256)
+    assert s["transform"]["interpolation"] == "lanczos" and s["evaluations"] == 25
     assert {k: s["detector"][k] for k in ("steps", "code", "clamp", "norm", "soft")} == dict(steps=8, code=128, clamp=1.9, norm="none", soft=True)
-    assert (s["schedule"]["lr"], s["schedule"]["floor"], s["schedule"]["warmup"], s["schedule"]["hold"], s["schedule"]["weight_decay"]) == (2e-4, 1e-3, 2, 1, 0.0)
+    assert (s["schedule"]["lr"], s["schedule"]["floor"], s["schedule"]["warmup"], s["schedule"]["hold"], s["schedule"]["weight_decay"]) == (2e-4, 1e-3, 16, 8, 0.0)
     sizes = {c: configure(method="cflow", preset="paper", dataset="mvtec", data_root="x", category=c).settings["transform"]["size"] for c in ("bottle", "cable", "transistor", "all")}
     assert sizes == dict(bottle=512, cable=256, transistor=128, all=256)
 
@@ -238,6 +244,20 @@ def test_paper_preset_of_hgad():
     assert {k: s["detector"][k] for k in own} == own and (s["transform"]["size"], s["transform"]["mask_size"]) == (1024, 256)
     assert {k: s["schedule"][k] for k in ("epochs", "batch", "lr", "floor", "warmup", "hold", "weight_decay", "betas")} == dict(
         epochs=200, batch=8, lr=2e-4, floor=1e-3, warmup=16, hold=8, weight_decay=1e-4, betas=(0.95, 0.99))
+
+
+def test_checking_settings_draws_no_numbers():
+    "Seeds stay what they were."
+    torch.manual_seed(4)
+    configure(method="hgad", overrides={"centres": 7})
+    drawn = torch.rand(3)
+    torch.manual_seed(4)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_unknown_backbone():
+    with pytest.raises(ConfigError, match="unknown backbone 'resnet81'"):
+        configure(backbone="resnet81")
 
 
 def test_other_backbone():
@@ -346,19 +366,23 @@ def test_categories_are_evaluated_alone(unified):
 
 
 def test_best_is_at_least_last(unified):
-    "Best on test is the maximum over evaluations of each metric alone; last is the last one."
+    "Best on test is of each metric alone the evaluation with the highest mean over categories; last is the last one."
     results, evaluated = stored(unified)["results"], [r["results"] for r in unified.history if "results" in r]
     assert len(evaluated) == 3
-    for c, values in results["best"].items():
-        for m, best in values.items():
-            assert best >= results["last"][c][m] and best == pytest.approx(max(r[c][m] for r in evaluated))
-            assert results["last"][c][m] == pytest.approx(evaluated[-1][c][m])
+    for m in results["best"]["mean"]:
+        best = max(evaluated, key=lambda r: r["mean"][m])
+        for c in results["best"]:
+            assert results["best"][c][m] == pytest.approx(best[c][m]) and results["last"][c][m] == pytest.approx(evaluated[-1][c][m])
     assert results["best"] != results["last"]
 
 
 def test_best_and_mean_of_given_numbers():
     rows = [{"results": {"a": {"x": 0.2, "y": 0.9}}}, {"loss": 1.0}, {"results": {"a": {"x": 0.5, "y": 0.1}}}]
     assert best_results(rows) == {"a": {"x": 0.5, "y": 0.9}} and best_results([{"loss": 1.0}]) == {}
+    several = [{"results": {"a": {"x": 0.9}, "b": {"x": 0.2}, "mean": {"x": 0.55}}}, {"results": {"a": {"x": 0.7}, "b": {"x": 0.6}, "mean": {"x": 0.65}}}]
+    assert best_results(several) == several[1]["results"]  # one evaluation for all categories
+    unknown = [{"results": {c: {"x": v} for c, v in r["results"].items()} | {"c": {"x": float("nan")}, "mean": {"x": float("nan")}}} for r in several]
+    assert best_results(unknown)["b"] == {"x": 0.6} and math.isnan(best_results(unknown)["mean"]["x"])  # a category without masks
     assert mean_results({"a": {"x": 0.2}, "b": {"x": 0.4}}) == {"x": pytest.approx(0.3)}
     assert math.isnan(mean_results({"a": {"x": 0.2}, "b": {"x": float("nan")}})["x"])
 

@@ -142,7 +142,7 @@ def test_resume_is_exact_with_every_method(method, settings, altub, step, make, 
 def test_checkpoint_of_another_altub(written, wanted, make, features, tmp_path):
     path = tmp_path / "checkpoint.pt"
     fit(make(base="diagonal"), features.bank, SCHEDULE, altub=written, checkpoint=path, progress=False)
-    with pytest.raises(ValueError, match="checkpoint.pt was written under another schedule.*remove it"):
+    with pytest.raises(ValueError, match="checkpoint.pt is of another training.*remove it"):
         fit(make(base="diagonal"), features.bank, SCHEDULE, altub=wanted, checkpoint=path, progress=False)
 
 
@@ -154,9 +154,50 @@ def test_checkpoint_of_another_schedule(change, make, features, tmp_path):
     fit(make(), features.bank, SCHEDULE, checkpoint=path, progress=False)
     before, model = path.read_bytes(), make(seed=2)
     untouched = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ValueError, match="checkpoint.pt was written under another schedule.*remove it"):
+    with pytest.raises(ValueError, match="checkpoint.pt is of another training.*remove it"):
         fit(model, features.bank, replace(SCHEDULE, **change), checkpoint=path, progress=False)
     assert path.read_bytes() == before and all(torch.equal(v, untouched[k]) for k, v in model.state_dict().items() if k != "calibration")
+
+
+@pytest.mark.parametrize("method, settings, words", [
+    (CFlow, {}, "method 'hgad' there, 'cflow' here"), (HGAD, dict(steps=3), "detector.steps 1 there, 3 here"), (HGAD, dict(lambda2=7.0), "detector.lambda2 1.0 there, 7.0 here"),
+    (HGAD, dict(categories=["b", "a"]), "detector.categories ['a', 'b'] there, ['b', 'a'] here"), (HGAD, dict(clamp=1.0), "detector.clamp"), (HGAD, dict(base="standard"), "detector.base")], ids=str)
+def test_checkpoint_of_another_model(method, settings, words, make, features, tmp_path):
+    "What differs is named, and the model keeps its weights."
+    path, small = tmp_path / "checkpoint.pt", SMALL[HGAD] | dict(categories=["a", "b"], steps=1)
+    fit(make(method=HGAD, **small), features.bank, SCHEDULE, LABELS % 2, checkpoint=path, progress=False)
+    model = make(method=method, **(small if method is HGAD else SMALL[method]) | settings)
+    untouched = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        fit(model, features.bank, SCHEDULE, LABELS % 2, checkpoint=path, progress=False)
+    assert words in str(error.value) and "remove it" in str(error.value)
+    assert all(torch.equal(v, untouched[k]) for k, v in model.state_dict().items() if k != "calibration")
+
+
+def test_checkpoint_of_another_width(make, features, tmp_path, bank_of, stand_in):
+    "Both sizes are named, and nothing is loaded."
+    path = tmp_path / "checkpoint.pt"
+    fit(make(), features.bank, SCHEDULE, checkpoint=path, progress=False)
+    wide = [torch.cat([x, x], dim=1) for x in features.bank.levels]
+    model = FastFlow(stand_in([tuple(x.shape[1:]) for x in wide]), steps=2)
+    untouched = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"does not fit.* is \(.*\) in the file, \(.*\) in the detector"):
+        fit(model, bank_of(*wide), SCHEDULE, checkpoint=path, progress=False)
+    assert all(torch.equal(v, untouched[k]) for k, v in model.state_dict().items() if k != "calibration")
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04 half of a zip"])
+def test_file_that_is_no_checkpoint(content, make, features, tmp_path):
+    (path := tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="checkpoint.pt is no checkpoint.*remove it"):
+        fit(make(), features.bank, SCHEDULE, checkpoint=path, progress=False)
+
+
+def test_an_epoch_takes_one_copy():
+    "Of three copies of ten images in turn, in an order of its own."
+    epochs = [torch.cat(list(batches(10, 5, 0, e, copies=3))) for e in range(6)]
+    assert [sorted(e.tolist()) for e in epochs] == [list(range(10 * (e % 3), 10 * (e % 3) + 10)) for e in range(6)]
+    assert torch.equal(epochs[1] - 10, torch.cat(list(batches(10, 5, 0, 1)))) and not torch.equal(epochs[0], epochs[3])
 
 
 def test_checkpoint_is_replaced_atomically(make, features, tmp_path, monkeypatch):
@@ -201,7 +242,7 @@ def test_checkpoint_holds_no_backbone(tiny_backbone, tmp_path):
     model = FastFlow(tiny_backbone(), steps=1)
     write_checkpoint(tmp_path / "c.pt", model, [torch.optim.Adam(model.flows.parameters())], 0, [], asdict(SCHEDULE))
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
-    assert not any(k.startswith("backbone") for k in saved["model"]) and saved["schedule"] == asdict(SCHEDULE)
+    assert not any(k.startswith("backbone") for k in saved["model"]) and saved["training"] == asdict(SCHEDULE)
 
 
 # -- a loss that is no number --------------------------------------------------------------------------------------
@@ -297,7 +338,7 @@ def test_rates():
     assert all(replace(s, decay="constant").rate(p) == 2e-3 for p in (0.0, 0.3, 0.99))
 
 
-@pytest.mark.parametrize("passes, hold", [(8, 8), (1, 1)], ids=["8 passes a meta-epoch", "8 copies an epoch"])
+@pytest.mark.parametrize("passes, hold", [(8, 8), (1, 1)], ids=["8 passes a meta-epoch", "one"])
 def test_published_rates(passes, hold):
     "CFLOW-AD's and HGAD's 25 meta-epochs of 8 passes, as their utils.py sets the rate in each step, in formulas of its own."
     lr, meta_epochs, warm, steps, own = 2e-4, 25, 2, 8 * 7, 8 * 7 // passes  # of a meta-epoch, of an epoch
