@@ -1,4 +1,4 @@
-"""`flowrepro run | report | bench | data | fit | predict | export`; every command explains itself with `--help` and an example.
+"""`flowrepro run | reproduce | report | bench | data | fit | predict | export`; every command explains itself with `--help` and an example.
 
 Docs: https://flowrepro.github.io/flowrepro/cli.html.md"""
 
@@ -112,7 +112,7 @@ def cmd_fit(args: argparse.Namespace) -> int:
 
     if args.method not in DETECTORS:
         raise ValueError(f"method {args.method!r}: in this version only {', '.join(DETECTORS)}")
-    train, _ = load(args.dataset, args.data_root, args.category, Transform(args.size))
+    train, _ = load(args.dataset, args.data_root, args.category, Transform(args.size, args.policy))
     torch.manual_seed(args.seed)
     kind = DETECTORS[args.method]
     learnable = {"base": "diagonal"} if args.altub and args.method != "hgad" else {}
@@ -136,18 +136,19 @@ def cmd_predict(args: argparse.Namespace) -> int:
     import pandas as pd
     from PIL import Image
 
+    from flowrepro.data import open_image
     from flowrepro.detectors import Detector, image_files
     from flowrepro.metrics import fpr_threshold
     from flowrepro.reports import overlay
 
     detector = Detector.load(args.model).to(best_device(args.device))
-    files = image_files(args.images)
+    out, top = Path(args.out), Path(args.images) if Path(args.images).is_dir() else Path(args.images).parent
+    files = [f for f in image_files(args.images) if out.resolve() not in f.resolve().parents]  # not the heat maps of an earlier call
     limit = fpr_threshold(detector.predict(image_files(args.good))[1], args.fpr) if args.good else None
     maps, scores = detector.predict(files)
-    out, top = Path(args.out), Path(args.images) if Path(args.images).is_dir() else Path(args.images).parent
     low, high = np.percentile(maps.numpy(), [50, 99.8])
     for file, heat in zip(files, maps.numpy()):
-        picture = np.asarray(Image.open(file).convert("RGB").resize(heat.shape[::-1]))
+        picture = detector.seen_through().image(open_image(file)).permute(1, 2, 0).numpy()
         drawn = out / file.relative_to(top).with_name(f"{file.name}.png")
         drawn.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(overlay(picture, heat, low, high)).save(drawn)
@@ -227,7 +228,7 @@ def add_reproduce(commands) -> None:
     "`flowrepro reproduce`."
     p = add(commands, "reproduce", cmd_reproduce, "flowrepro reproduce --preset real --data-root DATA --only T5,F4 --seeds 3 --dry-run")
     p.add_argument("--preset", default="demo", help="smoke, demo, real, paper (default demo)")
-    p.add_argument("--data-root", default=None, help="folder that holds the data sets (mvtec_ad, btad, visa, mvtec3d); toy needs none")
+    p.add_argument("--data-root", default=None, help="folder that holds the data sets (mvtec_ad, btad, visa, mvtec_3d); toy needs none")
     p.add_argument("--only", default="", help="some of T1 ... T9, F1 ... F7, with commas; default all")
     p.add_argument("--seeds", type=int, default=None, help="how many; default as the preset says")
     p.add_argument("--dry-run", action="store_true", help="say what would be done, and how long it takes")
@@ -253,11 +254,12 @@ def add_data(commands) -> None:
 def add_own_images(commands) -> None:
     "`flowrepro fit`, `flowrepro predict` and `flowrepro export`."
     p = add(commands, "fit", cmd_fit, "flowrepro fit my_parts --out my_parts.safetensors")
-    p.add_argument("data_root", help="folder with good/ and perhaps others, or a data set's root")
+    p.add_argument("data_root", help="folder with good/ and perhaps others (every fifth good image is kept for testing), or a data set's root")
     add_source(p, "all")
     p.set_defaults(backbone="tf_efficientnet_lite0")
     p.add_argument("--dataset", default="folder", help="layout of the folder")
     p.add_argument("--size", type=int, default=256, help="pixels that images are resized to")
+    p.add_argument("--policy", default="squash", choices=("squash", "crop"), help="how images become square; crop: short side to the size, then the centre")
     p.add_argument("--epochs", type=int, default=30)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="model.safetensors")

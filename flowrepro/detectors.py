@@ -105,6 +105,7 @@ class Detector(nn.Module):
     def __init__(self, backbone: Backbone, score: Score, config: dict, flow: Callable[[tuple], Flow], base: Callable[[tuple], Base]):
         super().__init__()
         self.backbone, self.score, self.config = backbone, score, config
+        self.transform: Transform | None = None  # of the images it was trained on, for `predict`; None: squashed to the backbone's size
         self.register_buffer("calibration", torch.full((len(backbone.shapes), 8), float("nan")))
         self.norms = nn.ModuleList(norm_layer(config["norm"], s) for s in backbone.shapes)
         self.flows = nn.ModuleList(map(flow, backbone.shapes))
@@ -142,6 +143,10 @@ class Detector(nn.Module):
     def labels_of(self, dataset: Dataset) -> Tensor | None:
         "The category number of each image, (N,); None for a method that does not use them."
         return None
+
+    def seen_through(self) -> Transform:
+        "How a new image becomes a tensor: as the training images did, without their rotation."
+        return replace(self.transform, rotate=0.0) if self.transform else Transform(self.backbone.size)
 
     @property
     def device(self) -> torch.device:
@@ -184,14 +189,14 @@ def predict(
     detector: Detector,
     images: Dataset | Tensor | str | Path | Iterable,  # anything that `open_images` takes
     batch: int = 16,
-    transform: Transform | None = None,  # for paths; default: squash to the backbone's size
+    transform: Transform | None = None,  # for paths; default: that of the training images
     category: str | None = None,  # of all the images, for an HGAD that must be told; a `Dataset` tells itself
 ) -> tuple[Tensor, Tensor]:  # anomaly maps (N, size, size) and image scores (N,), on the CPU
     "Anomaly maps and image scores; larger is more anomalous. No image's score depends on another's."
     if detector.score.normalise == "paper":
         raise ValueError("normalise='paper' scores a whole test set at once, not single images: evaluate it with runs.evaluate_parts")
     detector.eval()
-    source, out, seen = open_images(images, transform or Transform(detector.backbone.size)), [], 0
+    source, out, seen = open_images(images, transform or detector.seen_through()), [], 0
     labels = detector.labels_of(images) if isinstance(images, Dataset) and category is None else None
     while chunk := list(islice(source, batch)):
         own = None if labels is None else labels[seen:seen + len(chunk)].to(detector.device)
@@ -220,7 +225,7 @@ def save(detector: Detector, path: str | Path) -> None:
     "Write a detector to one safetensors file (the frozen backbone is named in it, not stored)."
     state = {k: v.contiguous().cpu() for k, v in detector.state_dict().items() if not k.startswith("backbone.")}
     about = {"method": detector.method, "config": json.dumps(detector.config), "backbone": json.dumps(detector.backbone.config()),
-             "weight_id": detector.backbone.weight_id, "score": json.dumps(asdict(detector.score))}
+             "weight_id": detector.backbone.weight_id, "score": json.dumps(asdict(detector.score)), "transform": json.dumps(asdict(detector.seen_through()))}
     save_file(state, str(path), metadata=about)
 
 # %% ../nbs/07_detectors.ipynb #9f8a54b0
@@ -252,6 +257,7 @@ def load(path: str | Path, weights: str | None = None, kind: type[Detector] = De
     detector = DETECTORS[about["method"]](backbone=backbone, score=Score(**json.loads(about["score"])), **json.loads(about["config"]))
     if detector.backbone.weight_id != about["weight_id"]:
         raise DataError(f"{path} was trained on backbone weights {about['weight_id']}, here are {detector.backbone.weight_id}: pass weights=")
+    detector.transform = Transform(**json.loads(about["transform"])) if "transform" in about else None
     load_state(detector, state, path)
     return detector
 
@@ -435,7 +441,7 @@ class OverCategories(DenseDetector):
         if not names or len(set(names)) < len(names):
             raise ValueError(f"categories {names}: at least one, each once")
         self.config["categories"], kind = names, self.config["base"]
-        if len(names) == 1:  # the entropy over one category says nothing
+        if len(names) == 1 and self.score.normalise != "paper":  # the entropy over one category says nothing; the published form stays, to the digit
             self.score = replace(self.score, criterion="likelihood", image_criterion="likelihood")
         sizes = {"hierarchical": {k: self.config[k] for k in ("centres", "spread")}, "classes": {}}.get(kind)
         made = [normal_base(kind, s, -1) if sizes is None else BASES[kind](len(names), s[0], **sizes) for s in self.backbone.shapes]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .data import Dataset, Transform
+from .data import Dataset
 from .detectors import Detector, open_images
 from .scores import score_batch
 
@@ -102,7 +102,7 @@ def export(
     if missing := [p for p in packages if find_spec(p) is None]:
         raise ValueError(f"{path}: ONNX needs {', '.join(missing)}: pip install 'flowrepro[onnx]', or write a .pt2 file")
     program = Program(detector, category)
-    compared = torch.stack(list(islice(open_images(images, Transform(detector.backbone.size)), 4)))
+    compared = torch.stack(list(islice(open_images(images, detector.seen_through()), 4)))
     compared = compared if compared.is_floating_point() else compared / 255
     if len(compared) < 2 or any(t.max() == t.min() for t in program(compared)):  # the detector's own complaints come here, too
         raise ValueError(f"{path}: the detector says the same of all images to compare on: give two or more of its own, that differ")
@@ -115,5 +115,5 @@ def about(detector: Detector, category: str | None) -> dict:
     "What the file says of itself."
     size = detector.backbone.size
     return {"flowrepro": __version__, "method": detector.method, "category": category or "", "weight_id": detector.backbone.weight_id,
-            "input": f"images (B, 3, {size}, {size}), float32, RGB in [0, 1], resized to a square as flowrepro.data.Transform({size}) does",
+            "input": f"images (B, 3, {size}, {size}), float32, RGB in [0, 1], made square as flowrepro.data.{detector.seen_through()} does",
             "output": f"maps (B, {size}, {size}) and scores (B,), float32, larger is more anomalous", "score": asdict(detector.score)}

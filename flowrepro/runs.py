@@ -22,8 +22,8 @@ import platform
 import resource
 import subprocess
 import time
-from dataclasses import asdict, dataclass, field
-from functools import cache
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,14 +35,14 @@ from torch import Tensor
 
 import flowrepro
 from .altub import AltUB
-from .backbones import Backbone, full_name
-from .data import Dataset, Transform, load
+from .backbones import Backbone, WeightsError, full_name
+from .data import DataError, Dataset, Transform, load
 from .detectors import CFLOW_SIZES, CLASS_MODES, DETECTORS, FASTFLOW_PUBLISHED, Detector
 from .diagnostics import base_state, base_trace, latents_file, pictures_file
 from .features import STORAGE, FeatureBank
 from .metrics import evaluate
 from .scores import PUBLISHED, Parts, Score, score_batch
-from .training import Schedule, check_training, fit
+from .training import OtherTraining, Schedule, check_training, fit
 
 # %% ../nbs/11_runs.ipynb #afb0c1f8
 LITE = "tf_efficientnet_lite0"
@@ -353,7 +353,7 @@ def best_results(history: list[dict]) -> dict:
     "Of each metric the evaluated epoch in which its mean over the categories is highest: *best on test*, the protocol of the papers, chosen with the test set."
     rows = [r["results"] for r in history if "results" in r]
     def best(metric: str) -> dict:
-        return rows[np.nansum([[r[c][metric] for c in r if c != "mean"] for r in rows], axis=1).argmax()]
+        return rows[np.nansum([[r[c][metric] for c in r if c != "mean"] for r in rows], axis=1).argmax()]  # NaN, of a category without masks, counts nothing
     return {c: {m: best(m)[c][m] for m in rows[0][c]} for c in rows[0]} if rows else {}
 
 # %% ../nbs/11_runs.ipynb #073cb633
@@ -366,10 +366,13 @@ class Run:
         torch.manual_seed(config.seed)
         self.backbone = Backbone(**s["backbone"], weights=config.weights, size=s["transform"]["size"]).to(config.device)
         self.detector = DETECTORS[config.method](self.backbone, score=Score(**s["score"]), **s["detector"]).to(config.device)
+        self.detector.transform = self.train_set.transform
         self.schedule, self.history = Schedule(**s["schedule"], seed=config.seed), []
         self.altub = AltUB(**s["altub"]) if config.altub else None
         self.normal = self.train_set.filter(label=0)
         self.labels, self.test_labels = map(self.detector.labels_of, (self.normal, self.test_set))
+        if self.detector.labelled and len(self.detector.config["categories"]) == 1:  # the entropy over one category is zero, and so is the published product
+            self.detector.score = replace(self.detector.score, criterion="likelihood", image_criterion="likelihood")
         check_training(self.detector, len(self.normal), self.schedule, self.altub)
         self.parts, self.seconds_evaluating, self.base_start = None, 0.0, base_state(self.detector)
         self.size = s["transform"]["mask_size"] or s["transform"]["size"]  # of maps and masks
@@ -388,8 +391,14 @@ class Run:
         self.masks = masks_by_category(self.test_set)
         self.detector.prepare(self.train_bank)
         when = evaluation_epochs(self.schedule.epochs, self.config.settings["evaluations"])
-        self.history = fit(self.detector, self.train_bank, self.schedule, self.labels, self.altub, evaluate=self.evaluate, when=when,
-                           checkpoint=self.out / "checkpoint.pt", progress=self.progress)
+        resume = partial(fit, self.detector, self.train_bank, self.schedule, self.labels, self.altub, evaluate=self.evaluate, when=when,
+                         checkpoint=self.out / "checkpoint.pt", progress=self.progress, source={"features": self.train_bank.key, "revision": revision()})
+        try:
+            self.history = resume()
+        except OtherTraining as error:  # of other images, or by other code
+            print(f"begins anew: {error}")
+            (self.out / "checkpoint.pt").unlink()
+            self.history = resume()
         if self.parts is None:  # resumed after the last evaluation
             self.evaluate(self.schedule.epochs)
         return self
@@ -499,7 +508,7 @@ def score_forms(run: Run, forms: dict[str, Score] | None = None) -> pd.DataFrame
 
 # %% ../nbs/11_runs.ipynb #35d4ec17
 def execute_notebook(name: str, executed: Path, parameters: dict, engine: str | None = None, progress: bool = False) -> Path:
-    "Execute an experiment notebook with papermill into `executed`, and return that; RuntimeError with its path after a failure, OSError with the remedy when the disk is full."
+    "Execute an experiment notebook with papermill into `executed`, and return that; after a failure the DataError, ConfigError or WeightsError that it was, else RuntimeError, with its path; OSError with the remedy when the disk is full."
     import papermill
 
     executed.parent.mkdir(parents=True, exist_ok=True)
@@ -507,7 +516,8 @@ def execute_notebook(name: str, executed: Path, parameters: dict, engine: str | 
         papermill.execute_notebook(HERE / f"experiments/{name}.ipynb", executed, parameters=parameters, engine_name=engine, kernel_name="python3", progress_bar=progress,
                                    extra_arguments=["--IPKernelApp.log_level=ERROR"])  # no word on how the kernel talks to this process
     except papermill.PapermillExecutionError as error:
-        raise RuntimeError(f"{error.ename}: {error.evalue} (the executed notebook shows where: {executed})") from error
+        kind = {"DataError": DataError, "ConfigError": ConfigError, "WeightsError": WeightsError}.get(error.ename, RuntimeError)
+        raise kind(f"{error.ename}: {error.evalue} (the executed notebook shows where: {executed})") from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -516,6 +526,6 @@ def execute_notebook(name: str, executed: Path, parameters: dict, engine: str | 
 
 
 def run_notebook(parameters: dict, progress: bool = False, engine: str | None = None) -> Path:
-    "Execute the run notebook in `out_dir`, by papermill's engine of a name or its own; ConfigError before any work, RuntimeError as `execute_notebook`."
+    "Execute the run notebook in `out_dir`, by papermill's engine of a name or its own; ConfigError before any work, else errors as `execute_notebook`."
     out = Path(configure(parameters).out_dir)
     return execute_notebook("run", out / "run.ipynb", parameters | {"out_dir": str(out)}, engine, progress)

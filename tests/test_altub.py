@@ -59,7 +59,7 @@ def test_a_training_without_turns_is_refused(settings, epochs, steps, turns):
     (dict(every=0), "every 0"), (dict(every=-3), "every -3"), (dict(every=2.5), "every 2.5"), (dict(every=True), "every True"), (dict(every="5"), "every '5'"),
     (dict(unit="week"), "unit 'week': one of step, epoch"), (dict(optimizer="lamb"), "optimizer 'lamb': one of adam, sgd"), (dict(clip_by="size"), "clip_by 'size': one of value, norm"),
     (dict(joint="no"), "joint 'no'"), (dict(lr=0.05), "factor 5.0 and lr 0.05"), (dict(factor=None), "factor None and lr None"),
-    (dict(factor=0.0), "factor 0.0: a positive number"), (dict(factor=None, lr=-1.0), "lr -1.0: must be positive"), (dict(clip=0), "clip 0: must be positive"),
+    (dict(factor=0.0), "factor 0.0: a positive number"), (dict(factor=None, lr=-1.0), "lr -1.0: a positive number"), (dict(clip=0), "clip 0: a positive number"),
     (dict(clip=float("nan")), "clip nan"), (dict(warmup=1.0), "warmup 1.0"), (dict(warmup=-0.1), "warmup -0.1"), (dict(warmup=float("nan")), "warmup nan"),
     (dict(every=1, warmup=0), "every=1 without warmup")])
 def test_settings_that_make_no_sense(settings, words):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from flowrepro import __version__
 from flowrepro.cli import main, parser, print_summary, run_name
+from flowrepro.data import Transform
 from flowrepro.detectors import Detector
 
 
@@ -240,6 +241,29 @@ def test_predict_keeps_pictures_apart(model, parts_folder, tmp_path, capsys):
         Image.open(parts_folder / "good/00.bmp").save(tmp_path / "in" / where)
     assert run(capsys, "predict", model, tmp_path / "in", "--device", "cpu", "--out", tmp_path / "out")[0] == 0
     assert len(list((tmp_path / "out").rglob("*.png"))) == 3
+
+
+def test_predict_among_its_own_pictures(model, parts_folder, tmp_path, capsys):
+    "Heat maps of an earlier call that lie among the images are no images to score."
+    shutil.copytree(parts_folder / "spot", tmp_path / "in")
+    for _ in range(2):
+        code, out, _ = run(capsys, "predict", model, tmp_path / "in", "--device", "cpu", "--out", tmp_path / "in/heat")
+        assert code == 0 and "3 images scored" in out
+
+
+def test_fit_crops(parts_folder, tmp_path, capsys):
+    "A detector that was trained on crops takes crops."
+    assert run(capsys, "fit", parts_folder, "--size", "64", "--epochs", "1", "--policy", "crop", "--out", tmp_path / "m.safetensors", "--device", "cpu")[0] == 0
+    assert Detector.load(tmp_path / "m.safetensors").seen_through() == Transform(64, "crop")
+
+
+def test_run_of_bad_input(parts_folder, toy, tmp_path, capsys):
+    "Exit code 2, though it is found inside a notebook."
+    shutil.copytree(toy, tmp_path / "toy")
+    image = sorted((tmp_path / "toy/weave/train/good").iterdir())[0]
+    image.write_bytes(image.read_bytes()[:200])
+    code, _, err = run(capsys, "run", "--preset", "smoke", "--data-root", tmp_path / "toy", "--category", "weave", "--out", tmp_path / "runs", "--device", "cpu")
+    assert code == 2 and image.name in err and "run.ipynb" in err
 
 
 def test_predict_bad_images(model, tmp_path, capsys):

@@ -1,4 +1,5 @@
 """Detectors: what stands before the flow, the published settings, one score for one image, files, and bad input."""
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -256,6 +257,23 @@ def test_predict_transform(trained, parts_folder):
     files = sorted((parts_folder / "spot").iterdir())
     squash, crop = trained.predict(files)[0], trained.predict(files, transform=Transform(32, policy="crop"))[0]
     assert squash.shape == crop.shape and not torch.allclose(squash, crop)
+
+
+def test_predict_sees_as_in_training(tiny_backbone, parts_folder, tmp_path):
+    "The way images became square is saved with the detector: files give the scores of the data set that it was evaluated on."
+    train, test = load("folder", parts_folder, transform=Transform(32, policy="crop", interpolation="lanczos"))
+    model = FastFlow(tiny_backbone(), steps=1).fit(train, epochs=1, batch=4, progress=False)
+    model.save(tmp_path / "m.safetensors")
+    again = Detector.load(tmp_path / "m.safetensors")
+    files = [r.image for r in test.records]
+    assert again.seen_through() == train.transform and torch.allclose(model.predict(test)[1], again.predict(files)[1], atol=1e-6)
+    assert not torch.allclose(again.predict(files)[1], again.predict(files, transform=Transform(32))[1], atol=1e-4)
+
+
+def test_no_rotation_but_in_training(trained):
+    model = copy.copy(trained)
+    model.transform = Transform(32, rotate=5.0)
+    assert model.seen_through() == Transform(32)
 
 
 def test_predict_bad_input(trained, tiny_backbone, tmp_path, images):

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -381,7 +381,7 @@ def test_best_and_mean_of_given_numbers():
     assert best_results(rows) == {"a": {"x": 0.5, "y": 0.9}} and best_results([{"loss": 1.0}]) == {}
     several = [{"results": {"a": {"x": 0.9}, "b": {"x": 0.2}, "mean": {"x": 0.55}}}, {"results": {"a": {"x": 0.7}, "b": {"x": 0.6}, "mean": {"x": 0.65}}}]
     assert best_results(several) == several[1]["results"]  # one evaluation for all categories
-    unknown = [{"results": {c: {"x": v} for c, v in r["results"].items()} | {"c": {"x": float("nan")}, "mean": {"x": float("nan")}}} for r in several]
+    unknown = [{"results": r["results"] | {"c": {"x": float("nan")}, "mean": {"x": float("nan")}}} for r in several]
     assert best_results(unknown)["b"] == {"x": 0.6} and math.isnan(best_results(unknown)["mean"]["x"])  # a category without masks
     assert mean_results({"a": {"x": 0.2}, "b": {"x": 0.4}}) == {"x": pytest.approx(0.3)}
     assert math.isnan(mean_results({"a": {"x": 0.2}, "b": {"x": float("nan")}})["x"])
@@ -608,6 +608,33 @@ def test_checkpoint_of_another_configuration(done, toy, tmp_path, monkeypatch):
     assert weights(run) == weights(done) and stored(run)["results"] == stored(done)["results"]
 
 
+@pytest.mark.parametrize("what", ["images", "code"])
+def test_checkpoint_of_other_images_or_code(what, toy, tmp_path, monkeypatch, capsys):
+    "Is not resumed from: the run begins anew and says so."
+    shutil.copytree(toy, data := tmp_path / "toy")
+    config = configure(data_root=str(data), out_dir=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "save", crash)
+        with pytest.raises(OSError):
+            Run(config, progress=False).train().finish()
+    if what == "code":
+        monkeypatch.setattr(runs, "revision", lambda: "another")
+    else:
+        images = sorted((data / "weave/train/good").iterdir())
+        images[0].write_bytes(images[1].read_bytes())
+    again, fresh = Run(config, progress=False).train(), Run(replace(config, out_dir=str(tmp_path / "fresh")), progress=False).train()
+    assert f"source.{dict(images='features', code='revision')[what]}" in capsys.readouterr().out
+    assert [r["loss"] for r in again.history] == [r["loss"] for r in fresh.history]
+
+
+def test_saved_model_sees_what_the_run_saw(toy, tmp_path):
+    "Scores of the test images' files are those in scores.csv, for another interpolation, too."
+    run = execute(tmp_path / "run", data_root=str(toy), overrides={"interpolation": "lanczos"})
+    table = pd.read_csv(run.out / "scores.csv")
+    model = Detector.load(run.out / "model.safetensors")
+    assert model.predict(list(table["image"]))[1].numpy() == pytest.approx(table["score"].to_numpy(), abs=1e-5)
+
+
 def test_json_is_written_atomically(tmp_path, monkeypatch):
     "A crash while writing leaves what was there."
     path = tmp_path / "a.json"
@@ -686,6 +713,6 @@ def test_run_notebook_checks_first(tmp_path):
 
 def test_run_notebook_that_fails(toy, tmp_path):
     "The error is named with the notebook that shows where; there is no metrics.json."
-    with pytest.raises(RuntimeError, match="DataError.*wave.*run.ipynb"):
+    with pytest.raises(DataError, match="DataError.*wave.*run.ipynb"):
         run_notebook(dict(data_root=str(toy), category="wave", out_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run" / "metrics.json").exists()
