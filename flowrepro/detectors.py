@@ -6,10 +6,10 @@ Docs: https://flowrepro.github.io/flowrepro/detectors.html.md"""
 
 # %% auto #0
 __all__ = ['DETECTORS', 'FASTFLOW_PUBLISHED', 'CFLOW_SIZES', 'CLASS_MODES', 'BASES', 'OFFICIAL', 'Standardise', 'norm_layer',
-           'normal_base', 'image_files', 'open_images', 'Detector', 'all_parts', 'calibrate', 'score_parts', 'fit',
-           'predict', 'weights_of', 'save', 'read_saved', 'load', 'load_state', 'FastFlow', 'DenseDetector',
-           'FiberBatches', 'CFlow', 'OverCategories', 'HGADLosses', 'HGADParts', 'HGAD', 'check_official',
-           'to_official', 'from_official']
+           'normal_base', 'image_files', 'read_image', 'open_images', 'check_images', 'Detector', 'all_parts',
+           'calibrate', 'score_parts', 'fit', 'predict', 'weights_of', 'save', 'read_saved', 'load', 'load_state',
+           'FastFlow', 'DenseDetector', 'FiberBatches', 'CFlow', 'OverCategories', 'HGADLosses', 'HGADParts', 'HGAD',
+           'check_official', 'to_official', 'from_official']
 
 # %% ../nbs/07_detectors.ipynb #b1e512b9
 import copy
@@ -19,8 +19,10 @@ from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -86,13 +88,36 @@ def image_files(images: str | Path | Iterable) -> list[Path]:
     return found
 
 
+def read_image(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
+    "An RGB image from its path, or from one that is open already: PIL's, or uint8 (H, W, 3) or (H, W); DataError for anything else."
+    if isinstance(image, (str, Path)):
+        return open_image(image)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,)):
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise DataError(f"{getattr(image, 'shape', image)!r} ({type(image).__name__}): an image is a path, a PIL image, or uint8 (H, W, 3)")
+    return image.convert("RGB")
+
+
 def open_images(images: Dataset | Tensor | str | Path | Iterable, transform: Transform) -> Iterable[Tensor]:
-    "Single images, uint8 (3, H, W) or float in [0, 1], from a `Dataset`, a tensor (N, 3, H, W), or anything that `image_files` takes."
+    "Single images, uint8 (3, H, W) or float in [0, 1], from a `Dataset`, a tensor (N, 3, H, W), a folder, or what `read_image` takes, one or several."
     if isinstance(images, Dataset):
         return (images[i].image for i in range(len(images)))
     if isinstance(images, Tensor):
         return iter(images if images.ndim == 4 else images[None])
-    return (transform.image(open_image(path)) for path in image_files(images))
+    if isinstance(images, (str, Path)):
+        images = image_files(images)
+    single = isinstance(images, Image.Image) or isinstance(images, np.ndarray) and (images.ndim == 2 or images.ndim == 3 and images.shape[2] == 3)
+    return (transform.image(read_image(image)) for image in ([images] if single else images))
+
+
+def check_images(images: Tensor, size: int) -> Tensor:
+    "A batch as it is; DataError for another size, or for floats that do not lie in [0, 1]."
+    if images.shape[1:] != (3, size, size):
+        raise DataError(f"images of {tuple(images.shape[1:])}: this detector takes (3, {size}, {size}); give files, which are made to fit, or resize them")
+    if images.is_floating_point() and not (images.min() >= -1e-3 and images.max() <= 1.001):  # NaN is refused, too
+        raise DataError(f"images as floats lie in [0, 1], these in [{images.min():.3g}, {images.max():.3g}]: divide by 255, or give uint8")
+    return images
 
 # %% ../nbs/07_detectors.ipynb #9f970496
 class Detector(nn.Module):
@@ -202,7 +227,7 @@ def predict(
         own = None if labels is None else labels[seen:seen + len(chunk)].to(detector.device)
         if category is not None and detector.labelled:
             own = torch.full((len(chunk),), detector.number_of(category), device=detector.device)
-        parts = detector.parts(detector.backbone(torch.stack(chunk).to(detector.device)), own)
+        parts = detector.parts(detector.backbone(check_images(torch.stack(chunk), detector.backbone.size).to(detector.device)), own)
         out.append([t.cpu() for t in detector.score_parts(parts)])
         seen += len(chunk)
     if not out:

@@ -35,11 +35,11 @@ from torch import Tensor
 
 import flowrepro
 from .altub import AltUB
-from .backbones import Backbone, WeightsError, full_name
+from .backbones import DTYPES, Backbone, WeightsError, full_name
 from .data import DataError, Dataset, Transform, load
 from .detectors import CFLOW_SIZES, CLASS_MODES, DETECTORS, FASTFLOW_PUBLISHED, Detector
 from .diagnostics import base_state, base_trace, latents_file, pictures_file
-from .features import STORAGE, FeatureBank
+from .features import FeatureBank
 from .metrics import evaluate
 from .scores import PUBLISHED, Parts, Score, score_batch
 from .training import OtherTraining, Schedule, check_training, fit
@@ -221,7 +221,7 @@ def check_settings(settings: dict, p: dict, overrides: dict) -> None:
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
     held, n, base = settings["features"], settings["evaluations"], settings["detector"]["base"]
-    for name, allowed in (("where", ("auto", "device", "ram", "disk")), ("dtype", tuple(STORAGE))):
+    for name, allowed in (("where", ("auto", "device", "ram", "disk")), ("dtype", tuple(DTYPES))):
         if held[name] not in allowed:
             raise ConfigError(f"features.{name} {held[name]!r}: one of {', '.join(allowed)}")
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -259,6 +260,19 @@ def test_predict_transform(trained, parts_folder):
     assert squash.shape == crop.shape and not torch.allclose(squash, crop)
 
 
+def test_predict_open_images(trained, parts_folder):
+    "PIL images and arrays, one or several, colour or grey, are what their files are."
+    files = sorted((parts_folder / "spot").iterdir())
+    pictures = [Image.open(f).convert("RGB") for f in files]
+    scores = trained.predict(files)[1]
+    for given in (pictures, [np.asarray(p) for p in pictures], iter(pictures)):
+        assert torch.equal(trained.predict(given)[1], scores)
+    for given in (pictures[0], np.asarray(pictures[0]), files[0]):
+        assert torch.allclose(trained.predict(given)[1], scores[:1], atol=1e-6)
+    grey = pictures[0].convert("L")
+    assert torch.equal(trained.predict(grey)[1], trained.predict(np.asarray(grey))[1])
+
+
 def test_predict_sees_as_in_training(tiny_backbone, parts_folder, tmp_path):
     "The way images became square is saved with the detector: files give the scores of the data set that it was evaluated on."
     train, test = load("folder", parts_folder, transform=Transform(32, policy="crop", interpolation="lanczos"))
@@ -289,8 +303,11 @@ def test_predict_bad_input(trained, tiny_backbone, tmp_path, images):
     unfair = FastFlow(tiny_backbone(), steps=1, score=PUBLISHED["cflow"])
     with pytest.raises(ValueError, match="whole test set"):
         unfair.predict(images)
-    with pytest.raises(ValueError, match="3, H, W"):
-        trained.predict(torch.zeros(2, 1, 32, 32))
+    for given, words in ((torch.zeros(2, 1, 32, 32), r"\(1, 32, 32\): this detector takes \(3, 32, 32\)"), (torch.zeros(2, 3, 64, 64), r"\(3, 64, 64\)"),
+                         (images.float(), "divide by 255"), (torch.full((1, 3, 32, 32), float("nan")), "nan"),
+                         (np.zeros((2, 3, 32, 32), np.float32), "an image is a path, a PIL image"), ([7], "an image is a path")):
+        with pytest.raises(DataError, match=words):
+            trained.predict(given)
 
 
 @pytest.mark.parametrize("nothing", [[], torch.zeros(0, 3, 32, 32)], ids=["no paths", "no images"])

@@ -172,3 +172,14 @@ def test_help_is_quick(tmp_path):
         assert run.returncode == 0, run.stderr[-2000:]
     assert "usage" in run.stdout.lower() and "heavy: []" in run.stdout, run.stdout[-500:]
     assert min(times) < 1, f"{min(times):.2f} s"
+
+
+def test_source_distribution(tmp_path):
+    "Holds what setup.py reads."
+    copy = tmp_path / "project"
+    subprocess.run(["git", "clone", "-q", ROOT, copy], check=True)
+    shutil.copy(ROOT / "MANIFEST.in", copy)
+    subprocess.run([sys.executable, "-c", "from setuptools.build_meta import build_sdist; build_sdist('dist')"], cwd=copy, check=True, capture_output=True)
+    with tarfile.open(next((copy / "dist").glob("*.tar.gz"))) as archive:
+        assert {"settings.ini", "constraints.txt", "README.md", "pyproject.toml", "flowrepro/workflow/experiments.yml", "flowrepro/experiments/run.ipynb"} <= {
+            n.split("/", 1)[1] for n in archive.getnames() if "/" in n}
