@@ -7,9 +7,9 @@ Docs: https://flowrepro.github.io/flowrepro/data.html.md"""
 # %% auto #0
 __all__ = ['Fail', 'EXTENSIONS', 'HOLDOUT', 'TOY_VERSION', 'TOY', 'READERS', 'OFFICIAL', 'DataError', 'stop', 'Record',
            'open_image', 'open_mask', 'Transform', 'fit_square', 'Sample', 'Dataset', 'read_mask', 'visible',
-           'is_image', 'images_in', 'folders_in', 'pair_masks', 'find_categories', 'choose', 'read_split', 'read_mvtec',
-           'read_visa', 'read_mvtec3d', 'read_folder', 'union_roots', 'read_union', 'Dice', 'png', 'grid', 'disc',
-           'stroke', 'blob', 'walk', 'mix', 'draw_weave', 'draw_speckle', 'draw_bolt', 'draw_biscuit', 'shoot',
+           'is_image', 'images_in', 'folders_in', 'only_in', 'pair_masks', 'find_categories', 'choose', 'read_split',
+           'read_mvtec', 'read_visa', 'read_mvtec3d', 'read_folder', 'union_roots', 'read_union', 'Dice', 'png', 'grid',
+           'disc', 'stroke', 'blob', 'walk', 'mix', 'draw_weave', 'draw_speckle', 'draw_bolt', 'draw_biscuit', 'shoot',
            'toy_image', 'make_toy', 'toy_root', 'read_toy', 'read', 'load', 'contact_sheet', 'cropped_defects', 'check',
            'inspect_record', 'check_report']
 
@@ -34,7 +34,7 @@ Fail = Callable[[str], None]   # what a reader calls with each problem
 
 def stop(message: str) -> None:
     "The `fail` of a run: the first problem ends it."
-    raise DataError(message)
+    raise DataError(message) from None
 
 # %% ../nbs/00_data.ipynb #442d577e
 @dataclass(frozen=True)
@@ -45,30 +45,34 @@ class Record:
     mask: Path | None        # the mask file; None for a normal image, or where a `folder` data set has no masks
     category: str            # object or texture, such as "bottle"; "mvtec/bottle" in a union
     defect: str              # "good", or the kind of defect
-    split: str               # "train" or "test"
+    split: str               # "train" or "test"; "validation" of MVTec 3D-AD is checked, not used
 
 # %% ../nbs/00_data.ipynb #2a455f08
 def open_image(path: Path) -> Image.Image:
     "Decode `path` completely to 8-bit RGB. `DataError` if the file is missing, unreadable, truncated, or has more than 8 bits."
-    im = _decode(path)
-    if im.mode[0] in "IF":
-        raise DataError(f"{path}: {im.mode} image with more than 8 bits per channel; convert it to 8 bits per channel")
-    return im.convert("RGB")
+    return _decode(path).convert("RGB")
 
-def _decode(path: Path) -> Image.Image:
+def _absent(path: Path) -> str:
+    "Why nothing is found at `path`, in words."
+    return f"a link that leads nowhere ({os.readlink(path)})" if os.path.islink(path) else "missing"
+
+def _decode(path: Path, keep: str = "") -> Image.Image:
     try:
         with Image.open(path) as im:
+            deep = im.mode[0] in "IF" or im.format in ("PNG", "TIFF") and ";16" in str(im.tile)      # Pillow makes 8 bits of 16 in color
             im.load()
-            return im.copy()
+            im = im.copy()
     except FileNotFoundError:
-        raise DataError(f"{path}: the file is missing; restore it or read the data set again") from None
+        raise DataError(f"{path}: the file is {_absent(path)}; restore it or read the data set again") from None
     except Exception as e:
         raise DataError(f"{path}: cannot be decoded, unreadable or truncated ({e}); restore this file from the original archive") from e
+    if deep and im.mode[0] not in keep: raise DataError(f"{path}: {im.mode} image with more than 8 bits per channel; convert it to 8 bits per channel")
+    return im
 
 # %% ../nbs/00_data.ipynb #62a3befb
 def open_mask(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     "The mask as an 8-bit image of 0 and 255. `size` = (width, height) that it must have; `DataError` if it has another."
-    im = _decode(path)
+    im = _decode(path, keep="IF")
     if size is not None and im.size != tuple(size):
         raise DataError(_size_message(path, im.size, size))
     a = np.asarray(im)
@@ -182,10 +186,6 @@ class Dataset(torch.utils.data.Dataset):
         _warn_lost(self, [r for r, m in zip(self.records, out) if r.label and not m.any()], side)
         return out
 
-def _warn_lost(ds: Dataset, lost: list[Record], side: int) -> None:
-    if lost: warnings.warn(f"{len(lost)} of {int(ds.labels.sum())} anomalous images have no defect pixel left after policy "
-                           f"{ds.transform.policy!r} to {side} px, first {lost[0].image}; see cropped_defects, or use another policy or size", stacklevel=3)
-
 # %% ../nbs/00_data.ipynb #0b705197
 def read_mask(r: Record, t: Transform, size: tuple[int, int] | None = None, angle: float = 0.0) -> torch.Tensor | None:
     "The mask of a record, bool (h, w); zeros for a normal image; None if it is anomalous and has no mask file."
@@ -200,8 +200,14 @@ def read_mask(r: Record, t: Transform, size: tuple[int, int] | None = None, angl
 def _header(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as im: return im.size
-    except FileNotFoundError: raise DataError(f"{path}: the file is missing; restore it") from None
+    except FileNotFoundError: raise DataError(f"{path}: the file is {_absent(path)}; restore it") from None
     except Exception as e: raise DataError(f"{path}: not a readable image ({e}); restore this file from the original archive") from e
+
+def _warn_lost(ds: Dataset, lost: list[Record], side: int) -> None:
+    empty = [r for r in lost if not open_mask(r.mask).getbbox()]
+    for rs, why in ((empty, "a mask that is empty in its file; restore the mask or correct the label"),
+                    ([r for r in lost if r not in empty], f"no defect pixel left after policy {ds.transform.policy!r} to {side} px; see cropped_defects, or use another policy or size")):
+        if rs: warnings.warn(f"{len(rs)} of {int(ds.labels.sum())} anomalous images, first {rs[0].image}, have {why}", stacklevel=3)
 
 # %% ../nbs/00_data.ipynb #a7436edb
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -221,16 +227,26 @@ def images_in(folder: Path, fail: Fail = stop) -> list[Path]:
         if is_image(p): out.append(p)
         elif p.is_dir(): fail(f"{p}: a folder where only images are expected; move its images up or remove it")
         elif p.suffix.lower() not in _NOTES:
-            fail(f"{p}: not an image format that is read ({' '.join(EXTENSIONS)}); convert or remove it")
+            fail(f"{p}: not an image format that is read ({' '.join(EXTENSIONS)}); convert or remove it" if p.exists() else _dead(p))
     if not out: fail(f"{folder}: no images in this folder; restore them, or remove the folder" if folder.is_dir()
-                     else f"{folder}: this folder is missing; restore it from the original archive")
+                     else f"{folder}: this folder is {_absent(folder)}; restore it from the original archive")
     return out
 
 def folders_in(folder: Path, fail: Fail = stop) -> list[Path]:
-    "The subfolders of `folder`; an image beside them has no label, which is a problem."
+    "The subfolders of `folder`; an image beside them has no label, which is a problem, and so is a broken link."
     for p in visible(folder):
-        if is_image(p): fail(f"{p}: an image without a label, since it lies outside of the expected folders; move it into good or the folder of its defect")
+        if is_image(p): fail(f"{p}: an image without a label, since it lies outside of the expected folders; move it into the folder of normal images or of its defect, or remove it")
+        elif p.suffix.lower() not in _NOTES and not p.exists(): fail(_dead(p))
     return [p for p in visible(folder) if p.is_dir()]
+
+def only_in(folder: Path, names: Iterable[str], fail: Fail = stop) -> None:
+    "An image of `folder` outside of its subfolders `names` would be left out, which is a problem."
+    for p in folders_in(folder, fail):
+        if p.name not in names and _holds_images(p): fail(f"{p}: its images are not read, only those in {', '.join(names)} are; rename, move or remove this folder")
+
+def _holds_images(folder: Path) -> bool: return any(_holds_images(p) if p.is_dir() else is_image(p) for p in visible(folder))
+
+def _dead(p: Path) -> str: return f"{p}: {_absent(p)}; restore its target or remove the link"
 
 # %% ../nbs/00_data.ipynb #b417b667
 def pair_masks(images: list[Path], folder: Path, fail: Fail = stop, required: bool = True) -> dict[Path, Path]:
@@ -285,6 +301,9 @@ def read_split(folder: Path, category: str, fail: Fail = stop, good: str = "good
     "One category with `train/GOOD`, `test/GOOD`, `test/DEFECT` and `ground_truth/DEFECT`. `masks` None: required in `ground_truth`."
     out, gt = [], masks or folder/"ground_truth"
     need = masks is None or gt.is_dir()
+    if any((folder/s/good/"rgb").is_dir() for s in ("train", "test")):
+        fail(f"{folder}: the layout of MVTec 3D-AD; read {folder.parent} with dataset mvtec3d"); return out
+    only_in(folder, ("train", "test", gt.name), fail)
     for p in folders_in(folder/"train", fail):
         if p.name != good: fail(f"{p}: training takes normal images in {good} only; move this folder to test")
     out += [Record(p, 0, None, category, "good", "train") for p in images_in(folder/"train"/good, fail)]
@@ -297,8 +316,6 @@ def read_split(folder: Path, category: str, fail: Fail = stop, good: str = "good
         out += [Record(q, label, pairs.get(q), category, p.name if label else "good", "test") for q in images]
     for p in folders_in(gt, fail):
         if p.name not in {q.name for q in tests}: fail(f"{p}: masks of a defect that test/ does not have; restore {folder/'test'/p.name}")
-    for p in visible(folder):
-        if is_image(p): fail(f"{p}: an image without a label, since it lies outside of the expected folders; move it into train/{good} or test")
     return out
 
 def read_mvtec(root: Path, category="all", fail: Fail = stop, dataset: str = "mvtec", good: str = "good") -> list[Record]:
@@ -313,7 +330,8 @@ def read_mvtec(root: Path, category="all", fail: Fail = stop, dataset: str = "mv
 def read_visa(root: Path, category="all", fail: Fail = stop, split: str = "1cls") -> list[Record]:
     "VisA in its original layout with `split_csv/1cls.csv`."
     root = Path(root)
-    table, have = _visa_table(root, split)
+    table, have = _visa_table(root, split, fail)
+    folders_in(root, fail)
     names = choose(have, category, str(root))
     out, listed = [], set()
     for k, row in enumerate(table, 2):
@@ -321,21 +339,26 @@ def read_visa(root: Path, category="all", fail: Fail = stop, split: str = "1cls"
         where, image = f"{root/'split_csv'/split}.csv line {k}", root/row["image"]
         if row["label"] not in ("normal", "anomaly") or row["split"] not in ("train", "test"):
             fail(f"{where}: label {row['label']!r} or split {row['split']!r} is unknown; expected normal/anomaly and train/test"); continue
-        listed.add(image)
         label, mask = int(row["label"] == "anomaly"), root/row["mask"] if row["mask"] else None
+        listed |= {image, mask}
         if label and row["split"] == "train": fail(f"{where}: {image} is anomalous and in train; use the one-class split 1cls.csv")
-        if not image.is_file(): fail(f"{image}: missing, though {where} lists it; restore it from the original archive"); continue
+        if not image.is_file(): fail(f"{image}: {_absent(image)}, though {where} lists it; restore it from the original archive"); continue
         if label and (mask is None or not mask.is_file()):
-            fail(f"{image}: its mask {mask} is missing ({where}); restore the mask"); mask = None
+            fail(f"{image}: its mask {mask} is {_absent(mask or Path())} ({where}); restore the mask"); mask = None
         if mask: _same_size(image, mask, fail)
         out.append(Record(image, label, mask, row["object"], "anomaly" if label else "good", row["split"]))
     for n in names:
+        only_in(root/n, ("Data",), fail)
+        only_in(root/n/"Data", ("Images", "Masks"), fail)
+        for m in (m for f in folders_in(root/n/"Data"/"Masks", fail) for m in visible(f) if is_image(m) and m not in listed):
+            fail(f"{m}: a mask without an image, since {split}.csv does not list it; restore the image and its row, or remove the mask")
         for f in folders_in(root/n/"Data"/"Images", fail):
             for p in images_in(f, fail):
                 if p not in listed: fail(f"{p}: an image without a label, since {split}.csv does not list it; use the csv of the same release, or remove the image")
     return out
 
-def _visa_table(root: Path, split: str) -> tuple[list[dict], list[str]]:
+# %% ../nbs/00_data.ipynb #5be0c7d1
+def _visa_table(root: Path, split: str, fail: Fail) -> tuple[list[dict], list[str]]:
     path, shape = root/"split_csv"/f"{split}.csv", f"ROOT/CATEGORY/Data/Images and ROOT/split_csv/{split}.csv"
     if not root.is_dir(): raise DataError(f"{root}: no such folder; give the folder that holds the categories ({shape})")
     if not path.is_file():
@@ -344,27 +367,29 @@ def _visa_table(root: Path, split: str) -> tuple[list[dict], list[str]]:
             if (p/"split_csv").is_dir(): raise DataError(f"{root}: one level too {'low' if p in full.parents else 'high'} for visa, which expects {shape}; use root {p}")
         if any((p/"train").is_dir() for p in visible(root)): raise DataError(f"{root}: VisA converted to the layout of MVTec AD; read it with dataset mvtec")
         raise DataError(f"{path}: this file is missing, visa expects {shape}; restore it from the original archive")
-    with open(path, newline="") as f: rows = list(csv.DictReader(f))
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as f: rows = list(csv.DictReader(f))
     if not rows or {"object", "split", "label", "image", "mask"} - set(rows[0]):
         raise DataError(f"{path}: expected columns object,split,label,image,mask; restore it from the original archive")
     have = [n for n in dict.fromkeys(r["object"] for r in rows) if (root/n).is_dir()]
     for p in visible(root):
-        if (p/"Data").is_dir() and p.name not in have: raise DataError(f"{p}: images without labels, since {path} has no rows for {p.name}; use the csv of the same release")
+        if (p/"Data").is_dir() and p.name not in have: fail(f"{p}: images without labels, since {path} has no rows for {p.name}; use the csv of the same release")
     if not have: raise DataError(f"{root}: none of the categories in {path} is here; restore their folders")
     return rows, have
 
 # %% ../nbs/00_data.ipynb #34198ef4
 def read_mvtec3d(root: Path, category="all", fail: Fail = stop, validation: bool = False) -> list[Record]:
-    "The color images of MVTec 3D-AD."
+    "The color images of MVTec 3D-AD. `validation`: its images train, instead of being of the split `validation`."
     subs = find_categories(Path(root), "mvtec3d", lambda p: (p/"train"/"good"/"rgb").is_dir() or (p/"test"/"good"/"rgb").is_dir(), "ROOT/CATEGORY/train/good/rgb")
     folders_in(Path(root), fail)
     out = []
     for n in choose([p.name for p in subs], category, str(root)):
         d = Path(root)/n
-        for part in ("train", "validation")[:1 + validation]:
+        only_in(d, ("train", "validation", "test"), fail)
+        for part in ("train", "validation") if validation or (d/"validation").is_dir() else ("train",):
             for p in folders_in(d/part, fail):
-                if p.name != "good": fail(f"{p}: training takes normal images in good only; move this folder to test")
-            out += [Record(p, 0, None, n, "good", "train") for p in images_in(d/part/"good"/"rgb", fail)]
+                folders_in(p, fail)
+                if p.name != "good": fail(f"{p}: {part} takes normal images in good only; move this folder to test")
+            out += [Record(p, 0, None, n, "good", "train" if validation else part) for p in images_in(d/part/"good"/"rgb", fail)]
         tests = sorted(folders_in(d/"test", fail), key=lambda p: p.name != "good")
         if len({p.name == "good" for p in tests}) < 2: fail(f"{d/'test'}: needs good and at least one defect; restore them from the original archive")
         for p in tests:
@@ -672,11 +697,14 @@ def read(dataset: str,             # toy mvtec btad visa mvtec3d folder union
          fail: Fail = stop,        # called with each problem
          **options,                # of the reader, such as validation=True of mvtec3d
          ) -> list[Record]:
-    "All records. `DataError` at the first problem."
-    if dataset not in READERS: raise DataError(f"unknown data set {dataset!r}; allowed: {', '.join(READERS)}")
-    if dataset != "union" and isinstance(root, str): root = Path(root).expanduser() if root.strip() else None
-    if root is None and dataset not in ("toy", "union"): raise DataError(f"data set {dataset!r} needs a root, the folder that holds it; only toy works without one")
-    return READERS[dataset](root, category, fail, **options)
+    "All records. `DataError` at the first problem; with another `fail`, what is readable, or []."
+    try:
+        if dataset not in READERS: raise DataError(f"unknown data set {dataset!r}; allowed: {', '.join(READERS)}")
+        if dataset != "union" and isinstance(root, str): root = Path(root).expanduser() if root.strip() else None
+        if root is None and dataset not in ("toy", "union"): raise DataError(f"data set {dataset!r} needs a root, the folder that holds it; only toy works without one")
+        if isinstance(root, Path) and root.is_symlink() and not root.exists(): raise DataError(f"{root}: {_absent(root)}; restore its target or give another root")
+        return READERS[dataset](root, category, fail, **options)
+    except DataError as e: fail(str(e)); return []
 
 def load(dataset: str, root=None, category="all", transform: Transform = Transform()) -> tuple[Dataset, Dataset]:
     "(train, test). A random rotation applies to the training images alone."
@@ -710,12 +738,13 @@ def contact_sheet(dataset: Dataset, n: int = 1, width: float = 1.1):
     return fig
 
 # %% ../nbs/00_data.ipynb #9703709a
-def cropped_defects(dataset: Dataset | Iterable[Record]) -> pd.DataFrame:
-    "Anomalous images whose defect the center crop cuts: path, category, defect, its pixels, share lost (0–1), wholly lost or not."
+def cropped_defects(dataset: Dataset | Iterable[Record], fail: Fail = stop) -> pd.DataFrame:
+    "Anomalous images whose defect the center crop cuts: path, category, defect, its pixels, share lost (0–1), wholly lost or not. `fail` is told of unreadable masks."
     rows = []
     for r in getattr(dataset, "records", dataset):
         if r.mask is None or not r.label: continue
-        m = np.asarray(open_mask(r.mask)) > 0
+        try: m = np.asarray(open_mask(r.mask)) > 0
+        except DataError as e: fail(str(e)); continue
         (h, w), s = m.shape, min(m.shape)
         y, x = round((h - s)/2), round((w - s)/2)
         n, inside = int(m.sum()), int(m[y:y + s, x:x + s].sum())
@@ -741,17 +770,17 @@ OFFICIAL = {
 # %% ../nbs/00_data.ipynb #11be4134
 def check(root, dataset: str, progress: bool = True) -> tuple[pd.DataFrame, list[str]]:
     "(counts, problems): images per category and split beside the official numbers (NaN if there are none), and every problem found."
-    problems, records = [], []
-    try: records = read(dataset, root, fail=problems.append)
-    except DataError as e: problems.append(str(e))
+    problems = []
+    records = read(dataset, root, fail=problems.append)
     for r in tqdm(records, desc=f"check {dataset}", disable=not progress):
         problems += inspect_record(r)
     rows = []
     for c in dict.fromkeys(r.category for r in records):
         part, _, name = c.partition("/") if dataset == "union" else (dataset, "", c)
         known = OFFICIAL.get(part, {}).get(name)
-        for split, want in (("train", known and (known[0], 0)), ("test", known and known[1:])):
+        for split, want in (("train", known and (known[0], 0)), ("validation", None), ("test", known and known[1:])):
             got = tuple(sum(r.category == c and r.split == split and r.label == y for r in records) for y in (0, 1))
+            if split == "validation" and not any(got): continue
             rows.append((c, split, *got, *(want or (np.nan, np.nan))))
             if want and got != want: problems.append(f"{c} {split}: {got[0]} normal and {got[1]} anomalous images, officially {want[0]} and {want[1]}; "
                                                      "restore the data set from the original archive, or know that it is another split")
@@ -778,7 +807,7 @@ def check_report(counts: pd.DataFrame, problems: list[str], cropped: pd.DataFram
     absent = [c for c in OFFICIAL.get(dataset, {}) if c not in set(counts.category)]
     if absent and len(counts): lines.append(f"not here: {', '.join(absent)} ({len(absent)} of {len(OFFICIAL[dataset])} official categories)")
     if cropped is not None:
-        lines.append(f"center crop: {len(cropped)} defects cut, {int(cropped.wholly.sum())} of them wholly lost")
+        lines.append(f"center crop: {len(cropped)} defect{'s' * (len(cropped) != 1)} cut, {int(cropped.wholly.sum())} of them wholly lost")
         for c, g in cropped.groupby("category"): lines.append(f"  {c}: {len(g)} cut, {int(g.wholly.sum())} wholly, mean share lost {g.lost.mean():.1%}")
     lines.append(f"{len(problems)} problem{'s' * (len(problems) != 1)}" + (":" if problems else ""))
     return "\n".join(lines + [f"  {p}" for p in problems])

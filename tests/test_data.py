@@ -1,5 +1,5 @@
 """Readers, transforms, toy drawing and checks of flowrepro.data, with bad input; real images through FLOWREPRO_TEST_DATA."""
-import hashlib, os, shutil
+import hashlib, os, shutil, struct, zlib
 from pathlib import Path
 import numpy as np
 import pytest
@@ -71,7 +71,8 @@ def test_btad_bmp_and_png(tmp_path):
 def test_mvtec3d(tmp_path):
     mvtec3d(tmp_path); mvtec3d(tmp_path, "tire")
     r = read("mvtec3d", tmp_path)
-    assert counts(r) == (6, 4, 4) and not any("validation" in x.image.parts for x in r)
+    assert counts(r) == (6, 4, 4) and all((x.split == "validation") == ("validation" in x.image.parts) for x in r)
+    assert [len(d) for d in load("mvtec3d", tmp_path)] == [6, 8]        # validation is in neither
     assert counts(read("mvtec3d", tmp_path, validation=True)) == (10, 4, 4)
     _, test = load("mvtec3d", tmp_path, "tire", Transform(8))
     assert test.masks().any((1, 2)).tolist() == [bool(y) for y in test.labels]
@@ -116,6 +117,51 @@ def test_visa_errors(tmp_path):
     mvtec(tmp_path/"converted")
     says(lambda: read("visa", tmp_path/"converted"), "dataset mvtec")
 
+def test_mvtec3d_leaves_no_image_out(tmp_path):
+    d = mvtec3d(tmp_path)/"bagel"
+    for n, x in (("train/good/xyz", "000.tiff"), ("test/hole/xyz", "000.tiff"), ("calibration", "camera_parameters.json")): (d/n).mkdir(); (d/n/x).touch()
+    assert counts(read("mvtec3d", tmp_path)) == (3, 2, 2)
+    (d/"validation/good/rgb/001.png").write_bytes(b"no image")
+    assert counts(read("mvtec3d", tmp_path)) == (3, 2, 2)               # a run does not use it
+    c, p = check(tmp_path, "mvtec3d", progress=False)
+    assert any("validation" in x and "001.png" in x and "cannot be decoded" in x for x in p) and c.set_index("split").normal.to_dict() == {"train": 3, "validation": 2, "test": 2}
+    for n in ("bagel/stray.png", "bagel/train/good/stray3.png", "bagel/validation/good/stray4.png", "bagel/test/hole/stray5.png", "bagel/tests/hole/rgb/6.png"):
+        put(tmp_path/n); words = (d/"tests", "not read") if "tests" in n else (n, "without a label")
+        says(lambda: read("mvtec3d", tmp_path), *words)
+        assert any(all(str(w) in x for w in words) for x in check(tmp_path, "mvtec3d", progress=False)[1])
+        (tmp_path/n).unlink()
+    shutil.rmtree(d/"validation")
+    assert counts(read("mvtec3d", tmp_path)) == (3, 2, 2)
+    says(lambda: read("mvtec3d", tmp_path, validation=True), d/"validation", "missing")
+
+def test_mvtec3d_read_as_another_data_set(tmp_path):
+    mvtec3d(tmp_path)
+    for d, root in (("mvtec", tmp_path), ("folder", tmp_path/"bagel")): says(lambda: read(d, root), f"read {tmp_path} with dataset mvtec3d")
+    assert check(tmp_path, "mvtec", progress=False)[1] == [f"{tmp_path/'bagel'}: the layout of MVTec 3D-AD; read {tmp_path} with dataset mvtec3d"]
+
+@pytest.mark.parametrize("stray,words", [("stray.png", "without a label"), ("cashew/0.png", "without a label"), ("cashew/Data/1.JPG", "without a label"), ("cashew/Data/Image/2.JPG", "not read"),
+                                         ("cashew/more/3.JPG", "not read"), ("cashew/Data/Masks/Anomaly/77.png", "a mask without an image")])
+def test_visa_leaves_no_image_out(tmp_path, stray, words):
+    put(visa(tmp_path)/stray)
+    named = tmp_path/stray if words != "not read" else (tmp_path/stray).parent
+    says(lambda: read("visa", tmp_path), named, words)
+    c, p = check(tmp_path, "visa", progress=False)
+    assert any(str(named) in x and words in x for x in p) and c.normal.sum() == 5
+
+def test_visa_folder_without_rows(tmp_path):
+    put(visa(tmp_path)/"extra"/"Data"/"Images"/"Normal"/"0.JPG")
+    (tmp_path/"cashew"/"Data"/"Masks"/"Anomaly"/"1.png").unlink()
+    says(lambda: read("visa", tmp_path), tmp_path/"extra", "no rows")
+    c, p = check(tmp_path, "visa", progress=False)
+    assert list(zip(c.normal, c.anomalous)) == [(3, 0), (2, 2)] and any("extra" in x and "no rows" in x for x in p) and any("1.png" in x and "missing" in x for x in p)
+
+def test_visa_csv_encodings(tmp_path):
+    csv = visa(tmp_path)/"split_csv"/"1cls.csv"; text = csv.read_text(); r = read("visa", tmp_path)
+    csv.write_text(text, encoding="utf-8-sig")
+    assert read("visa", tmp_path) == r
+    csv.write_text(text, encoding="utf-16")
+    says(lambda: read("visa", tmp_path), csv, "expected columns")
+
 # -- any folder, union --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("masks", ["masks", "ground_truth", None])
@@ -159,6 +205,9 @@ def test_union(tmp_path):
     for bad in (str(a), None, "", f"mvtec={a},mvtec={b}"): says(lambda: read("union", bad), "mvtec=PATH,visa=PATH")
     c, p = check(f"mvtec={a},btad={b}", "union", progress=False)
     assert set(c.category) == {"mvtec/nut", "btad/01"} and any("btad/01 train" in x and "400" in x for x in p)
+    c, p = check(f"mvtec={a},btad={tmp_path/'nope'}", "union", progress=False)
+    assert list(zip(c.category, c.normal, c.anomalous)) == [("mvtec/nut", 3, 0), ("mvtec/nut", 2, 2)] and len(p) == 1 and str(tmp_path/"nope") in p[0] and "no such folder" in p[0]
+    says(lambda: read("union", f"mvtec={a},btad={tmp_path/'nope'}"), "nope", "no such folder")
 
 # -- errors -------------------------------------------------------------------------------------------------------
 
@@ -192,6 +241,10 @@ def broken(tmp_path, change):
     (lambda d: (d/"test/bent/001.png").unlink(), ("001_mask.png", "without an image")),
     (lambda d: put(d/"ground_truth/bent/001_mask.png", (8, 9), 0, (1, 1), "L"), ("001_mask.png", "8×9", "8×8", "resize")),
     (lambda d: put(d/"test/stray.png"), ("stray.png", "without a label", "move")),
+    (lambda d: put(d/"tests/bent/0.png"), ("nut/tests", "not read", "train, test, ground_truth", "rename")),
+    (lambda d: (d/"train/good/9.png").symlink_to("gone.png"), ("9.png", "link that leads nowhere (gone.png)", "restore its target")),
+    (lambda d: (d/"test/scratch").symlink_to("gone"), ("test/scratch", "link that leads nowhere")),
+    (lambda d: (d.parent/"bolt").symlink_to("gone"), ("bolt", "link that leads nowhere")),
     (lambda d: put(d/"stray.JPG"), ("stray.JPG", "without a label")),
     (lambda d: put(d/"train/bent/0.png"), ("bent", "normal images in good only")),
     (lambda d: put(d/"test/bent/sub/0.png"), ("sub", "only images are expected")),
@@ -206,6 +259,21 @@ def test_broken_layout(tmp_path, change, words):
     says(lambda: read("mvtec", root), *words)
     assert any(all(w in p for w in words) for p in check(root, "mvtec", progress=False)[1])
 
+def test_folders_without_images_may_lie_in_a_category(tmp_path):
+    d = mvtec(tmp_path)/"nut"
+    for n in ("notes/2020/readme.txt", "license.txt", "LICENSE", "notes/.cache/0.png", "notes/__MACOSX/1.png", ".thumbs/2.png", "notes/._3.png"): (d/n).parent.mkdir(parents=True, exist_ok=True); (d/n).touch()
+    (d/"readme.md").symlink_to("gone.md")
+    assert counts(read("mvtec", tmp_path)) == counts(read("folder", d)) == (3, 2, 2)
+
+def test_links_that_lead_nowhere(tmp_path):
+    (tmp_path/"root").symlink_to(tmp_path/"gone")
+    says(lambda: read("mvtec", tmp_path/"root"), tmp_path/"root", "link that leads nowhere", tmp_path/"gone")
+    for call in (lambda: D.open_image(tmp_path/"root"), lambda: D.open_mask(tmp_path/"root"), lambda: D._header(tmp_path/"root")): says(call, tmp_path/"root", "link that leads nowhere")
+    for n, words in (("Masks/Anomaly/1.png", "its mask"), ("Images/Normal/1.JPG", "1cls.csv line 3")):
+        if not (tmp_path/"v").is_dir(): visa(tmp_path/"v")
+        p = tmp_path/"v"/"cashew"/"Data"/n; p.unlink(); p.symlink_to("gone")
+        says(lambda: read("visa", tmp_path/"v"), p, "link that leads nowhere (gone)", words)
+
 @pytest.mark.parametrize("ext", ["png", "jpg", "bmp"])
 def test_truncated_image(tmp_path, ext):
     p = put(tmp_path/f"a.{ext}", (64, 64))
@@ -219,6 +287,31 @@ def test_bad_items(tmp_path):
     says(lambda: D.open_image(tmp_path/"gone.png"), "gone.png", "missing")
     im, m = put(tmp_path/"i.png"), put(tmp_path/"m.png", (9, 8), 0, (1, 1), "L")
     says(lambda: Dataset([Record(im, 1, m, "c", "d", "test")])[0], "m.png", "9×8", "8×8")
+
+def deep_png(a):
+    "16-bit png of uint16 (h, w) or (h, w, channels), which Pillow cannot write in color."
+    h, w, c = (*a.shape, 1)[:3]
+    raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in a)
+    chunk = lambda tag, d: struct.pack(">I", len(d)) + tag + d + struct.pack(">I", zlib.crc32(tag + d))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 16, {1: 0, 2: 4, 3: 2, 4: 6}[c], 0, 0, 0)) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+
+def deep_tiff(a):
+    "Uncompressed 16-bit RGB tiff."
+    h, w, _ = a.shape
+    tags = [(256, 4, 1, w), (257, 4, 1, h), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 14), (277, 3, 1, 3), (278, 4, 1, h), (279, 4, 1, a.nbytes)]
+    return struct.pack("<2sHI3H", b"II", 42, 14 + a.nbytes, 16, 16, 16) + a.astype("<u2").tobytes() + struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *t) for t in tags) + bytes(4)
+
+def test_sixteen_bits_in_color(tmp_path):
+    a = np.full((6, 8, 3), 40000, np.uint16)
+    for name, content in (("rgb.png", deep_png(a)), ("rgba.png", deep_png(np.dstack([a, a])[..., :4])), ("la.png", deep_png(a[..., :2])), ("rgb.tif", deep_tiff(a))):
+        (tmp_path/name).write_bytes(content)
+        assert np.asarray(Image.open(tmp_path/name)).max() == 156           # what Pillow makes of it
+        for call in (D.open_image, D.open_mask): says(lambda: call(tmp_path/name), name, "more than 8 bits per channel", "convert")
+    m = np.zeros((6, 8), np.uint16); m[2, 3] = 1; (tmp_path/"gray.png").write_bytes(deep_png(m))
+    assert (np.asarray(D.open_mask(tmp_path/"gray.png")) > 0).sum() == 1    # nothing is lost of a gray mask
+    root = mvtec(tmp_path/"set"); (root/"nut/train/good/001.png").write_bytes(deep_png(a))
+    assert [x for x in check(root, "mvtec", progress=False)[1] if "001.png" in x and "8 bits" in x]
+    Image.new("RGB", (8, 6), (9, 9, 9)).save(tmp_path/"ok.tif"); assert D.open_image(tmp_path/"ok.tif").size == (8, 6)
 
 # -- masks and transforms -----------------------------------------------------------------------------------------
 
@@ -277,6 +370,11 @@ def test_cropped_defects_are_counted(tmp_path):
     assert t.lost.to_dict() == {"gone": 1.0, "half": 0.5} and t.wholly.to_dict() == {"gone": True, "half": False}
     with pytest.warns(UserWarning, match=r"1 of 3 anomalous images.*gone\.png"): Dataset(rs, Transform(10, "crop")).masks()
     assert Dataset(rs, Transform(10, "squash")).masks().any((1, 2)).all()
+    with pytest.warns(UserWarning) as said: Dataset([*rs, record("void", 0, 0)], Transform(10, "crop")).masks()
+    for w, (name, why) in zip(said, (("void", "empty in its file"), ("gone", "after policy 'crop'")), strict=True): assert f"1 of 4 anomalous images, first {tmp_path/name}.png" in str(w.message) and why in str(w.message)
+    (tmp_path/"kept_mask.png").write_bytes(b"no image"); problems = []
+    says(lambda: cropped_defects(rs), "kept_mask.png", "cannot be decoded")
+    assert len(cropped_defects(rs, problems.append)) == 2 and "kept_mask.png" in problems[0]
     assert "2 defects cut, 1 of them wholly" in check_report(*check_empty(), t)
 
 def check_empty(): return D.pd.DataFrame(columns=["category", "split", "normal", "anomalous"]), []
