@@ -96,7 +96,8 @@ def cmd_data(args: argparse.Namespace) -> int:
         print(f"toy data set in {data.make_toy(args.dir, seed=args.seed)}, MVTec AD layout")
         return 0
     counts, problems = data.check(args.root, args.dataset)
-    cropped = data.cropped_defects(data.read(args.dataset, args.root)) if args.crop and not problems else None
+    known = lambda problem: None  # the check has listed it
+    cropped = data.cropped_defects(data.read(args.dataset, args.root, fail=known), known) if args.crop and len(counts) else None
     print(data.check_report(counts, problems, cropped, args.dataset))
     return 2 if problems else 0
 

@@ -148,9 +148,32 @@ def test_data_check_against_official_counts(toy, tmp_path, capsys):
 
 
 def test_data_check_crop(tiny_visa, capsys):
-    "What a center crop of images that are no squares would lose."
+    "What a center crop would lose is counted whatever the problems are; these have fewer images than the release."
     code, out, _ = run(capsys, "data", "check", tiny_visa, "--dataset", "visa", "--crop")
-    assert code == 2 and "officially 450" in out and "center crop" not in out  # fewer images than the release
+    assert code == 2 and "officially 450" in out and "center crop: 0 defects cut, 0 of them wholly lost" in out
+    code, out, _ = run(capsys, "data", "check", tiny_visa / "none", "--dataset", "visa", "--crop")
+    assert code == 2 and "no such folder" in out and "center crop" not in out  # nothing to count
+
+
+def test_data_check_crop_of_wide_images(tmp_path, capsys):
+    "A defect outside of the center square is counted, beside a mask that cannot be decoded too."
+    root = tmp_path / "wide"
+    for kind, n in (("good", 5), ("spot", 3)):
+        for i in range(n):
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (30, 10)).save(root / kind / f"{i}.png")
+    (root / "masks/spot").mkdir(parents=True)
+    for i, x in enumerate((0, 14, 22)):  # of the center square 10 ... 19
+        mask = np.zeros((10, 30), np.uint8)
+        mask[:, x] = 255
+        Image.fromarray(mask).save(root / f"masks/spot/{i}.png")
+    code, out, _ = run(capsys, "data", "check", root, "--dataset", "folder", "--crop")
+    assert code == 0 and "center crop: 2 defects cut, 2 of them wholly lost" in out and "wide: 2 cut" in out and "0 problems" in out
+    assert "center crop" not in run(capsys, "data", "check", root, "--dataset", "folder")[1]
+    broken = root / "masks/spot/2.png"
+    broken.write_bytes(broken.read_bytes()[:46])
+    code, out, _ = run(capsys, "data", "check", root, "--dataset", "folder", "--crop")
+    assert code == 2 and "center crop: 1 defect cut" in out and "1 problem:" in out and "2.png" in out
 
 
 @pytest.mark.parametrize("arguments, words", [
