@@ -8,9 +8,9 @@ Docs: https://flowrepro.github.io/flowrepro/runs.html.md"""
 __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES', 'PLAIN', 'HERE', 'defaults_of', 'settings_of',
            'ConfigError', 'resolve', 'parse_overrides', 'Config', 'given_parameters', 'check_choices', 'check_detector',
            'check_settings', 'configure', 'published_for', 'write_json', 'revision', 'environment', 'peak_memory',
-           'masks_by_category', 'evaluate_parts', 'mean_results', 'best_results', 'Run', 'evaluation_epochs',
-           'open_folder', 'timing', 'score_table', 'by_class_mode', 'write_results', 'score_forms', 'execute_notebook',
-           'run_notebook']
+           'masks_by_category', 'evaluate_parts', 'mean_results', 'best_results', 'one_category', 'Run',
+           'evaluation_epochs', 'train_or_resume', 'open_folder', 'timing', 'score_table', 'by_class_mode',
+           'write_results', 'score_forms', 'execute_notebook', 'run_notebook']
 
 # %% ../nbs/11_runs.ipynb #c6d1b3a8
 import difflib
@@ -356,6 +356,12 @@ def best_results(history: list[dict]) -> dict:
         return rows[np.nansum([[r[c][metric] for c in r if c != "mean"] for r in rows], axis=1).argmax()]  # NaN, of a category without masks, counts nothing
     return {c: {m: best(m)[c][m] for m in rows[0][c]} for c in rows[0]} if rows else {}
 
+
+def one_category(detector: Detector) -> None:
+    "Score a mixture over a single category by likelihood alone, whatever the preset: the entropy is zero there, and so is the published product."
+    if detector.labelled and len(detector.config["categories"]) == 1:
+        detector.score = replace(detector.score, criterion="likelihood", image_criterion="likelihood")
+
 # %% ../nbs/11_runs.ipynb #073cb633
 class Run:
     "A run: `Run(config)` reads the data, `.train()` trains and evaluates, `.finish()` writes the results. DataError and ConfigError come before any work."
@@ -371,8 +377,7 @@ class Run:
         self.altub = AltUB(**s["altub"]) if config.altub else None
         self.normal = self.train_set.filter(label=0)
         self.labels, self.test_labels = map(self.detector.labels_of, (self.normal, self.test_set))
-        if self.detector.labelled and len(self.detector.config["categories"]) == 1:  # the entropy over one category is zero, and so is the published product
-            self.detector.score = replace(self.detector.score, criterion="likelihood", image_criterion="likelihood")
+        one_category(self.detector)
         check_training(self.detector, len(self.normal), self.schedule, self.altub)
         self.parts, self.seconds_evaluating, self.base_start = None, 0.0, base_state(self.detector)
         self.size = s["transform"]["mask_size"] or s["transform"]["size"]  # of maps and masks
@@ -390,15 +395,7 @@ class Run:
             self.labels = self.labels.repeat(self.train_bank.copies)
         self.masks = masks_by_category(self.test_set)
         self.detector.prepare(self.train_bank)
-        when = evaluation_epochs(self.schedule.epochs, self.config.settings["evaluations"])
-        resume = partial(fit, self.detector, self.train_bank, self.schedule, self.labels, self.altub, evaluate=self.evaluate, when=when,
-                         checkpoint=self.out / "checkpoint.pt", progress=self.progress, source={"features": self.train_bank.key, "revision": revision()})
-        try:
-            self.history = resume()
-        except OtherTraining as error:  # of other images, or by other code
-            print(f"begins anew: {error}")
-            (self.out / "checkpoint.pt").unlink()
-            self.history = resume()
+        self.history = train_or_resume(self, evaluation_epochs(self.schedule.epochs, self.config.settings["evaluations"]))
         if self.parts is None:  # resumed after the last evaluation
             self.evaluate(self.schedule.epochs)
         return self
@@ -420,6 +417,18 @@ class Run:
 def evaluation_epochs(epochs: int, evaluations: int) -> tuple[int, ...]:
     "The epochs after which a run is evaluated: evenly spread, the last among them."
     return tuple(sorted({max(1, round(epochs * (i + 1) / evaluations)) for i in range(evaluations)} | {epochs}))
+
+
+def train_or_resume(run: Run, when: tuple[int, ...]) -> list[dict]:
+    "The history of the training, from the run's checkpoint on if that is of the same images and by the same code."
+    path, source = run.out / "checkpoint.pt", {"features": run.train_bank.key, "revision": revision()}
+    go = partial(fit, run.detector, run.train_bank, run.schedule, run.labels, run.altub, run.evaluate, when, path, run.progress, source)
+    try:
+        return go()
+    except OtherTraining as error:
+        print(f"begins anew: {error}")
+        path.unlink()
+        return go()
 
 
 def open_folder(config: Config) -> Path:

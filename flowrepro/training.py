@@ -124,11 +124,11 @@ def optimizers_of(model: Detector, schedule: Schedule, altub: AltUB | None) -> t
     adam = torch.optim.Adam(groups, schedule.lr, schedule.betas, fused=True)
     return adam, altub and BaseTurn(altub, model.base_parameters())
 
-# %% ../nbs/10_training.ipynb #c72bb049
+# %% ../nbs/10_training.ipynb #c72bb050
 class TrainingError(RuntimeError):
     "Training cannot go on; the message says in which epoch and step, and what to try."
 
-
+# %% ../nbs/10_training.ipynb #c72bb049
 def fit(
     model: Detector,  # already prepared
     bank: FeatureBank,  # features of the training images

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -176,9 +177,7 @@ def test_help_is_quick(tmp_path):
 
 def test_source_distribution(tmp_path):
     "Holds what setup.py reads."
-    copy = tmp_path / "project"
-    subprocess.run(["git", "clone", "-q", ROOT, copy], check=True)
-    shutil.copy(ROOT / "MANIFEST.in", copy)
+    copy = shutil.copytree(ROOT, tmp_path / "project", symlinks=True, ignore=shutil.ignore_patterns(*BUILT, "results", "tests", "*.egg-info"))
     subprocess.run([sys.executable, "-c", "from setuptools.build_meta import build_sdist; build_sdist('dist')"], cwd=copy, check=True, capture_output=True)
     with tarfile.open(next((copy / "dist").glob("*.tar.gz"))) as archive:
         assert {"settings.ini", "constraints.txt", "README.md", "pyproject.toml", "flowrepro/workflow/experiments.yml", "flowrepro/experiments/run.ipynb"} <= {

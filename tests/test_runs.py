@@ -627,6 +627,13 @@ def test_checkpoint_of_other_images_or_code(what, toy, tmp_path, monkeypatch, ca
     assert [r["loss"] for r in again.history] == [r["loss"] for r in fresh.history]
 
 
+def test_published_product_of_one_category(toy, tmp_path):
+    "Whose entropy is zero: its score is the likelihood."
+    published = asdict(PUBLISHED["hgad"])
+    run = execute(tmp_path / "run", data_root=str(toy), method="hgad", overrides={"score": published})
+    assert (run.detector.score.criterion, run.detector.score.image_criterion) == ("likelihood", "likelihood") and run.scores.std() > 1e-3
+
+
 def test_saved_model_sees_what_the_run_saw(toy, tmp_path):
     "Scores of the test images' files are those in scores.csv, for another interpolation, too."
     run = execute(tmp_path / "run", data_root=str(toy), overrides={"interpolation": "lanczos"})
