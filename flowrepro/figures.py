@@ -7,13 +7,13 @@ Docs: https://flowrepro.github.io/flowrepro/figures.html.md"""
 # %% auto #0
 __all__ = ['Axes', 'Drawing', 'WIDE', 'GREY', 'LOOKS', 'MARKERS', 'DATA', 'FIGURES', 'house', 'canvas', 'Figure', 'by_variant',
            'title_of', 'agree', 'data_words', 'about', 'missing_jobs', 'missing_words', 'nothing', 'opened', 'figure',
-           'panels_of', 'curves', 'draw_curves', 'draw_gaps', 'stability', 'levels_of', 'learned_base', 'divergence',
-           'representative', 'draw_moments', 'draw_ridges', 'mean_divergence', 'draw_divergence', 'latent_normality',
-           'pictures_of', 'rows_to_show', 'draw_picture', 'draw_scale', 'picture_words', 'montage', 'base_log_prob',
-           'shares', 'separation', 'score_values', 'likelihood_values', 'draw_shares', 'draw_categories',
-           'homogeneous_mapping', 'homogeneous_words', 'pca', 'embed', 'anchors', 'nearest_own', 'within_span',
-           'look_of', 'draw_latents', 'latents_and_centres', 'latent_words', 'centre_paths', 'pair_distances',
-           'magnify', 'draw_paths', 'draw_distances', 'moving_centres', 'moving_words']
+           'panels_of', 'curves', 'draw_curves', 'gap', 'draw_gaps', 'signed', 'stability', 'levels_of', 'learned_base',
+           'divergence', 'representative', 'draw_moments', 'draw_ridges', 'mean_divergence', 'draw_divergence',
+           'latent_normality', 'pictures_of', 'rows_to_show', 'draw_picture', 'draw_scale', 'picture_words', 'montage',
+           'base_log_prob', 'shares', 'separation', 'score_values', 'likelihood_values', 'draw_shares',
+           'draw_categories', 'homogeneous_mapping', 'homogeneous_words', 'pca', 'embed', 'anchors', 'nearest_own',
+           'within_span', 'look_of', 'draw_latents', 'latents_and_centres', 'latent_words', 'centre_paths',
+           'pair_distances', 'magnify', 'draw_paths', 'draw_distances', 'moving_centres', 'moving_words']
 
 # %% ../nbs/12c_figures.ipynb #abacfeb8
 from collections import Counter
@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .matrix import Job, jobs_of, papermill_line, refuse, select, variant_of
+from .matrix import Job, jobs_of, refuse, select, variant_of
 from .metrics import auroc
-from .reports import METRICS, style
+from .reports import METRICS, command_of, style
 
 # %% ../nbs/12c_figures.ipynb #02279be7
 Axes = Drawing = Any  # of matplotlib, which loads where something is drawn
@@ -143,16 +143,10 @@ def about(runs: list[dict], matrix: dict, preset: str) -> str:
 
 # %% ../nbs/12c_figures.ipynb #4eb08d94
 def missing_jobs(runs: list[dict], matrix: dict, preset: str, output: str) -> list[Job]:
-    "Jobs of an output without a run, at the seeds of the runs given (seed 0 if there are none); PATH stands for data roots."
+    "Jobs of an output without a run, at the seeds of the runs given (seed 0 if there are none)."
     have, seeds = {Path(r["path"]).name for r in runs}, {r["config"]["seed"] for r in runs} or {0}
-    jobs = [j for j in jobs_of(matrix, preset, {"toy": None}, [output], seeds=max(seeds) + 1) if j.seed in seeds and j.name not in have]
-    for job in jobs:
-        if job.parameters["dataset"] == "union":
-            job.parameters["data_root"] = job.parameters["data_root"].replace(",", "PATH,") + "PATH"
-            job.parameters["data_root"] = job.parameters["data_root"].replace("toy=PATH", "toy=")
-        elif job.parameters["dataset"] != "toy":
-            job.parameters["data_root"] = "PATH"
-    return jobs
+    jobs = jobs_of(matrix, preset, {"toy": None}, [output], seeds=max(seeds) + 1)
+    return [j for j in jobs if j.seed in seeds and j.name not in have]
 
 
 def missing_words(jobs: list[Job], most: int = 4) -> str:
@@ -169,9 +163,10 @@ def nothing(name: str, question: str, matrix: dict, preset: str, skipped: str = 
     head = f"**{name}. {question}** Not drawn at preset {preset}: "
     if skipped or not jobs:
         return Figure(name, None, head + (skipped or "the matrix names no runs for it."))
-    lines = "\n".join(papermill_line(j, "runs/reproduce") for j in jobs[:most])
+    lines = "\n".join(command_of(j, "runs/reproduce") for j in jobs[:most])
     rest = f"\n# and {len(jobs) - most} more" if len(jobs) > most else ""
-    return Figure(name, None, head + f"none of its runs ({len(jobs)} a seed) is there. They are made by\n\n```bash\n{lines}{rest}\n```")
+    where = ", `DATA` being the folder of the data sets" if "DATA/" in lines else ""
+    return Figure(name, None, head + f"none of its runs ({len(jobs)} a seed) is there. They are made by the following{where}.\n\n```bash\n{lines}{rest}\n```")
 
 # %% ../nbs/12c_figures.ipynb #66915153
 FIGURES: dict[str, Callable[[list[dict], dict, str], Figure]] = {}
@@ -233,18 +228,27 @@ def draw_curves(ax: Axes, frame: pd.DataFrame, look: dict, gid: str) -> None:
         ax.plot(mean.idxmax(), mean.max(), marker="*", ms=8, mfc="white", mec=look["color"], mew=0.9, ls="", zorder=6, clip_on=False)
 
 
+def gap(frame: pd.DataFrame) -> float:
+    "What is left of the best evaluation at the end: last minus best, mean over the seeds."
+    return float(frame.ffill().iloc[-1].mean() - frame.max().mean())
+
+
 def draw_gaps(ax: Axes, frames: list[pd.DataFrame]) -> None:
-    "Mean over the seeds of the best evaluation and of the last, and their difference below, one column a method."
+    "Mean over the seeds of the best evaluation and of the last, their difference beside them, one column a method."
     for i, (frame, look) in enumerate(zip(frames, LOOKS)):
         best, last = frame.max().mean(), frame.ffill().iloc[-1].mean()
         ax.plot([i, i], [best, last], color=look["color"], lw=1.2, ls=look["ls"], gid=f"gap-{i}")
         ax.plot(i, last, marker=look["marker"], ms=5, color=look["color"], ls="")
         ax.plot(i, best, marker="*", ms=8, mfc="white", mec=look["color"], mew=0.9, ls="")
-    gaps = [frame.ffill().iloc[-1].mean() - frame.max().mean() for frame in frames]
-    ax.set_xticks(range(len(gaps)), [f"{g:.3f}".replace("-", "−") for g in gaps])
-    ax.set(xlim=(-0.6, len(frames) - 0.4))
-    ax.tick_params(labelleft=False, bottom=False)
+        ax.annotate(signed(gap(frame)), (i, (best + last) / 2), (6, 0), textcoords="offset points", va="center", fontsize=7)
+    ax.set(xlim=(-0.2, len(frames) - 0.25), xticks=[])
+    ax.tick_params(labelleft=False)
     ax.grid(False, axis="x")
+
+
+def signed(value: float) -> str:
+    "Three digits and a true minus sign."
+    return f"{value:.3f}".replace("-", "−")
 
 # %% ../nbs/12c_figures.ipynb #6a3356cd
 @figure("F1", "Does the last epoch keep what the best one had?", "history.csv")
@@ -253,8 +257,8 @@ def stability(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
     from matplotlib.lines import Line2D
 
     groups, variants = panels_of(runs), list(by_variant(runs))
-    fig = canvas(0.55 + 1.75 * len(groups))
-    axes = fig.subplots(len(groups), 4, squeeze=False, width_ratios=[2.6, 1.5, 2.6, 1.5])
+    fig, told = canvas(0.55 + 1.75 * len(groups)), []
+    axes = fig.subplots(len(groups), 4, squeeze=False, width_ratios=[2.4, 1.9, 2.4, 1.9])
     for n, (row, (category, own)) in enumerate(zip(axes, groups.items())):
         for k, metric in enumerate(("image_auroc", "pixel_auroc")):
             main, side = row[2 * k], row[2 * k + 1]
@@ -263,10 +267,11 @@ def stability(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
             for frame, look, variant in zip(frames, LOOKS, variants):
                 draw_curves(main, frame, look, f"{variant}-{category}-{metric}")
             draw_gaps(side, frames)
+            side.set_title("last − best", loc="left")
+            told.append(f"{category} {METRICS[metric]} {' and '.join(signed(gap(f)) for f in frames)}")
             main.set(ylabel=METRICS[metric], xlabel="epoch" if n == len(groups) - 1 else "")
             main.set_title(category.replace("_", " "), loc="left")
             main.xaxis.get_major_locator().set_params(integer=True)
-            side.set_xlabel("last − best" if n == len(groups) - 1 else "")
     lines = [Line2D([], [], color=k["color"], ls=k["ls"], marker=k["marker"], label=title_of(matrix, v)) for k, v in zip(LOOKS, variants)]
     star = Line2D([], [], color=GREY, marker="*", ms=8, mfc="white", ls="", label="best on test")
     fig.legend(handles=[*lines, star, Line2D([], [], color=GREY, marker="o", ls="", label="last epoch")], loc="outside lower center", ncols=4)
@@ -274,7 +279,8 @@ def stability(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
     return fig, (f"AUROC on the test images at each evaluation, image level left, pixel level right. {several}"
                  "Filled markers: last epoch, the protocol of all headline numbers; "
                  "stars: best on test, chosen with the test set for each seed and metric. "
-                 "Narrow panels: both, averaged over the seeds, and their difference below.")
+                 "Narrow panels: both, averaged over the seeds, and their difference beside them, last − best: "
+                 f"{'; '.join(told)} ({'; then '.join(title_of(matrix, v) for v in variants)}).")
 
 # %% ../nbs/12c_figures.ipynb #ec0cf83b
 def levels_of(arrays: dict) -> list[int]:
@@ -352,20 +358,21 @@ def mean_divergence(arrays: dict, learned: bool) -> float:
 
 
 def draw_divergence(ax: Axes, groups: dict[str, list[dict]], matrix: dict) -> None:
-    "A bar a method and base: the mean over its runs, which are dots, their marker by category."
+    "A bar a method and base: the mean over its runs, stated at the right; the runs are dots, their marker by category."
     rows = [(v, learned) for v, own in groups.items() for learned in (False, True) if not learned or learned_base(own[0]["file"], 0) is not None]
     categories = list(dict.fromkeys(r["config"]["category"] for own in groups.values() for r in own))
     for y, (variant, learned) in enumerate(rows):
         values = [mean_divergence(r["file"], learned) for r in groups[variant]]
         ax.barh(y, np.mean(values), 0.72, color="C1" if learned else "0.78", hatch="////" if learned else "", edgecolor="white", gid=f"bar-{y}")
-        ax.text(max(values), y, f"  {np.mean(values):.3f}", va="center", fontsize=7)
+        ax.text(1.02, y, f"{np.mean(values):.3f}", va="center", fontsize=7, transform=ax.get_yaxis_transform())
         for run, value in zip(groups[variant], values):
             marker = MARKERS[categories.index(run["config"]["category"]) % len(MARKERS)]
             ax.plot(value, y, marker=marker, ms=3.5, mfc="white", mec="black", mew=0.6, ls="")
     ax.set(yticks=range(len(rows)), yticklabels=[f"{title_of(matrix, v)}, {'learned base' if b else 'N(0, I)'}" for v, b in rows], ylim=(len(rows) - 0.4, -0.6),
            xlabel="divergence of the latent from the base (nats a channel)")
+    ax.text(1.02, 1.0, "mean", va="bottom", fontsize=7, transform=ax.transAxes)
     ax.grid(False, axis="y")
-    ax.margins(x=0.12)
+    ax.margins(x=0.05)
 
 # %% ../nbs/12c_figures.ipynb #07ee294f
 @figure("F2", "Is the latent of normal images N(0, I)?", "latents.npz")
@@ -375,8 +382,8 @@ def latent_normality(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
     from matplotlib.patches import Patch
 
     groups, shown = by_variant(runs), representative(runs)
-    fig = canvas(5.6)
-    upper, lower = fig.subfigures(2, 1, height_ratios=[3.75, 1.85])
+    fig = canvas(5.8)
+    upper, lower = fig.subfigures(2, 1, height_ratios=[3.75, 2.05])
     axes = upper.subplots(2, len(shown), squeeze=False, sharex="row", sharey="row", height_ratios=[1, 1.1])
     for (variant, run), first, second in zip(shown.items(), *axes):
         draw_moments(first, run["file"])
@@ -390,12 +397,14 @@ def latent_normality(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
              Line2D([], [], color="C1", marker="o", mfc="none", ls="--", label="learned base")]
     upper.legend(handles=[*levels, Patch(color="0.78", label="sampled latents"), *bases], loc="outside lower center", ncols=6)
     one, categories = next(iter(shown.values()))["config"], list(dict.fromkeys(r["config"]["category"] for r in runs))
-    marks = f" (marker by category: {', '.join(categories)})" if 1 < len(categories) <= len(MARKERS) else ""
+    dots = [Line2D([], [], color="black", marker=m, mfc="white", mew=0.6, ls="", label=f"a run, {c.replace('_', ' ')}") for c, m in zip(categories, MARKERS)]
+    lower.legend(handles=[Patch(color="0.78", label="mean, N(0, I)"), Patch(fc="C1", ec="white", hatch="////", label="mean, learned base"),
+                          *(dots if len(categories) <= len(MARKERS) else [])], loc="outside lower center", ncols=6)
     return fig, (f"Top: mean and variance of every channel over the normal test images and all positions, and those of the learned base; "
                  f"{one['category']}, seed {one['seed']}. "
                  "Middle: densities of the channels of the middle level that are closest to N(0, 1), in the middle, and furthest, "
                  "values beyond ±4.5 in the outer bins. "
-                 f"Bottom: divergence from N(0, I) and from the learned base, bars the mean over all runs, dots the runs{marks}. Protocol: last epoch.")
+                 f"Bottom: divergence from N(0, I) and from the learned base, bars and the numbers at the right the mean over all runs, dots the runs. Protocol: last epoch.")
 
 # %% ../nbs/12c_figures.ipynb #5dd5f061
 def pictures_of(runs: list[dict]) -> dict[tuple, tuple[dict, int]]:
@@ -531,7 +540,7 @@ def likelihood_values(runs: list[dict]) -> pd.DataFrame | None:
 
 # %% ../nbs/12c_figures.ipynb #60efa921
 def draw_shares(ax: Axes, table: pd.DataFrame, sign: int = 1) -> None:
-    "Normal against anomalous, as shares, with their overlap and AUROC above; `sign` −1 draws the negative of the values."
+    "Normal against anomalous, as shares, with their numbers in the panel, overlap and AUROC above; `sign` −1 draws the negative of the values."
     normal, anomalous, edges = shares(sign * table["value"].to_numpy(float), table["label"].to_numpy())
     ax.stairs(normal, edges, fill=True, color="C0", alpha=0.45, gid="normal", label="normal")
     ax.stairs(normal, edges, color="C0", lw=0.9)
@@ -539,15 +548,15 @@ def draw_shares(ax: Axes, table: pd.DataFrame, sign: int = 1) -> None:
     pooled, each = separation(table.assign(category="all")), separation(table)
     told = f"overlap {np.minimum(normal, anomalous).sum():.2f}, AUROC {pooled.iloc[0]:.3f}" if len(pooled) else "one kind only: no AUROC"
     ax.set_title(told + (f"; mean of categories {each.mean():.3f}" if len(each) > 1 else ""), fontsize=7, loc="left")
+    count, at = np.bincount(table["label"], minlength=2), 0.98 if sign > 0 else 0.02  # where the tail of the anomalous ones is
+    ax.text(at, 0.95, f"{count[0]} normal\n{count[1]} anomalous", transform=ax.transAxes, ha="right" if sign > 0 else "left", va="top", fontsize=7)
 
 
-def draw_categories(ax: Axes, each: dict[str, pd.Series], matrix: dict) -> None:
-    "AUROC of each category, one mark a method, joined by a line."
-    table = pd.DataFrame(each)
-    if table.empty:
-        ax.text(0.5, 0.55, "no category has both kinds", transform=ax.transAxes, ha="center", fontsize=7)
-        ax.set_xticks([])
-        return
+def draw_categories(ax: Axes, each: dict[str, pd.Series], categories: list[str], matrix: dict) -> None:
+    "AUROC of each category, one mark a method, joined by a line; an empty place, which says so, for a category that lacks a kind."
+    table = pd.DataFrame(each, index=categories)
+    for k in np.flatnonzero(table.isna().all(axis=1)):
+        ax.text(k, 0.5, "one kind only", transform=ax.get_xaxis_transform(), rotation=90, ha="center", va="center", color=GREY, fontsize=7)
     x = np.arange(len(table))
     ax.vlines(x, table.min(axis=1), table.max(axis=1), color="0.7", lw=1.2, zorder=1)
     for variant, look in zip(table, LOOKS):
@@ -572,6 +581,7 @@ def homogeneous_mapping(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
     upper, lower = fig.subfigures(2, 1, height_ratios=[3.7, 2.0] if kept else [2.0, 2.0])
     axes = upper.subplots(1 + kept, len(groups), squeeze=False, sharey="row")
     bottom = lower.subplots(1, 1 + kept, squeeze=False, sharey=True)[0]
+    categories = sorted({str(c) for own in found.values() for t in own if t is not None for c in t["category"]})
     for n, (row, below, name, unit) in enumerate(zip(axes, bottom, ("image score", "log-likelihood of a position"), ("", " (nats a channel)"))):
         for ax, (variant, tables) in zip(row, found.items()):
             if tables[n] is None:
@@ -580,7 +590,7 @@ def homogeneous_mapping(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
             draw_shares(ax, tables[n], -1 if n else 1)
             ax.set_xlabel(f"{title_of(matrix, variant)}: {name}{unit}")
         row[0].set_ylabel(f"share of {'positions' if n else 'images'}")
-        draw_categories(below, {v: separation(t[n]) for v, t in found.items() if t[n] is not None}, matrix)
+        draw_categories(below, {v: separation(t[n]) for v, t in found.items() if t[n] is not None}, categories, matrix)
         below.set_title(name, loc="left", fontsize=7)
     bottom[0].set_ylabel("AUROC of a category")
     upper.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
@@ -596,7 +606,7 @@ def homogeneous_words(runs: list[dict], kept: bool) -> str:
               "without log-determinant: normal ones from normal images, anomalous ones where the mask covers most of the position."
               ) if kept else " No run kept its latents: log-likelihoods are not shown."
     return (f"Top: image scores of all categories together, as shares of the normal and of the anomalous images.{middle} Overlap: what two histograms share. "
-            f"Bottom: AUROC of each category by itself.{told} Histograms pool the seeds, AUROCs are means over them; protocol: last epoch.")
+            f"Bottom: AUROC of each category by itself; the place of one without a normal or an anomalous {'position' if kept else 'image'} stays empty.{told} Histograms pool the seeds, AUROCs are means over them; protocol: last epoch.")
 
 # %% ../nbs/12c_figures.ipynb #95e3178d
 def pca(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,10 +14,11 @@ from flowrepro import figures
 from flowrepro.figures import FIGURES
 from flowrepro.matrix import load_matrix, run_folder
 from flowrepro.metrics import auroc
-from flowrepro.reports import read_runs
+from flowrepro.reports import hardest, loss_words, outputs_section, read_runs, thresholds
 
 MATRIX = load_matrix()
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "nbs/experiments"
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = ROOT / "nbs/experiments"
 TOYS = ("biscuit", "bolt", "speckle", "weave")
 CHANNELS, EPOCHS = 8, [0, 2, 4, 6]
 
@@ -193,7 +194,22 @@ def test_F1_draws_the_history(tmp_path):
             np.testing.assert_allclose(line.get_ydata(), history[metric])
     for gap in artists(figure, "gap-"):
         np.testing.assert_allclose(gap.get_ydata(), (0.97, 0.8))
-    assert texts(figure).count("−0.170") == 4
+    assert texts(figure).count("−0.170") == 4 and figure.caption.count("−0.170 and −0.170") == 2
+    assert not [t for ax in figure.drawing.axes for t in ax.get_xticklabels() if "0.170" in t.get_text()], "no tick of an axis"
+
+
+def test_F1_as_committed():
+    "Its caption holds the numbers of the committed runs."
+    runs = read_runs(ROOT / "results/ablations")
+    caption = (ROOT / "results/real/figures/F1.md").read_text()
+    assert caption == FIGURES["F1"](runs, MATRIX, "real").caption + "\n"
+    for category in ("bolt", "weave"):
+        for metric, name in (("image_auroc", "image AUROC"), ("pixel_auroc", "pixel AUROC")):
+            gaps = []
+            for variant in ("fastflow-published", "fastflow-altub-published"):
+                each = [pd.read_csv(ROOT / f"results/ablations/{variant}-toy-{category}-demo-{seed}/history.csv")[metric].dropna() for seed in range(3)]
+                gaps.append(f"{np.mean([h.iloc[-1] - h.max() for h in each]):.3f}".replace("-", "−"))
+            assert f"{category} {name} {' and '.join(gaps)}" in caption
 
 
 def test_F1_seeds_and_their_mean(tmp_path):
@@ -230,6 +246,9 @@ def test_F2_moments_and_bars(tmp_path):
     bars = artists(figure, "bar-")
     assert len(bars) == 6, "N(0, I) for four methods, the learned base for two"
     assert np.isclose(next(b for b in bars if b.get_gid() == "bar-0").get_width(), np.mean(kl), rtol=1e-5)
+    shown = [t for ax in figure.drawing.axes for t in ax.texts if t.get_text() == f"{np.mean(kl):.3f}"]
+    assert shown and all(t.get_position()[0] > 1 for t in shown), "the mean stands outside the axes, at no run's marker"
+    assert {"a run, bolt", "a run, weave", "mean, N(0, I)"} <= set(texts(figure).split("\n"))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (CHANNELS,), (CHANNELS, 1, 1), (CHANNELS, 3, 2)])
@@ -285,6 +304,19 @@ def test_F4_tells_overlap_and_auroc(tmp_path):
         assert f"AUROC {auroc(table['score'], table['label']):.3f}; mean of categories {each:.3f}" in texts(figure)
     points = {a.get_gid(): a.get_ydata() for a in artists(figure, "auroc-")}
     assert len(points) == 2 and all(len(v) == 4 for v in points.values())
+
+
+def test_F4_tells_how_many(tmp_path):
+    "The numbers of images and positions in the panels; a category without anomalous positions has a place that says so."
+    runs = make_runs(tmp_path, "F4")
+    for run in runs:
+        arrays = dict(np.load(run["path"] / "latents.npz"))
+        np.savez(run["path"] / "latents.npz", **arrays | {"defective": arrays["defective"] & (arrays["category"] != "bolt")})
+    figure = FIGURES["F4"](runs, MATRIX, "demo")
+    assert texts(figure).count("40 normal\n40 anomalous") == 2 and texts(figure).count("60 normal\n36 anomalous") == 2
+    assert texts(figure).count("one kind only") == 1 and texts(figure).count("bolt") == 2
+    points = {a.axes: np.isnan(a.get_ydata()).tolist() for a in artists(figure, "auroc-")}
+    assert sorted(points.values()) == [[False] * 4, [False, True, False, False]]
 
 
 def test_F4_without_latents(tmp_path):
@@ -390,3 +422,33 @@ def test_import_needs_no_drawing_library():
     "`import flowrepro.figures` loads neither matplotlib nor scikit-learn."
     code = "import sys, flowrepro.figures; print(sorted({'matplotlib', 'seaborn', 'sklearn'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_report_shows_captions_and_what_is_missing(tmp_path):
+    "Bold and code are rendered; a figure that is not drawn keeps its place, with its caption and the commands."
+    FIGURES["F1"](make_runs(tmp_path / "runs", "F1"), MATRIX, "demo").save(tmp_path / "figures")
+    FIGURES["F2"]([], MATRIX, "real").save(tmp_path / "figures")
+    page = outputs_section(tmp_path)
+    assert page.count("<img") == 1 and "<b>F1. Does the last epoch keep what the best one had?</b>" in page and "**" not in page and "```" not in page
+    missing = page[page.index("<section id=F2>"):]
+    assert "<h3>F2</h3><p class='note'><b>F2. Is the latent of normal images N(0, I)?</b> Not drawn at preset real" in missing
+    assert "<code>DATA</code>" in missing and "<pre>mkdir -p runs/reproduce/fastflow-mvtec-bottle-real-0 &amp;&amp; papermill" in missing and "-p data_root DATA/mvtec_ad" in missing
+
+
+def test_loss_is_called_what_it_is():
+    "Every method has its own, as it is trained."
+    words = lambda method, **detector: " ".join(loss_words({"method": method, "settings": {"detector": detector}}))
+    assert words("fastflow") == "−log-likelihood (nats an image) sum over levels" and "log σ" in words("cflow") and "nats" not in words("cflow")
+    assert "HGAD" in words("hgad", base="hierarchical", joint=True) and "sum" in words("hgad", base="hierarchical", joint=True)
+    assert words("hgad", base="standard", joint=False) == "−log-likelihood (nats a dimension) mean over levels"
+
+
+def test_hardest_of_every_category():
+    "Each category has its own threshold; failures from the furthest, successes from the nearest on; a single kind has no failures."
+    table = pd.DataFrame({"category": [*"aaaaaabbbbc"], "label": [0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 0], "score": [1, 2, 7, 3, 6, 9, 10, 20, 30, 5, 0.0]})
+    assert thresholds(table).tolist() == [3.0] * 6 + [30.0] * 4 + [np.inf]
+    groups = hardest(table, 9)
+    assert list(groups) == ["failures: missed", "failures: false alarms", "successes: just found", "successes: just passed"]
+    assert sorted(i for rows in groups.values() for i in rows) == list(range(11))
+    assert groups["failures: missed"] == [9] and groups["failures: false alarms"] == [2] and groups["successes: just found"] == [3, 8, 4, 5]
+    assert groups["successes: just passed"] == [1, 0, 7, 6, 10]
