@@ -54,19 +54,86 @@ def broken(change) -> dict:
     return m
 
 
-@pytest.mark.parametrize("change, named", [
-    (lambda m: m["variants"]["hgad"].update(overides={}), "did you mean 'overrides'"),
-    (lambda m: m["outputs"]["T1"].update(role="frist"), "did you mean 'first'"),
-    (lambda m: m["outputs"]["T1"]["variants"].append("fastflo"), "did you mean 'fastflow"),
-    (lambda m: m["presets"]["demo"].update(unifed=[]), "did you mean 'unified'"),
-    (lambda m: m.update(variant={}), "did you mean 'variants'"),
-], ids=["variant", "role", "name", "preset", "section"])
+def put(*keys, value):
+    "A change of a matrix: the value at some keys."
+    def change(m):
+        for k in keys[:-1]:
+            m = m[k]
+        m[keys[-1]] = value
+    return change
+
+
+def drop(*keys):
+    "A change of a matrix: without the value at some keys."
+    def change(m):
+        for k in keys[:-1]:
+            m = m[k]
+        del m[keys[-1]]
+    return change
+
+
+MISSPELT = {
+    "section": (put("variant", value={}), "did you mean 'variants'"),
+    "section empty": (put("variants", value=None), "variants: must be a mapping"),
+    "variant": (put("variants", "hgad", "overides", value={}), "variants: hgad: .*did you mean 'overrides'"),
+    "variant empty": (put("variants", "cflow", value=None), "variants: cflow: must be a mapping with title, method"),
+    "variant name": (put("variants", 1, value={"title": "x", "method": "cflow"}), "variants: must be names"),
+    "no title": (drop("variants", "cflow", "title"), "variants: cflow: title is missing"),
+    "no method": (drop("variants", "cflow", "method"), "variants: cflow: method is missing"),
+    "title": (put("variants", "cflow", "title", value=3), "cflow: title: must be a text"),
+    "method": (put("variants", "cflow", "method", value="cflw"), "cflow: method: 'cflw' is unknown; did you mean 'cflow'"),
+    "altub": (put("variants", "cflow-altub", "altub", value="yess"), "cflow-altub: altub: must be true or false, not 'yess'"),
+    "overrides": (put("variants", "cflow", "overrides", value=["epochs"]), "cflow: overrides: must be a mapping"),
+    "setting": (put("variants", "altub-mean", "overrides", value={"sclae": False}), "altub-mean: overrides: override 'sclae' is unknown: .*scale"),
+    "setting of none": (put("variants", "new", value={"title": "x", "method": "hgad", "overrides": {"centrs": 2}}), "new: overrides: override 'centrs' is unknown: centres"),
+    "value": (put("variants", "cflow", "overrides", value={"epochs": "many"}), "variants: cflow: overrides"),
+    "role": (put("outputs", "T1", "role", value="frist"), "did you mean 'first'"),
+    "no role": (drop("outputs", "T1", "role"), "outputs: T1: role is missing"),
+    "name": (lambda m: m["outputs"]["T1"]["variants"].append("fastflo"), "did you mean 'fastflow"),
+    "no variants": (drop("outputs", "T1", "variants"), "outputs: T1: variants is missing"),
+    "variants": (put("outputs", "T1", "variants", value="hgad"), "T1: variants: must be a list"),
+    "notebook": (put("outputs", "T1", "notebook", value="altub_table"), "T1: notebook: 'altub_table' is unknown; did you mean 'altub_tables'"),
+    "run notebook": (put("outputs", "T1", "notebook", value="run"), "T1: notebook: 'run' is unknown; allowed: ablations, "),
+    "preset": (put("presets", "demo", "unifed", value=[]), "did you mean 'unified'"),
+    "no seeds": (drop("presets", "demo", "seeds"), "presets: demo: seeds is missing"),
+    "seeds": (put("presets", "demo", "seeds", value="one"), "demo: seeds: must be a whole number from 1, not 'one'"),
+    "no seed": (put("presets", "demo", "seeds", value=0), "demo: seeds: must be a whole number"),
+    "run preset": (put("presets", "dmo", value={"seeds": 1, "first": ["toy/weave"]}), "dmo: first: preset: 'dmo' is unknown; did you mean 'demo'"),
+    "role's key": (put("presets", "real", "ablation", value={"data": ["toy/weave"], "prset": "demo"}), "real: ablation: 'prset' is unknown; did you mean 'preset'"),
+    "role's data": (put("presets", "real", "ablation", value={"dta": ["toy/weave"], "preset": "demo"}), "real: ablation: 'dta' is unknown; did you mean 'data'"),
+    "role without data": (put("presets", "real", "ablation", value={"preset": "demo"}), "real: ablation: data is missing"),
+    "role's preset": (put("presets", "real", "ablation", value={"data": ["toy/weave"], "preset": "dmo"}), "ablation: preset: 'dmo' is unknown; did you mean 'demo'"),
+    "role's form": (put("presets", "demo", "second", value="toy/bolt"), "demo: second: must be a list"),
+    "no category": (put("presets", "demo", "second", value=["toy"]), "demo: second: must be DATASET/CATEGORY.*not 'toy'"),
+    "data set": (put("presets", "demo", "second", value=["toyy/bolt"]), "second: 'toyy' is unknown; did you mean 'toy'"),
+    "part": (put("presets", "real", "unified", value=["mvtec+vsa/all"]), "unified: 'vsa' is unknown; did you mean 'visa'"),
+    "category": (put("presets", "demo", "second", value=["toy/blt"]), "second: 'blt' is unknown; did you mean 'bolt'"),
+    "union": (put("presets", "real", "unified", value=["mvtec+visa/each"]), "unified: must be mvtec.visa/all"),
+    "pattern": (put("presets", "smoke", "overrides", value={"altub-epoch": {"altub.every": 2}}), "smoke: overrides: 'altub-epoch' is unknown; did you mean 'altub-epochs'"),
+    "one pattern": (put("presets", "smoke", "overrides", value={"cflow* hgda*": {"epochs": 2}}), "smoke: overrides: 'hgda\\*' is unknown"),
+    "pattern's setting": (put("presets", "smoke", "overrides", value={"cflow*": {"epoch": 2}}), "cflow: overrides, with those of presets: smoke: override 'epoch' is unknown: .*epochs"),
+    "pattern empty": (put("presets", "smoke", "overrides", value={"cflow*": None}), "smoke: overrides: cflow.: must be a mapping"),
+}
+
+
+@pytest.mark.parametrize("change, named", MISSPELT.values(), ids=MISSPELT)
 def test_misspelt(tmp_path, change, named):
     path = tmp_path / "experiments.yml"
     path.write_text(yaml.safe_dump(broken(change)))
     with pytest.raises(MatrixError, match=named) as error:
         load_matrix(path)
     assert str(path) in str(error.value)
+
+
+def test_what_one_preset_allows(tmp_path):
+    "Settings that only the preset that runs a variant takes, a preset of another name, and a variant that nothing runs."
+    path, m = tmp_path / "experiments.yml", copy.deepcopy(M)
+    m["variants"]["cflow-copies"] = {"title": "four copies", "method": "cflow", "overrides": {"features.copies": 4}}  # paper's preset alone rotates
+    m["outputs"] = {"T2": {"notebook": "altub_tables", "role": "second", "variants": ["cflow-copies"]}}
+    m["presets"] = {"paper": {"seeds": 1, "second": ["mvtec/own"]}, "mine": {"seeds": 1, "first": {"data": ["toy/each"], "preset": "demo"}}}
+    path.write_text(yaml.safe_dump(m))
+    (job,) = jobs_of(load_matrix(path), "paper", find_roots(None))
+    assert job.missing == ["mvtec"]
 
 
 @pytest.mark.parametrize("text", ["a: [", "a list", ""], ids=["yaml", "text", "empty"])
