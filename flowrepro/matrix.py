@@ -7,9 +7,8 @@ Docs: https://flowrepro.github.io/flowrepro/matrix.html.md"""
 # %% auto #0
 __all__ = ['HERE', 'MATRIX', 'ROLES', 'KEYS', 'REQUIRED', 'FOLDERS', 'MatrixError', 'refuse', 'demand', 'one_of', 'check_keys',
            'is_text', 'is_list', 'check_variant', 'check_output', 'check_preset', 'check_role', 'check_data',
-           'check_variants', 'check_matrix', 'load_matrix', 'find_roots', 'Job', 'run_folder', 'role_of',
-           'categories_of', 'data_of', 'parameters_of', 'jobs_of', 'variant_of', 'belongs', 'select', 'papermill_line',
-           'chosen']
+           'find_roots', 'Job', 'run_folder', 'role_of', 'categories_of', 'data_of', 'parameters_of', 'check_variants',
+           'check_matrix', 'load_matrix', 'jobs_of', 'variant_of', 'belongs', 'select', 'papermill_line', 'chosen']
 
 # %% ../nbs/11a_matrix.ipynb #0e87a206
 import difflib
@@ -125,59 +124,6 @@ def check_data(data: str, where: str) -> None:
         one_of(category, ("all", "each", *TOY), where)
     demand(len(sets) == 1 or category == "all", where, data, f"{names}/all: a union is one model")
 
-
-def check_variants(matrix: dict, path: Path) -> None:
-    "MatrixError for settings that `configure` refuses at a preset that runs them (at smoke, if none does)."
-    from flowrepro.runs import configure
-
-    uses = {}  # (variant, preset, the preset of the run): data
-    for preset, entry in matrix["presets"].items():
-        for output in matrix["outputs"].values():
-            data, own = role_of(matrix, preset, output["role"])
-            uses |= {(variant, preset, own): data[0] for variant in output["variants"] if data}
-    uses |= {(variant, None, "smoke"): (["toy"], "weave") for variant in matrix["variants"] if variant not in {use[0] for use in uses}}
-    for (variant, preset, own), (sets, category) in uses.items():
-        given = dict(dataset=data_of(sets, {})[0], data_root="somewhere", category=category, preset=own)
-        try:
-            configure(parameters_of(matrix, variant, preset) | given)
-        except (ValueError, TypeError) as error:
-            changed = preset and parameters_of(matrix, variant, preset) != parameters_of(matrix, variant)
-            where = f"variants: {variant}: overrides" + (f", with those of presets: {preset}" if changed else "")
-            raise MatrixError(f"{path}: {where}: {error}") from error
-
-# %% ../nbs/11a_matrix.ipynb #32e17662
-def check_matrix(matrix: dict, path: Path) -> None:
-    "MatrixError at the first word that is out of place."
-    for section in matrix:
-        one_of(section, KEYS, str(path))
-    for section, allowed in KEYS.items():
-        demand(isinstance(matrix[section], dict), f"{path}: {section}", matrix[section], "a mapping of names")
-        for name, entry in matrix[section].items():
-            demand(is_text(name), f"{path}: {section}", name, "names; write it in quotes")
-            check_keys(entry, allowed, REQUIRED[section], f"{path}: {section}: {name}")
-    for name, entry in matrix["variants"].items():
-        check_variant(entry, f"{path}: variants: {name}")
-    for name, entry in matrix["outputs"].items():
-        check_output(entry, matrix["variants"], f"{path}: outputs: {name}")
-    for name, entry in matrix["presets"].items():
-        check_preset(entry, name, matrix["variants"], f"{path}: presets: {name}")
-    check_variants(matrix, path)
-
-# %% ../nbs/11a_matrix.ipynb #1e9be0c6
-def load_matrix(path: str | Path | None = None) -> dict:
-    "The checked content of a matrix file; the package's own by default."
-    import yaml
-
-    path = Path(path or MATRIX)
-    try:
-        matrix = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise MatrixError(f"{path}: cannot be read ({error}); give a YAML file such as {MATRIX.name}") from error
-    if not isinstance(matrix, dict) or KEYS.keys() - matrix.keys():
-        raise MatrixError(f"{path}: must have the keys {', '.join(KEYS)}")
-    check_matrix(matrix, path)
-    return matrix
-
 # %% ../nbs/11a_matrix.ipynb #dfeabf3a
 def find_roots(data_root: str | Path | None) -> dict[str, str | None]:
     "The folder of each data set found in `data_root`; toy needs none. DataError if the folder does not exist."
@@ -244,6 +190,59 @@ def parameters_of(matrix: dict, variant: str, preset: str | None = None) -> dict
         if any(fnmatch.fnmatch(variant, n) for n in names.split()):
             changed |= overrides
     return {"method": entry["method"], "altub": entry.get("altub", False), "overrides": entry.get("overrides", {}) | changed}
+
+# %% ../nbs/11a_matrix.ipynb #32e17663
+def check_variants(matrix: dict, path: Path) -> None:
+    "MatrixError for settings that `configure` refuses at a preset that runs them (at smoke, if none does)."
+    from flowrepro.runs import configure
+
+    uses = {}  # (variant, preset, the preset of the run): data
+    for preset, entry in matrix["presets"].items():
+        for output in matrix["outputs"].values():
+            data, own = role_of(matrix, preset, output["role"])
+            uses |= {(variant, preset, own): data[0] for variant in output["variants"] if data}
+    uses |= {(variant, None, "smoke"): (["toy"], "weave") for variant in matrix["variants"] if variant not in {use[0] for use in uses}}
+    for (variant, preset, own), (sets, category) in uses.items():
+        given = dict(dataset=data_of(sets, {})[0], data_root="somewhere", category=category, preset=own)
+        try:
+            configure(parameters_of(matrix, variant, preset) | given)
+        except (ValueError, TypeError) as error:
+            changed = preset and parameters_of(matrix, variant, preset) != parameters_of(matrix, variant)
+            where = f"variants: {variant}: overrides" + (f", with those of presets: {preset}" if changed else "")
+            raise MatrixError(f"{path}: {where}: {error}") from error
+
+# %% ../nbs/11a_matrix.ipynb #32e17662
+def check_matrix(matrix: dict, path: Path) -> None:
+    "MatrixError at the first word that is out of place."
+    for section in matrix:
+        one_of(section, KEYS, str(path))
+    for section, allowed in KEYS.items():
+        demand(isinstance(matrix[section], dict), f"{path}: {section}", matrix[section], "a mapping of names")
+        for name, entry in matrix[section].items():
+            demand(is_text(name), f"{path}: {section}", name, "names; write it in quotes")
+            check_keys(entry, allowed, REQUIRED[section], f"{path}: {section}: {name}")
+    for name, entry in matrix["variants"].items():
+        check_variant(entry, f"{path}: variants: {name}")
+    for name, entry in matrix["outputs"].items():
+        check_output(entry, matrix["variants"], f"{path}: outputs: {name}")
+    for name, entry in matrix["presets"].items():
+        check_preset(entry, name, matrix["variants"], f"{path}: presets: {name}")
+    check_variants(matrix, path)
+
+# %% ../nbs/11a_matrix.ipynb #1e9be0c6
+def load_matrix(path: str | Path | None = None) -> dict:
+    "The checked content of a matrix file; the package's own by default."
+    import yaml
+
+    path = Path(path or MATRIX)
+    try:
+        matrix = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise MatrixError(f"{path}: cannot be read ({error}); give a YAML file such as {MATRIX.name}") from error
+    if not isinstance(matrix, dict) or KEYS.keys() - matrix.keys():
+        raise MatrixError(f"{path}: must have the keys {', '.join(KEYS)}")
+    check_matrix(matrix, path)
+    return matrix
 
 # %% ../nbs/11a_matrix.ipynb #b08dee1c
 def jobs_of(
