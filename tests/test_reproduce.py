@@ -32,7 +32,7 @@ def write_matrix(top: Path, **changes) -> Path:
     m = load_matrix()
     m["variants"] = {k: v | {"overrides": changes.get(k, {})} for k, v in TINY.items()}
     m["outputs"] = {name: {"notebook": f"altub_{kind}", "role": "first", "variants": list(TINY)} for name, kind in (("F3", "figures"), ("T1", "tables"))}
-    m["presets"] = {"smoke": {"seeds": 1, "first": ["toy/weave"]}}
+    m["presets"] = {"smoke": {"seeds": 1, "first": ["toy/weave"]}, "real": {"seeds": 1, "first": ["toy/weave"]}}
     (top / "matrix.yml").write_text(yaml.safe_dump(m))
     return top / "matrix.yml"
 
@@ -76,6 +76,75 @@ def test_report_holds_every_output(folder):
         assert f'href="{name}/run.ipynb"' in page and f'href="{name}/config.json"' in page and (folder / "out" / name / "run.ipynb").exists()
 
 
+CLONE = Path(R.__file__).parent
+
+
+@pytest.fixture
+def clone(tmp_path):
+    "A copy of the package in another place, and an environment that takes it."
+    shutil.copytree(CLONE, tmp_path / "clone/flowrepro", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "clone/flowrepro", {"PYTHONPATH": str(tmp_path / "clone")}
+
+
+def planned(done: subprocess.CompletedProcess) -> set[str]:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {line.strip() for line in done.stdout.splitlines() if line.startswith("  ")}
+
+
+def edit(path: Path) -> None:
+    "Change a file, which then is older than any run."
+    path.write_text(path.read_text() + "\n")
+    os.utime(path, (10**9, 10**9))
+
+
+def test_content_decides_not_dates(folder, clone):
+    "The same content in another clone is nothing new; an edited module or notebook, dated back, redoes exactly what depends on it."
+    write_matrix(folder)
+    top, env = clone
+    assert go(folder).returncode == 0
+    dates = lambda: {p.stem: p.stat().st_mtime_ns for p in folder.glob("out/notebooks/*.done")}
+    runs, drawn = stamps(folder), dates()
+    again = go(folder, env=env)
+    assert again.returncode == 0 and "nothing to do" in again.stdout and dates() == drawn, again.stdout + again.stderr
+    edit(top / "tables.py")
+    assert go(folder, env=env).returncode == 0
+    assert stamps(folder) == runs and {n for n, t in dates().items() if t != drawn[n]} == {"altub_tables"}
+    edit(top / "altub.py")
+    assert planned(go(folder, "--dry-run", env=env)) == {"fastflow-altub-toy-weave-smoke-0"}
+    edit(top / "experiments/run.ipynb")
+    assert planned(go(folder, "--dry-run", env=env)) == RUNS
+
+
+def with_second(top: Path, data: str) -> None:
+    "A matrix whose T2 needs other data."
+    m = yaml.safe_load(write_matrix(top).read_text())
+    m["outputs"]["T2"] = {"notebook": "altub_tables", "role": "second", "variants": list(TINY)}
+    m["presets"]["smoke"]["second"] = [data]
+    (top / "matrix.yml").write_text(yaml.safe_dump(m))
+
+
+def test_missing_data_are_no_success(folder):
+    "What can be done is done, what is missing is named at the end, and the exit code is 1, also when nothing is left to do."
+    with_second(folder, "mvtec/bottle")
+    for done in (go(folder), go(folder)):
+        assert done.returncode == 1 and RUNS <= stamps(folder).keys() and "every run is there" not in done.stdout, done.stdout + done.stderr
+        assert done.stdout.count("missing data: mvtec, so 2 runs cannot be made; put it in the data root (--data-root) as mvtec/") == 2  # before and after the work
+    assert "nothing to do: every run whose data are here is there" in done.stdout
+
+
+@pytest.mark.parametrize("root", [None, "empty"])
+def test_no_data_at_all(tmp_path, root):
+    "Without any run an error before any work, whether there is no data root or one without the data sets; toy data need none."
+    with_second(tmp_path, "mvtec+visa/all")
+    (tmp_path / "empty").mkdir()
+    more = ["--data-root", root] if root else []
+    done = go(tmp_path, "--only", "T2", *more)
+    assert done.returncode == 2 and f"data root{f' {root}:' if root else ','}" in done.stderr and "give --data-root, the folder that holds mvtec/, visa/" in done.stderr
+    assert "nothing to do" not in done.stdout and not (tmp_path / "out").exists()
+    assert go(tmp_path, "--only", "T1", "--dry-run", *more).returncode == 0
+    assert not any(R.make_plan(p, tmp_path / "empty" if root else None)["missing"] for p in ("smoke", "demo"))
+
+
 def test_planted_failure(tmp_path):
     "One run fails: the other finishes, the failed one is named with its executed notebook, the exit code is 1; mended, only it is run."
     write_matrix(tmp_path, fastflow={"lr": 1e30})
@@ -116,12 +185,20 @@ def test_interrupted_goes_on(tmp_path, sign):
 
 @pytest.mark.parametrize("more, named", [
     (["--only", "F33"], "did you mean 'F3'"), (["--preset", "smok"], "did you mean 'smoke'"), (["--data-root", "nowhere"], "no such folder"), (["--seeds", "0"], "at least 1"),
-    (["--cluster", "slrum", "--dry-run"], "slurm"),
+    (["--cluster", "slrum", "--dry-run"], "slurm"), (["--cluster", "local"], "slurm"), (["--jobs", "0"], "jobs 0: at least 1"), (["--jobs", "-2"], "jobs -2: at least 1"),
+    (["--out", "/proc/x"], "--out /proc/x: nothing can be written there"), (["--out", "matrix.yml"], "--out matrix.yml: nothing can be written there"),
 ])
 def test_bad_input(folder, more, named):
     "Named before any work, with exit code 2."
     done = go(folder, *more)
     assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("given", ["two", "-1", ""])
+def test_gpus_that_are_no_number(monkeypatch, given):
+    monkeypatch.setenv("FLOWREPRO_GPUS", given)
+    with pytest.raises(ValueError, match=f"FLOWREPRO_GPUS='{given}': must be a whole number"):
+        R.reproduce("smoke", dry_run=True)
 
 
 def test_inputs_follow_the_method():
@@ -149,16 +226,59 @@ def test_each_job_its_own_gpu(tmp_path, monkeypatch):
         assert not any(a is not b and a[0] == b[0] and a[2] < b[3] and b[2] < a[3] for b in held)
 
 
+def write_past(folder: Path, seconds: float, device: str = "cpu", overrides: dict | None = None, method: str = "fastflow", preset: str = "demo") -> None:
+    "A finished run's `metrics.json`, as far as estimates read it."
+    folder.mkdir(parents=True)
+    timing = {"features_s": 0.0, "train_s": seconds - R.OVERHEAD, "evaluate_s": 0.0}
+    content = {"config": {"method": method, "preset": preset, "overrides": overrides or {}}, "timing": timing, "environment": {"device": device}}
+    (folder / "metrics.json").write_text(json.dumps(content))
+
+
 def test_past_seconds_of_the_same_device(tmp_path):
     "What a GPU took says nothing about a CPU; of the seeds of a run the fewest count."
-    for device, seed, seconds in (("cpu", 0, 70.0), ("cpu", 1, 40.0), ("cpu", 2, 60.0), ("cuda", 0, 2.0)):
-        (tmp_path / device / f"fastflow-toy-weave-demo-{seed}").mkdir(parents=True)
-        timing = {"features_s": 0.0, "train_s": seconds, "evaluate_s": 0.0}
-        content = {"config": {"method": "fastflow", "preset": "demo"}, "timing": timing, "environment": {"device": device}}
-        (tmp_path / device / f"fastflow-toy-weave-demo-{seed}/metrics.json").write_text(json.dumps(content))
-    took = [R.past_seconds([tmp_path], d)["fastflow-toy-weave-demo"] - R.OVERHEAD for d in ("cpu", "cuda")]
-    assert R.past_seconds([tmp_path])["fastflow demo"] - R.OVERHEAD == 60.0  # the median of a method, the fewest of a run
-    assert took == [40.0, 2.0] and R.past_seconds([tmp_path]) == R.past_seconds([tmp_path], "cpu")
+    for device, seed, seconds in (("cpu", 0, 70.0), ("cpu", 1, 40.0), ("cpu", 2, 60.0), ("cuda", 0, 12.0)):
+        write_past(tmp_path / device / f"fastflow-toy-weave-demo-{seed}", seconds, device)
+    took = [R.past_seconds([tmp_path], d)["fastflow-toy-weave-demo", "{}"] for d in ("cpu", "cuda")]
+    assert R.past_seconds([tmp_path])["fastflow demo", "{}"] == 60.0  # the median of a method, the fewest of a run
+    assert took == [40.0, 12.0] and R.past_seconds([tmp_path]) == R.past_seconds([tmp_path], "cpu")
+
+
+def test_only_runs_as_long_stand_in(tmp_path):
+    "A run that was cut short says nothing of a whole one, and the other way round; where features are cached does not matter."
+    plan = R.make_plan("demo", only=["T1", "T4", "T9"], out=tmp_path / "out")
+    plain, ablation, hgad = "fastflow-toy-weave-demo-0", "altub-every-2-toy-weave-demo-0", "hgad-toy-all-demo-0"
+    write_past(tmp_path / "a/fastflow-toy-bolt-demo-0", 50.0, overrides={"features": {"cache": "elsewhere"}})
+    write_past(tmp_path / "a/short", 10.0, overrides={"schedule": {"epochs": 1}, "evaluations": 1})
+    write_past(tmp_path / "a/hgad-toy-all-demo-0", 90.0, method="hgad")  # the preset's epochs, of which the matrix takes 12
+    past = R.past_seconds([tmp_path / "a"])
+    assert R.estimate([plain], plan, past) == (50.0, 0) and R.estimate([ablation, hgad], plan, past) == (0, 2)
+    write_past(tmp_path / "b/any", 70.0, overrides={"schedule": {"epochs": 12}, "features": {"cache": "x"}}, method="hgad")
+    assert R.estimate([hgad, plain], plan, R.past_seconds([tmp_path / "a", tmp_path / "b"])) == (120.0, 0)
+
+
+def test_paper_has_no_estimate_from_short_runs(tmp_path, monkeypatch, capsys):
+    "The committed runs of preset `paper` were cut short: no time is told, and the page of costs is named. Ten runs at a time are not faster than one run."
+    monkeypatch.setenv("FLOWREPRO_GPUS", "1")
+    monkeypatch.chdir(CLONE.parent)
+    (tmp_path / "data/mvtec_ad").mkdir(parents=True)
+    assert R.reproduce("paper", tmp_path / "data", ["T5"], out=tmp_path / "out", dry_run=True) == 0
+    said = capsys.readouterr().out
+    assert "to do: 15, 1 at a time; no past timings to tell how long; the page of costs (nbs/12e_costs.ipynb)" in said
+    plan, name = R.make_plan("smoke", only=["T9"], out=tmp_path), "hgad-toy-all-smoke-0"
+    assert "10 at a time; about 90 s by" in R.describe(plan, [name], {(name[:-2], "{}"): 90.0}, 10)
+
+
+@pytest.mark.parametrize("text", ['{"config": {"method', "{}", "[]", '{"config": {"method": "other", "preset": "demo"}}', "\x01", None], ids=["cut", "empty", "list", "other", "control", "folder"])
+def test_a_file_that_is_no_run(tmp_path, monkeypatch, text):
+    "Estimates skip what they cannot read; in the folder of the results it is named with the remedy."
+    stray = tmp_path / "results/fastflow-toy-weave-smoke-0/metrics.json"
+    stray.parent.mkdir(parents=True)
+    stray.mkdir() if text is None else stray.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert R.past_seconds([Path("results")]) == {}
+    assert R.reproduce("smoke", only=["T9"], out="out", dry_run=True) == 0
+    with pytest.raises(ValueError, match="results/fastflow-toy-weave-smoke-0/metrics.json: not the metrics.json of a run .*; remove it"):
+        R.reproduce("smoke", only=["T9"], out="results", dry_run=True)
 
 
 def test_jobs_share_gpus(tmp_path, monkeypatch):
@@ -174,15 +294,29 @@ def test_jobs_share_gpus(tmp_path, monkeypatch):
     assert "gpu=4" in R.snakemake_command(tmp_path / "plan.json", "runs", None, 4)
 
 
-def test_slurm_plan(folder):
-    "The profile for Slurm is read, and each run asks for its resources."
-    command = [*R.snakemake_command(folder / "out/plan.json", "runs", "slurm", 1), "--dry-run", "--forceall"]
+@pytest.mark.parametrize("preset, given, gpu", [("real", None, 1), ("real", "0", 0), ("smoke", None, 0), ("smoke", "1", 1), ("smoke", "4", 1)])
+def test_slurm_plan(folder, monkeypatch, preset, given, gpu):
+    "The profile for Slurm is read, and each run asks for its resources: for a GPU as its preset wants, not as this machine has."
+    monkeypatch.delenv("FLOWREPRO_GPUS", raising=False) if given is None else monkeypatch.setenv("FLOWREPRO_GPUS", given)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1 - gpu)  # of the machine on which the command is typed
+    write_matrix(folder)
     (folder / "out").mkdir(exist_ok=True)
-    plan = R.make_plan("smoke", out=folder / "out", matrix=folder / "matrix.yml")
-    (folder / "out/plan.json").write_text(json.dumps(plan))
+    plan = R.make_plan(preset, out=folder / "out", matrix=folder / "matrix.yml", cluster="slurm")
+    (folder / "out/slurm.json").write_text(json.dumps(plan))
+    command = [*R.snakemake_command(folder / "out/slurm.json", "runs", "slurm", 7), "--dry-run", "--forceall"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "runtime=60" in done.stdout + done.stderr and "mem_mb=6000" in done.stdout + done.stderr
+    told = done.stdout + done.stderr
+    assert f"runtime={60 if preset == 'smoke' else 1440}" in told and "mem_mb=6000" in told and told.count("gpu=1") == len(RUNS) * gpu
+    assert plan["gpu"] == gpu and command[command.index("--jobs") + 1] == "7"
+
+
+def test_how_many_at_a_time(tmp_path, monkeypatch, capsys):
+    "On a cluster as its profile says, whatever this machine has; elsewhere one a GPU."
+    monkeypatch.setenv("FLOWREPRO_GPUS", "3")
+    assert [R.at_once(None, None), R.at_once(5, None), R.at_once(None, "slurm"), R.at_once(5, "slurm")] == [3, 5, 100, 5]
+    assert R.reproduce("smoke", only=["T9"], out=tmp_path, cluster="slurm", dry_run=True) == 0
+    assert "to do: 1, 100 at a time" in capsys.readouterr().out and json.loads((tmp_path / "plan.json").read_text())["share"] == 1
 
 
 def test_unknown_key(tmp_path):
