@@ -8,7 +8,8 @@ Docs: https://flowrepro.github.io/flowrepro/matrix.html.md"""
 __all__ = ['HERE', 'MATRIX', 'ROLES', 'KEYS', 'REQUIRED', 'FOLDERS', 'MatrixError', 'refuse', 'demand', 'one_of', 'check_keys',
            'is_text', 'is_list', 'check_variant', 'check_output', 'check_preset', 'check_role', 'check_data',
            'find_roots', 'Job', 'run_folder', 'role_of', 'categories_of', 'data_of', 'parameters_of', 'check_variants',
-           'check_matrix', 'load_matrix', 'jobs_of', 'variant_of', 'belongs', 'select', 'papermill_line', 'chosen']
+           'check_matrix', 'load_matrix', 'jobs_of', 'variant_of', 'belongs', 'select', 'first_seeds', 'papermill_line',
+           'chosen']
 
 # %% ../nbs/11a_matrix.ipynb #0e87a206
 import difflib
@@ -287,6 +288,16 @@ def select(runs: list[dict], matrix: dict, preset: str, output: str) -> list[dic
     "The runs of an output, in the order of its variants."
     own = [r for r in runs if belongs(r, matrix, preset, output)]
     return sorted(own, key=lambda r: matrix["outputs"][output]["variants"].index(variant_of(r)))
+
+
+def first_seeds(matrix: dict, preset: str, runs: list[dict], seeds: int = 0) -> tuple[dict, list[dict]]:
+    "A matrix and runs with the first so many seeds alone; with 0, as they are. MatrixError for an unknown preset."
+    if preset not in matrix["presets"]:
+        refuse("preset", preset, matrix["presets"])
+    if not seeds:
+        return matrix, runs
+    presets = matrix["presets"] | {preset: matrix["presets"][preset] | {"seeds": seeds}}
+    return matrix | {"presets": presets}, [r for r in runs if r["config"]["seed"] < seeds]
 
 # %% ../nbs/11a_matrix.ipynb #6403d190
 def papermill_line(job: Job, out: str | Path) -> str:

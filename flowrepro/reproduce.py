@@ -64,8 +64,8 @@ def run_entry(job: Job, out: Path) -> dict:
     return {"parameters": p, "inputs": run_inputs(job), "outputs": job.outputs, "minutes": 60 if job.preset in ("smoke", "demo") else 1440}
 
 
-def notebook_entries(matrix: dict, wanted: list[str], jobs: list[Job], preset: str, out: Path, path: Path | None = None) -> dict[str, dict]:
-    "What the plan says of the notebooks that draw the wanted outputs."
+def notebook_entries(matrix: dict, wanted: list[str], jobs: list[Job], preset: str, seeds: int | None, out: Path, path: Path | None = None) -> dict[str, dict]:
+    "What the plan says of the notebooks that draw the wanted outputs, from runs of its seeds alone."
     entries: dict[str, dict] = {}
     for output in wanted:
         notebook = matrix["outputs"][output]["notebook"]
@@ -73,7 +73,7 @@ def notebook_entries(matrix: dict, wanted: list[str], jobs: list[Job], preset: s
         e["only"].append(output)
         e["runs"] += [j.name for j in jobs if output in j.outputs and j.name not in e["runs"]]
     for e in entries.values():
-        e["parameters"] = {"runs": str(out), "preset": preset, "out_dir": str(out), "only": ",".join(e.pop("only")), "matrix_file": str(path or "")}
+        e["parameters"] = {"runs": str(out), "preset": preset, "seeds": seeds or matrix["presets"][preset]["seeds"], "out_dir": str(out), "only": ",".join(e.pop("only")), "matrix_file": str(path or "")}
     return entries
 
 # %% ../nbs/12d_reproduce.ipynb #15f6871e
@@ -95,7 +95,7 @@ def make_plan(
     here = [j for j in jobs if not j.missing]
     plan = {"preset": preset, "cwd": os.getcwd(), "out": str(out), "gpu": job_gpus(jobs, cluster), "share": 1, "mem_mb": 16000 if preset == "paper" else 6000}
     plan["runs"] = {j.name: run_entry(j, out) for j in here}
-    plan["notebooks"] = notebook_entries(content, wanted, here, preset, out, Path(matrix).resolve() if matrix else None)
+    plan["notebooks"] = notebook_entries(content, wanted, here, preset, seeds, out, Path(matrix).resolve() if matrix else None)
     same = cache(content_of)
     for entry in (*plan["runs"].values(), *plan["notebooks"].values()):
         entry["content"] = same(tuple(entry["inputs"]))

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 import yaml
@@ -66,6 +67,10 @@ def test_runs_then_nothing_then_only_what_changed(folder):
     assert "[1/1] fastflow-altub" in changed.stdout and {n for n in RUNS if after[n] != before[n]} == {"fastflow-altub-toy-weave-smoke-0"}
     seeds = go(folder, "--seeds", "2")
     assert "to do: 2" in seeds.stdout and stamps(folder).keys() == RUNS | {n[:-1] + "1" for n in RUNS} and {n: t for n, t in stamps(folder).items() if n in RUNS} == after
+    table = lambda: pd.read_csv(folder / "out/tables/T1.csv", dtype=str)
+    assert set(table()["seeds"]) == {"2"}
+    one = go(folder, "--seeds", "1")
+    assert "nothing to do" in one.stdout and set(table()["seeds"]) == {"1"}  # no run to make, the table drawn of the seeds asked for
 
 
 def test_report_holds_every_output(folder):

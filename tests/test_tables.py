@@ -238,7 +238,7 @@ def test_notebook_writes_its_tables(notebook, tmp_path):
     code = [c for c in cells if c["cell_type"] == "code"]
     assert [c["metadata"].get("tags") for c in code].count(["parameters"]) == 1
     text = "\n".join("".join(c["source"]) if c["metadata"].get("tags") != ["parameters"] else
-                     f"runs, preset, out_dir, only, matrix_file = {str(tmp_path)!r}, 'demo', {str(tmp_path)!r}, '', ''" for c in code)
+                     f"runs, preset, seeds, out_dir, only, matrix_file = {str(tmp_path)!r}, 'demo', 0, {str(tmp_path)!r}, '', ''" for c in code)
     subprocess.run([sys.executable, "-c", text], check=True, timeout=120)
     assert sorted(p.name for p in (tmp_path / "tables").glob("*.tex")) == [f"{n}.tex" for n in names]
 
