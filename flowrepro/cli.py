@@ -144,7 +144,8 @@ def cmd_predict(args: argparse.Namespace) -> int:
 
     detector = Detector.load(args.model).to(best_device(args.device))
     out, top = Path(args.out), Path(args.images) if Path(args.images).is_dir() else Path(args.images).parent
-    files = [f for f in image_files(args.images) if out.resolve() not in f.resolve().parents]  # not the heat maps of an earlier call
+    inside = top.resolve() in out.resolve().parents  # then what an earlier call wrote there is among the images
+    files = [f for f in image_files(args.images) if not (inside and out.resolve() in f.resolve().parents)]
     limit = fpr_threshold(detector.predict(image_files(args.good))[1], args.fpr) if args.good else None
     maps, scores = detector.predict(files)
     low, high = np.percentile(maps.numpy(), [50, 99.8])
@@ -234,7 +235,7 @@ def add_reproduce(commands) -> None:
     p.add_argument("--seeds", type=int, default=None, help="how many; default as the preset says")
     p.add_argument("--dry-run", action="store_true", help="say what would be done, and how long it takes")
     p.add_argument("--cluster", default=None, help="run on a cluster: slurm")
-    p.add_argument("--jobs", type=int, default=None, help="runs at a time; default one a GPU, or one a CPU core; more than GPUs share them")
+    p.add_argument("--jobs", type=int, default=None, help="runs at a time; default one a GPU, or one a CPU core, or what the cluster's profile says; more than GPUs share them")
     p.add_argument("--matrix", default=None, help="another matrix file than workflow/experiments.yml")
     p.add_argument("--out", default="runs/reproduce", help="folder for runs, tables, figures and the report")
 

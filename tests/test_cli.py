@@ -272,6 +272,8 @@ def test_predict_among_its_own_pictures(model, parts_folder, tmp_path, capsys):
     for _ in range(2):
         code, out, _ = run(capsys, "predict", model, tmp_path / "in", "--device", "cpu", "--out", tmp_path / "in/heat")
         assert code == 0 and "3 images scored" in out
+    code, out, _ = run(capsys, "predict", model, tmp_path / "in/00.bmp", "--device", "cpu", "--out", tmp_path)
+    assert code == 0 and "1 images scored" in out  # above the images
 
 
 def test_fit_crops(parts_folder, tmp_path, capsys):
