@@ -10,8 +10,8 @@ __all__ = ['Fail', 'EXTENSIONS', 'HOLDOUT', 'TOY_VERSION', 'TOY', 'READERS', 'OF
            'is_image', 'images_in', 'folders_in', 'only_in', 'pair_masks', 'find_categories', 'choose', 'read_split',
            'read_mvtec', 'read_visa', 'read_mvtec3d', 'read_folder', 'union_roots', 'read_union', 'Dice', 'png', 'grid',
            'disc', 'stroke', 'blob', 'walk', 'mix', 'draw_weave', 'draw_speckle', 'draw_bolt', 'draw_biscuit', 'shoot',
-           'toy_image', 'make_toy', 'toy_root', 'read_toy', 'read', 'load', 'contact_sheet', 'cropped_defects', 'check',
-           'inspect_record', 'check_report']
+           'toy_image', 'make_toy', 'toy_root', 'read_toy', 'read', 'load', 'contact_sheet', 'cropped_defects',
+           'absent_categories', 'check', 'inspect_record', 'check_report']
 
 # %% ../nbs/00_data.ipynb #e73c4e0d
 import csv, hashlib, json, os, shutil, struct, tempfile, warnings, zlib
@@ -766,6 +766,10 @@ OFFICIAL = {
                       "pcb4:904/101/100 pipe_fryum:450/50/100"),
     "mvtec3d": _official("bagel:244/22/88 cable_gland:223/21/87 carrot:286/27/132 cookie:210/28/103 dowel:288/26/104 foam:236/20/80 "
                          "peach:361/26/106 potato:300/22/92 rope:298/32/69 tire:210/25/87")}
+
+def absent_categories(dataset: str, categories: Iterable[str]) -> list[str]:
+    "The official categories of a data set that are not among `categories`, sorted; none for data without official counts."
+    return sorted(OFFICIAL.get(dataset, {}).keys() - set(categories))
 
 # %% ../nbs/00_data.ipynb #11be4134
 def check(root, dataset: str, progress: bool = True) -> tuple[pd.DataFrame, list[str]]:

@@ -510,3 +510,7 @@ def test_real_tiny_visa():
     assert len(p) == 2 and all("officially" in x for x in p)            # only the counts of this sample differ
     _, test = load("visa", root, transform=Transform(64, "crop"))
     assert test.masks().shape == (len(test), 64, 64)
+
+
+def test_absent_categories():
+    assert D.absent_categories("btad", ["01", "03"]) == ["02"] and D.absent_categories("toy", []) == [] and len(D.absent_categories("mvtec", ["bottle"])) == 14
