@@ -618,12 +618,12 @@ def test_checkpoint_of_other_images_or_code(what, toy, tmp_path, monkeypatch, ca
         with pytest.raises(OSError):
             Run(config, progress=False).train().finish()
     if what == "code":
-        monkeypatch.setattr(runs, "revision", lambda: "another")
+        monkeypatch.setattr(runs, "training_code", lambda: "another")
     else:
         images = sorted((data / "weave/train/good").iterdir())
         images[0].write_bytes(images[1].read_bytes())
     again, fresh = Run(config, progress=False).train(), Run(replace(config, out_dir=str(tmp_path / "fresh")), progress=False).train()
-    assert f"source.{dict(images='features', code='revision')[what]}" in capsys.readouterr().out
+    assert f"source.{dict(images='features', code='code')[what]}" in capsys.readouterr().out
     assert [r["loss"] for r in again.history] == [r["loss"] for r in fresh.history]
 
 
