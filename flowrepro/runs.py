@@ -420,11 +420,11 @@ def evaluation_epochs(epochs: int, evaluations: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(epochs * (i + 1) / evaluations)) for i in range(evaluations)} | {epochs}))
 
 
-TRAINED_BY = ("altub", "bases", "detectors", "features", "flows", "hgad", "training")  # modules that decide a training
+TRAINED_BY = ("altub", "bases", "detectors", "features", "flows", "hgad", "metrics", "scores", "training")  # modules that decide a training and its evaluations
 
 
 def training_code() -> str:
-    "SHA-256 of the modules that decide how a training goes on."
+    "SHA-256 of the modules that decide how a training goes on and what its history says."
     return hashlib.sha256(b"".join((HERE / f"{name}.py").read_bytes() for name in TRAINED_BY)).hexdigest()
 
 
