@@ -6,8 +6,8 @@ Docs: https://flowrepro.github.io/flowrepro/figures.html.md"""
 
 # %% auto #0
 __all__ = ['Axes', 'Drawing', 'WIDE', 'GREY', 'LOOKS', 'MARKERS', 'DATA', 'FIGURES', 'house', 'canvas', 'Figure', 'by_variant',
-           'title_of', 'agree', 'data_words', 'about', 'missing_jobs', 'missing_words', 'nothing', 'opened', 'figure',
-           'panels_of', 'curves', 'draw_curves', 'gap', 'draw_gaps', 'signed', 'stability', 'levels_of', 'learned_base',
+           'agree', 'data_words', 'about', 'missing_jobs', 'missing_words', 'nothing', 'opened', 'figure', 'panels_of',
+           'curves', 'draw_curves', 'gap', 'draw_gaps', 'signed', 'stability', 'levels_of', 'learned_base',
            'divergence', 'representative', 'draw_moments', 'draw_ridges', 'mean_divergence', 'draw_divergence',
            'latent_normality', 'pictures_of', 'rows_to_show', 'draw_picture', 'draw_scale', 'picture_words', 'montage',
            'base_log_prob', 'shares', 'separation', 'score_values', 'likelihood_values', 'draw_shares',
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .matrix import Job, jobs_of, refuse, select, variant_of
+from .matrix import Job, absent, jobs_of, select, sets_of, title_of, variant_of
 from .metrics import auroc
 from .reports import METRICS, command_of, style
 
@@ -105,11 +105,6 @@ def by_variant(runs: list[dict]) -> dict[str, list[dict]]:
     return {v: groups[v] for v in dict.fromkeys(map(variant_of, runs))}
 
 
-def title_of(matrix: dict, variant: str) -> str:
-    "What a variant is called."
-    return matrix["variants"][variant]["title"]
-
-
 def agree(runs: list[dict], matrix: dict, value: Callable[[dict], str]) -> str:
     "A setting in words: once if all runs share it, else each value with the variants that have it."
     found: dict[str, list[str]] = {}
@@ -120,10 +115,8 @@ def agree(runs: list[dict], matrix: dict, value: Callable[[dict], str]) -> str:
 # %% ../nbs/12c_figures.ipynb #8478c2b0
 def data_words(config: dict) -> str:
     "The data of a run, in words."
-    if config["dataset"] == "union":
-        names = [DATA.get(part.split("=")[0].strip(), part) for part in config["data_root"].split(",")]
-        return " + ".join(names) + ", one model for all categories"
-    return DATA.get(config["dataset"], config["dataset"]) + (", one model for all categories" if config["category"] == "all" else "")
+    names = " + ".join(DATA.get(name, name) for name in sets_of(config))
+    return names + (", one model for all categories" if config["category"] == "all" else "")
 
 
 def about(runs: list[dict], matrix: dict, preset: str) -> str:
@@ -144,9 +137,9 @@ def about(runs: list[dict], matrix: dict, preset: str) -> str:
 # %% ../nbs/12c_figures.ipynb #4eb08d94
 def missing_jobs(runs: list[dict], matrix: dict, preset: str, output: str) -> list[Job]:
     "Jobs of an output without a run, at the seeds of the runs given (seed 0 if there are none)."
-    have, seeds = {Path(r["path"]).name for r in runs}, {r["config"]["seed"] for r in runs} or {0}
+    seeds = {r["config"]["seed"] for r in runs} or {0}
     jobs = jobs_of(matrix, preset, {"toy": None}, [output], seeds=max(seeds) + 1)
-    return [j for j in jobs if j.seed in seeds and j.name not in have]
+    return absent([j for j in jobs if j.seed in seeds], runs)
 
 
 def missing_words(jobs: list[Job], most: int = 4) -> str:

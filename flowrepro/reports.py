@@ -6,9 +6,9 @@ Docs: https://flowrepro.github.io/flowrepro/reports.html.md"""
 
 # %% auto #0
 __all__ = ['METRICS', 'DATA_FOLDERS', 'PAGE', 'style', 'metrics_table', 'read_runs', 'method_name', 'changed_settings',
-           'setting_name', 'summary', 'headline', 'markdown', 'unified', 'sets_of', 'command_of', 'loss_words',
-           'plot_history', 'plot_scores', 'thresholds', 'hardest', 'gallery', 'overlay', 'keep', 'figure_tag',
-           'run_section', 'caption_html', 'figure_section', 'outputs_section', 'runs_section', 'report']
+           'setting_name', 'summary', 'headline', 'markdown', 'unified', 'command_of', 'loss_words', 'plot_history',
+           'plot_scores', 'thresholds', 'hardest', 'gallery', 'overlay', 'keep', 'figure_tag', 'run_section',
+           'caption_html', 'figure_section', 'outputs_section', 'runs_section', 'report']
 
 # %% ../nbs/12_reports.ipynb #beed5f09
 import base64
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .matrix import Job, papermill_line
+from .matrix import Job, papermill_line, sets_of
 from .metrics import f1_max_threshold
 from .runs import Run, score_table
 
@@ -139,14 +139,9 @@ def unified(runs: list[dict], metrics: tuple[str, ...] = ("image_auroc", "pixel_
 DATA_FOLDERS = {"mvtec": "mvtec_ad", "btad": "btad", "visa": "visa", "mvtec3d": "mvtec_3d"}  # in DATA
 
 
-def sets_of(dataset: str, data_root: str | None) -> list[str]:
-    "The data sets of a run or job: the parts of a union, or the one."
-    return [part.split("=")[0].strip() for part in data_root.split(",")] if dataset == "union" else [dataset]
-
-
 def command_of(job: Job, out: str | Path) -> str:
     "The command that makes the run of a job, its data sets in their folders of `DATA`."
-    sets = sets_of(job.parameters["dataset"], job.parameters["data_root"])
+    sets = sets_of(job.parameters)
     roots = {s: "" if s == "toy" else f"DATA/{DATA_FOLDERS.get(s, s)}" for s in sets}
     where = ",".join(f"{s}={root}" for s, root in roots.items()) if len(sets) > 1 else roots[sets[0]] or None
     return papermill_line(replace(job, parameters=job.parameters | {"data_root": where}), out)

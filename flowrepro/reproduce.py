@@ -32,7 +32,8 @@ from pathlib import Path
 from statistics import mean, median
 
 from .data import DataError
-from .matrix import HERE, MATRIX, Job, find_roots, jobs_of, load_matrix, refuse, select
+from .matrix import MATRIX, Job, find_roots, jobs_of, load_matrix, refuse
+from .runs import HERE
 
 # %% ../nbs/12d_reproduce.ipynb #c2ebc707
 RUN_MODULES = ("data", "backbones", "features", "flows", "bases", "detectors", "scores", "metrics", "training", "diagnostics", "runs")
