@@ -9,12 +9,13 @@ __all__ = ['PROTOCOLS', 'MEASURED', 'TD', 'TEX', 'LONG', 'BROAD', 'BACKBONES', '
            'NOTHING', 'READING', 'COMPARED', 'CLASSES', 'SPREADS', 'FORMS', 'COMPONENTS', 'OWN', 'RANKED', 'TABLES',
            'every_published', 'published', 'percent', 'as_published', 'points', 'spread', 'data_name', 'categories_in',
            'on_official_data', 'results_of', 'values_of', 'measured', 'Table', 'quiet', 'headings', 'numbers_in',
-           'plain_values', 'as_markdown', 'as_html', 'tex', 'tex_heading', 'as_latex', 'backbone_name', 'published_as',
-           'Reference', 'reference', 'difference', 'commands', 'with_means', 'modes_of', 'setting_of', 'places',
-           'letter', 'by_seed', 'beside', 'measured_on', 'notes_on', 'row_of', 'comparison_rows', 'lacking', 'prepared',
-           'comparison', 'table_1', 'table_2', 'table_5', 'table_6', 'of_other_seeds', 'setting_note', 'beside_papers',
-           'wobble', 'steadiness', 'stability_row', 'table_3', 'paired', 'changed_row', 'ablation_rows', 'ablation',
-           'components_published', 'form_rows', 'table_4', 'table_7', 'table_8', 'anchor_rows', 'table_9']
+           'source_of', 'plain_values', 'as_markdown', 'as_html', 'tex', 'tex_heading', 'as_latex', 'backbone_name',
+           'published_as', 'Reference', 'reference', 'difference', 'commands', 'with_means', 'modes_of', 'setting_of',
+           'places', 'letter', 'by_seed', 'beside', 'measured_on', 'notes_on', 'row_of', 'comparison_rows', 'lacking',
+           'prepared', 'comparison', 'table_1', 'table_2', 'table_5', 'table_6', 'of_other_seeds', 'setting_note',
+           'telling', 'beside_papers', 'wobble', 'steadiness', 'stability_row', 'table_3', 'paired', 'changed_row',
+           'ablation_rows', 'ablation', 'components_published', 'form_rows', 'table_4', 'table_7', 'table_8',
+           'anchor_rows', 'table_9']
 
 # %% ../nbs/12b_tables.ipynb #405f9ff5
 import contextlib
@@ -32,7 +33,7 @@ import pandas as pd
 
 from .data import OFFICIAL, TOY
 from .matrix import Job, absent, jobs_of, role_of, select, sets_of, title_of, variant_of
-from .reports import METRICS, changed_settings, command_of, markdown, method_name
+from .reports import METRICS, changed_settings, command_of, markdown, method_name, shown_categories
 from .runs import HERE, PRESETS
 
 # %% ../nbs/12b_tables.ipynb #7b0b4f82
@@ -119,12 +120,11 @@ def results_of(run: dict) -> dict[tuple[str, str], dict]:
 # %% ../nbs/12b_tables.ipynb #f19a441e
 def values_of(run: dict, variant: str, method: str) -> list[dict]:
     "A row per value of a run, columns `MEASURED`; 'mean' is a category of a run that has several. NaN where a metric was not to be had."
-    c, single = run["config"], len(run["results"]["last"]) <= 2
+    c = run["config"]
     about = {"variant": variant, "method": method, "data": data_name(sets_of(c)), "seed": c["seed"],
              "backbone": c["settings"]["backbone"]["name"], "epoch_s": run["timing"]["epoch_s"], "official": on_official_data(run)}
     return [about | {"protocol": protocol, "mode": mode, "category": category, "metric": m, "value": np.nan if x is None else x}
-            for (protocol, mode), result in results_of(run).items() for category, values in result.items()
-            if not (single and category == "mean") for m, x in values.items()]
+            for (protocol, mode), result in results_of(run).items() for category in shown_categories(result) for m, x in result[category].items()]
 
 
 def measured(runs: list[dict], matrix: dict) -> pd.DataFrame:
@@ -186,17 +186,24 @@ def numbers_in(cell: str) -> list[tuple[str, str, str]]:
     return [(name, m[1], m[2] or "") for name, m in zip(("last", "best on test") if len(parts) == 2 else ("",), found) if m]
 
 
+def source_of(cell: str, notes: list[str]) -> str:
+    "What the letter at the end of a cell stands for, from the notes of its table; empty without a letter."
+    mark = re.search(r"\[\w+\]$", cell)
+    return next((note.partition("] ")[2] for note in notes if mark and note.startswith(mark[0])), "")
+
+
 def plain_values(table: Table) -> pd.DataFrame:
-    "Every number of a table in a row of its own; cells without one are left out."
+    "Every number of a table in a row of its own, all of them text; cells without one are left out."
     told = [k for k in table.frame if k.partition(": ")[0] in METRICS.values()]
     names = [k for k in table.frame if k not in told and k != "source"]
-    source = lambda text: next((n.partition("] ")[2] for m in re.findall(r"\[\w+\]$", text) for n in table.notes if n.startswith(m)), "")
     rows = []
     for row in table.frame.astype(str).to_dict("records"):
         for k in told:
             metric, _, what = k.partition(": ")
-            rows += [[*(row[c] for c in names), metric, ", ".join(filter(None, (what, part))), value, deviation, source(row.get("source", row[k]))]
-                     for part, value, deviation in numbers_in(row[k])]
+            source = source_of(row.get("source", row[k]), table.notes)
+            for part, value, deviation in numbers_in(row[k]):
+                column = ", ".join(filter(None, (what, part)))
+                rows.append([*(row[c] for c in names), metric, column, value, deviation, source])
     return pd.DataFrame(rows, columns=[*names, "metric", "column", "value", "deviation", "source"])
 
 # %% ../nbs/12b_tables.ipynb #0c3ed6b1
@@ -245,26 +252,30 @@ def tex_heading(table: Table) -> str:
         rules += rf"\cmidrule(lr){{{at}-{at + n - 1}}}" if text else ""
         at += n
     first = " & ".join(rf"\multicolumn{{{n}}}{{c}}{{{tex(text)}}}" if text else "" for text, n in upper) + r" \\" + rules + "\n" if rules else ""
-    return "\\toprule\n" + first + " & ".join(tex(c.rpartition(": ")[2]) for c in names) + r" \\" + "\n\\midrule\n"
+    return "\\toprule\n" + first + " & ".join(tex(c.rpartition(": ")[2]) for c in names) + r" \\" + "\n\\midrule"
 
 # %% ../nbs/12b_tables.ipynb #43c6a5b7
 def as_latex(table: Table) -> str:
     "The table in LaTeX, its notes below it; the number of missing runs stands there too, their commands do not."
     bold = lambda i, c: rf"\textbf{{{tex(c)}}}" if i in table.strong and c else tex(c)
     wrap = lambda line: "{}" + line if line.startswith("[") else line  # a bracket after a line's end would be its optional argument
-    rows = "".join(wrap(" & ".join(bold(i, c) for c in row)) + r" \\" + "\n" for i, row in enumerate(quiet(table)))
+    rows = [wrap(" & ".join(bold(i, c) for c in row)) + r" \\" for i, row in enumerate(quiet(table))]
     columns = "l" * table.keys + "r" * (table.frame.shape[1] - table.keys)
     caption = rf"\caption{{{tex(table.title)}}}\label{{tab:{table.name}}}"
-    notes = "".join(rf"\par\noindent {tex(n)}" + "\n" for n in table.notes)
-    broad, size = table.frame.shape[1] > BROAD, "\\scriptsize\\setlength{\\tabcolsep}{3pt}\n"
-    if len(table.frame) > LONG:
-        head, foot = ("% needs booktabs, longtable and pdflscape\n\\begin{landscape}\n", "\\end{landscape}\n") if broad else ("% needs booktabs and longtable\n", "")
-        return (head + "{" + (size.replace("scriptsize", "tiny") if broad else size) + rf"\begin{{longtable}}{{{columns}}}" + "\n" + caption + r" \\" + "\n"
-                + tex_heading(table) + "\\endfirsthead\n" + tex_heading(table) + "\\endhead\n"
-                + rows + "\\bottomrule\n\\end{longtable}\n" + notes + "}\n" + foot)
-    head, foot = ("% needs booktabs and graphicx\n", ("\\resizebox{\\textwidth}{!}{%\n", "}")) if broad else ("% needs booktabs\n", ("", ""))
-    return (head + "\\begin{table}\n\\centering" + size + caption + "\n" + foot[0] + rf"\begin{{tabular}}{{{columns}}}" + "\n" + tex_heading(table)
-            + rows + "\\bottomrule\n\\end{tabular}" + foot[1] + "\n" + notes + "\\end{table}\n")
+    notes = [rf"\par\noindent {tex(n)}" for n in table.notes]
+    broad, long, heading = table.frame.shape[1] > BROAD, len(table.frame) > LONG, tex_heading(table)
+    size = (r"\tiny" if broad and long else r"\scriptsize") + r"\setlength{\tabcolsep}{3pt}"
+    if long:
+        packages = "booktabs, longtable and pdflscape" if broad else "booktabs and longtable"
+        lines = ["{" + size, rf"\begin{{longtable}}{{{columns}}}", caption + r" \\", heading, r"\endfirsthead", heading, r"\endhead",
+                 *rows, r"\bottomrule", r"\end{longtable}", *notes, "}"]
+        lines = [r"\begin{landscape}", *lines, r"\end{landscape}"] if broad else lines
+    else:
+        packages = "booktabs and graphicx" if broad else "booktabs"
+        first, last = (r"\resizebox{\textwidth}{!}{%" + "\n", "}") if broad else ("", "")
+        lines = [r"\begin{table}", r"\centering" + size, caption, first + rf"\begin{{tabular}}{{{columns}}}", heading,
+                 *rows, r"\bottomrule", r"\end{tabular}" + last, *notes, r"\end{table}"]
+    return "\n".join([f"% needs {packages}", *lines]) + "\n"
 
 # %% ../nbs/12b_tables.ipynb #b4aa0df6
 BACKBONES = {"resnet18": "ResNet-18", "wide_resnet50_2": "WideResNet-50-2", "deit_base_distilled_patch16_384": "DeiT-B-384", "cait_m48_448": "CaiT-M48-448",
@@ -444,11 +455,12 @@ def measured_on(runs: list[dict], matrix: dict) -> list[str]:
     return notes
 
 
-def notes_on(runs: list[dict], matrix: dict, sources: dict[str, str], lacking: int, of: int, *more: str) -> list[str]:
-    "All notes of a table: reading first, then what was measured, sources and what is missing."
+def notes_on(runs: list[dict], jobs: list[Job], matrix: dict, sources: dict[str, str], *reading: str) -> list[str]:
+    "All notes of a table: how to read it, then what was measured, sources and how many jobs have no run."
     origin = [f"[{mark}] {text}." for text, mark in sources.items()]
-    gap = [f"{lacking} of {of} runs are missing."] if lacking else []
-    return [READING, *more, *measured_on(runs, matrix), *origin, *gap]
+    gone = len(absent(jobs, runs))
+    gap = [f"{gone} of {len(jobs)} runs are missing."] if gone else []
+    return [*reading, *measured_on(runs, matrix), *origin, *gap]
 
 # %% ../nbs/12b_tables.ipynb #9eee78eb
 def row_of(
@@ -508,9 +520,9 @@ def comparison(name: str, title: str, runs: list[dict], matrix: dict, preset: st
     "A table of measured beside published numbers; T1, T2, T5 and T6 are such."
     own, jobs, frame = prepared(runs, matrix, preset, name)
     sources: dict[str, str] = {}
-    rows, gone = comparison_rows(frame, jobs, matrix, name, sources), absent(jobs, own)
-    notes = notes_on(own, matrix, sources, len(gone), len(jobs), COMPARED, *more)
-    return Table(name, title, pd.DataFrame(rows), notes, commands(gone, name, preset, out), keys=3)
+    rows = comparison_rows(frame, jobs, matrix, name, sources)
+    notes = notes_on(own, jobs, matrix, sources, READING, COMPARED, *more)
+    return Table(name, title, pd.DataFrame(rows), notes, commands(absent(jobs, own), name, preset, out), keys=3)
 
 # %% ../nbs/12b_tables.ipynb #dbeb0605
 def table_1(runs: list[dict], matrix: dict, preset: str, out: str = "runs/reproduce") -> Table:
@@ -557,6 +569,17 @@ def setting_note(runs: list[dict]) -> str:
             + (f"; not the published setting ({other})." if other else "; the published setting, as preset paper has it."))
 
 
+def telling(frame: pd.DataFrame) -> pd.DataFrame:
+    "The columns that say something: of the metrics that are published, or what was measured of all of them, where none is; keys that are not empty."
+    known = [METRICS[m] for m in HEADLINE if any(frame[f"{METRICS[m]}: published"] != NOTHING)]
+    keep = []
+    for column in frame:
+        metric, _, what = column.partition(": ")
+        if any(frame[column] != "") if not what else metric in known if known else what in ("last", "best on test"):
+            keep.append(column)
+    return frame[keep]
+
+
 def beside_papers(runs: list[dict]) -> Table:
     "Runs of one method and setting on one data set, with their deviation over seeds, beside what papers report: of the metrics that one reports, or of all, where none does, what was measured."
     c = runs[0]["config"]
@@ -571,13 +594,9 @@ def beside_papers(runs: list[dict]) -> Table:
             cells, seen, known = row_of(own, {"title": method, "method": c["method"]}, (data, category), unified, mode, sources, "not run")
             if seen or known:
                 rows.append({"category": category, "category of a test image": mode, "seeds": own[own["category"] == category]["seed"].nunique()} | cells)
-    table = pd.DataFrame(rows)
-    told = [METRICS[m] for m in HEADLINE if any(table[f"{METRICS[m]}: published"] != NOTHING)]
-    shown = lambda metric, what: metric in told if told else what in ("last", "best on test")
-    table = table[[k for k in table if (shown(*k.split(": ")) if ": " in k else any(table[k] != ""))]]
     notes = [READING, *([COMPARED] if sources else [f"No paper that is known here reports numbers of {method} on {data}."]), setting_note(runs),
              *(f"[{mark}] {text}." for text, mark in sources.items())]
-    return Table("Beside the papers", f"{method} on {data}", table, notes, keys=1)
+    return Table("Beside the papers", f"{method} on {data}", telling(pd.DataFrame(rows)), notes, keys=1)
 
 # %% ../nbs/12b_tables.ipynb #ff2054e8
 def wobble(history: pd.DataFrame, metric: str) -> float:
@@ -617,15 +636,16 @@ SPREADS = ("best − last: what choosing the epoch with the test images would ha
 
 def table_3(runs: list[dict], matrix: dict, preset: str, out: str = "runs/reproduce") -> Table:
     "T3: how steady the test scores are during training and over seeds, with and without AltUB."
-    jobs, own = jobs_of(matrix, preset, {}, ["T3"]), select(runs, matrix, preset, "T3")
-    frame, gone, rows = steadiness(own), absent(jobs, own), []
-    for data, names in places(jobs, measured(own, matrix)).items():
+    own, jobs, values = prepared(runs, matrix, preset, "T3")
+    frame, rows = steadiness(own), []
+    for data, names in places(jobs, values).items():
         for category in (c for c in names if c != "mean"):
             for variant in matrix["outputs"]["T3"]["variants"]:
                 mine = frame[(frame["data"] == data) & (frame["category"] == category) & (frame["variant"] == variant)]
                 rows.append({"data": data, "category": category, "method": title_of(matrix, variant), "seeds": str(mine["seed"].nunique() or NOTHING)} | stability_row(mine))
-    notes = notes_on(own, matrix, {}, len(gone), len(jobs), SPREADS)
-    return Table("T3", f"Stability of the test scores over the training and over seeds (preset {preset})", pd.DataFrame(rows), notes, commands(gone, "T3", preset, out), keys=3)
+    title = f"Stability of the test scores over the training and over seeds (preset {preset})"
+    notes = notes_on(own, jobs, matrix, {}, READING, SPREADS)
+    return Table("T3", title, pd.DataFrame(rows), notes, commands(absent(jobs, own), "T3", preset, out), keys=3)
 
 # %% ../nbs/12b_tables.ipynb #93b76968
 def paired(own: pd.Series, other: pd.Series) -> str:
@@ -664,10 +684,10 @@ def ablation_rows(frame: pd.DataFrame, jobs: list[Job], matrix: dict, output: st
 def ablation(name: str, title: str, against: str, runs: list[dict], matrix: dict, preset: str, out: str, *more: str) -> Table:
     "A table of variants beside the one called `against`; T4, T7 and T8 are such."
     own, jobs, frame = prepared(runs, matrix, preset, name)
-    gone, rows = absent(jobs, own), ablation_rows(frame, jobs, matrix, name, against)
+    rows = ablation_rows(frame, jobs, matrix, name, against)
     what = f"change: last epoch against {title_of(matrix, against)}, seed by seed, in percentage points."
-    notes = notes_on(own, matrix, {}, len(gone), len(jobs), what, *more)
-    return Table(name, f"{title} (preset {preset})", pd.DataFrame(rows), notes, commands(gone, name, preset, out), keys=3)
+    notes = notes_on(own, jobs, matrix, {}, READING, what, *more)
+    return Table(name, f"{title} (preset {preset})", pd.DataFrame(rows), notes, commands(absent(jobs, own), name, preset, out), keys=3)
 
 # %% ../nbs/12b_tables.ipynb #736878e6
 FORMS = {"likelihood": "likelihood", "entropy": "entropy", "product": "likelihood × entropy", "published (hgad)": "as the public code"}
@@ -682,9 +702,12 @@ def components_published() -> str:
 
 def form_rows(runs: list[dict]) -> list[dict]:
     "A row for each data set and form of the score of HGAD's runs: the mean over categories in the last epoch."
-    frames = [pd.read_csv(p).groupby("score", sort=False)[list(HEADLINE)].mean().reset_index().assign(data=data_name(sets_of(r["config"])), seed=r["config"]["seed"])
-              for r in runs if variant_of(r) == "hgad" and (p := Path(r["path"]) / "score_forms.csv").exists()]
-    rows = []
+    frames, rows = [], []
+    for run in runs:
+        path = Path(run["path"]) / "score_forms.csv"
+        if variant_of(run) == "hgad" and path.exists():
+            means = pd.read_csv(path).groupby("score", sort=False)[list(HEADLINE)].mean().reset_index()
+            frames.append(means.assign(data=data_name(sets_of(run["config"])), seed=run["config"]["seed"]))
     for (data, form), own in pd.concat(frames).groupby(["data", "score"], sort=False) if frames else ():
         if form in FORMS:
             cells = {f"{METRICS[m]}: {n}": t for m in HEADLINE for n, t in (("last", spread(own[m])), ("best on test", NOTHING), ("change", NOTHING))}
@@ -716,8 +739,9 @@ def anchor_rows(sources: dict[str, str]) -> list[dict]:
     rows = rows[(rows["category"] == "mean") & rows["data"].isin([*OFFICIAL, "union"]) & rows["metric"].isin(HEADLINE)]
     by = ["data", "setting", "method", "backbone", "epoch", "paper", "table"]
     wide = rows.pivot_table(index=by, columns="metric", values="digits", aggfunc="first").reindex(columns=HEADLINE).reset_index()
-    order = {d: k for k, d in enumerate([*OFFICIAL, "union"])}
-    wide = wide.sort_values(["data", "setting", "image_auroc", "pixel_auroc"], key=lambda c: c.map(order) if c.name == "data" else -c.astype(float) if c.name.endswith("auroc") else c)
+    place = wide["data"].map([*OFFICIAL, "union"].index)
+    best = {m: -wide[m].astype(float) for m in ("image_auroc", "pixel_auroc")}  # the highest first
+    wide = wide.loc[wide.assign(data=place, **best).sort_values(["data", "setting", *best]).index]
     text = lambda v: as_published(v) if isinstance(v, str) else NOTHING
     return [{"data": r.data, "setting": r.setting, "method": r.method, "backbone": r.backbone or "not stated", "epoch": r.epoch}
             | {METRICS[m]: text(getattr(r, m)) for m in HEADLINE} | {"source": f"[{letter(sources, f'{r.paper}, {r.table}')}]"} for r in wide.itertuples()]
@@ -734,16 +758,18 @@ def table_9(runs: list[dict], matrix: dict, preset: str, out: str = "runs/reprod
     own, jobs, frame = prepared(runs, matrix, preset, "T9")
     sources, rows = {}, []
     means = frame[(frame["category"] == "mean") & (frame["protocol"] == PROTOCOLS["last"])]
-    for data, mode in ((d, m) for d in dict.fromkeys(means["data"]) for m in modes_of(matrix["variants"]["hgad"], means)):
-        if len(mine := means[(means["data"] == data) & (means["mode"] == mode)]):
+    for data in dict.fromkeys(means["data"]):
+        for mode in modes_of(matrix["variants"]["hgad"], means):
+            mine = means[(means["data"] == data) & (means["mode"] == mode)]
             cells = {METRICS[m]: spread(by_seed(mine, "last", m)) for m in HEADLINE}
-            rows.append({"data": data, "setting": f"unified; class {mode}", "method": "HGAD, measured here", "backbone": mine["backbone"].iloc[0], "epoch": PROTOCOLS["last"]}
-                        | cells | {"source": NOTHING})
+            if len(mine):
+                rows.append({"data": data, "setting": f"unified; class {mode}", "method": "HGAD, measured here", "backbone": mine["backbone"].iloc[0], "epoch": PROTOCOLS["last"]}
+                            | cells | {"source": NOTHING})
     rows += anchor_rows(sources)
     strong = {i for i, r in enumerate(rows) if "measured" in r["method"] or any(o in r["method"] for o in OWN)}
-    gone = absent(jobs, own)
-    notes = [RANKED, *notes_on(own, matrix, sources, len(gone), len(jobs))[1:]]
-    return Table("T9", f"Published means of flows and of the strongest methods (measured: preset {preset})", pd.DataFrame(rows), notes, commands(gone, "T9", preset, out), 2, strong)
+    title = f"Published means of flows and of the strongest methods (measured: preset {preset})"
+    notes = notes_on(own, jobs, matrix, sources, RANKED)
+    return Table("T9", title, pd.DataFrame(rows), notes, commands(absent(jobs, own), "T9", preset, out), strong=strong)
 
 
 TABLES: dict[str, Callable[..., Table]] = {f"T{k}": f for k, f in enumerate((table_1, table_2, table_3, table_4, table_5, table_6, table_7, table_8, table_9), 1)}
