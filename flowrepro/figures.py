@@ -150,19 +150,19 @@ def missing_words(jobs: list[Job], most: int = 4) -> str:
     return f"Missing here: {', '.join(j.name for j in jobs[:most])}{rest}."
 
 # %% ../nbs/12c_figures.ipynb #828e5c67
-def nothing(name: str, question: str, matrix: dict, preset: str, skipped: str = "", most: int = 2) -> Figure:
-    "A figure without a drawing, whose caption names the runs to make, with the commands of the first ones."
+def nothing(name: str, question: str, matrix: dict, preset: str, out: str = "runs/reproduce", skipped: str = "", most: int = 2) -> Figure:
+    "A figure without a drawing, whose caption names the runs to make in a folder, with the commands of the first ones."
     jobs = missing_jobs([], matrix, preset, name)
     head = f"**{name}. {question}** Not drawn at preset {preset}: "
     if skipped or not jobs:
         return Figure(name, None, head + (skipped or "the matrix names no runs for it."))
-    lines = "\n".join(command_of(j, "runs/reproduce") for j in jobs[:most])
+    lines = "\n".join(command_of(j, out) for j in jobs[:most])
     rest = f"\n# and {len(jobs) - most} more" if len(jobs) > most else ""
     where = ", `DATA` being the folder of the data sets" if "DATA/" in lines else ""
     return Figure(name, None, head + f"none of its runs ({len(jobs)} a seed) is there. They are made by the following{where}.\n\n```bash\n{lines}{rest}\n```")
 
 # %% ../nbs/12c_figures.ipynb #66915153
-FIGURES: dict[str, Callable[[list[dict], dict, str], Figure]] = {}
+FIGURES: dict[str, Callable[..., Figure]] = {}  # name: (runs, matrix, preset, the folder that runs are made in), as in `tables.TABLES`
 
 
 def opened(runs: list[dict], file: str) -> list[dict]:
@@ -174,14 +174,14 @@ def opened(runs: list[dict], file: str) -> list[dict]:
 def figure(name: str, question: str, file: str, array: str = "") -> Callable:
     "Register a recipe `(runs, matrix) -> (drawing, what it shows)` as a figure that needs a file of each of its runs, and perhaps an array in it."
     def register(recipe: Callable) -> Callable:
-        def make(runs: list[dict], matrix: dict, preset: str) -> Figure:
+        def make(runs: list[dict], matrix: dict, preset: str, out: str = "runs/reproduce") -> Figure:
             own = select(runs, matrix, preset, name)
             held = [r for r in opened(own, file) if not array or array in r["file"]]
             without = [Path(r["path"]).name for r in own if r["path"] not in [h["path"] for h in held]]
             what = f"{file} with {array}" if array else file
             skipped = f"Left out, for they hold no {what}: {', '.join(without[:4])}{' and more' if len(without) > 4 else ''}." if without else ""
             if not held:
-                return nothing(name, question, matrix, preset, skipped)
+                return nothing(name, question, matrix, preset, out, skipped)
             with house():
                 drawing, shown = recipe(held, matrix)
                 drawing.draw_without_rendering()

@@ -7,22 +7,23 @@ Docs: https://flowrepro.github.io/flowrepro/reports.html.md"""
 # %% auto #0
 __all__ = ['METRICS', 'DATA_FOLDERS', 'PAGE', 'style', 'shown_categories', 'mean_std', 'metrics_table', 'read_runs',
            'method_name', 'changed_settings', 'setting_name', 'summary', 'headline', 'markdown', 'unified',
-           'command_of', 'loss_words', 'plot_history', 'plot_scores', 'thresholds', 'hardest', 'gallery', 'overlay',
-           'keep', 'figure_tag', 'run_section', 'caption_html', 'figure_section', 'outputs_section', 'runs_section',
-           'report']
+           'command_of', 'output_maker', 'loss_words', 'plot_history', 'plot_scores', 'thresholds', 'hardest',
+           'gallery', 'overlay', 'keep', 'figure_tag', 'run_section', 'caption_html', 'figure_section',
+           'outputs_section', 'runs_section', 'report']
 
 # %% ../nbs/12_reports.ipynb #beed5f09
 import base64
 import html
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .matrix import Job, papermill_line, sets_of
+from .matrix import Job, chosen, first_seeds, load_matrix, papermill_line, sets_of
 from .metrics import f1_max_threshold
 from .runs import Run, score_table
 
@@ -152,6 +153,31 @@ def command_of(job: Job, out: str | Path) -> str:
     roots = {s: "" if s == "toy" else f"DATA/{DATA_FOLDERS.get(s, s)}" for s in sets}
     where = ",".join(f"{s}={root}" for s, root in roots.items()) if len(sets) > 1 else roots[sets[0]] or None
     return papermill_line(replace(job, parameters=job.parameters | {"data_root": where}), out)
+
+# %% ../nbs/12_reports.ipynb #7d2b41c9
+def output_maker(
+    recipes: dict[str, Callable],  # `TABLES` or `FIGURES`
+    notebook: str,  # its name in the matrix
+    runs: str,  # folder that holds the run folders
+    preset: str,
+    seeds: int,  # how many, from seed 0 on; 0: all that are there
+    out_dir: str,  # tables go to its tables/, figures to its figures/
+    only: str,  # names separated by commas; empty: all of the notebook
+    matrix_file: str,  # empty: the package's own
+) -> Callable[[str], object]:
+    "A function that makes, saves and returns a table or figure by its name, or None if it is not asked for. MatrixError for an unknown preset or name."
+    matrix, found = first_seeds(load_matrix(matrix_file or None), preset, read_runs(runs), seeds)
+    wanted = chosen(only, matrix, notebook)
+    print(f"{len(found)} finished runs below {runs}")
+
+    def show(name: str):
+        if name not in wanted:
+            return None
+        output = recipes[name](found, matrix, preset, runs)
+        output.save(Path(out_dir) / ("figures" if name.startswith("F") else "tables"))
+        return output
+
+    return show
 
 # %% ../nbs/12_reports.ipynb #8367e84a
 def loss_words(config: dict) -> tuple[str, str]:
