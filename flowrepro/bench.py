@@ -21,7 +21,6 @@ import gc
 import importlib.util
 import os
 import statistics
-import sys
 import threading
 import time
 import traceback
@@ -621,8 +620,8 @@ def chosen(only: list[str] | None) -> list[str]:
 # %% ../nbs/12a_bench.ipynb #00f4b37c
 def table(rows: list[dict]) -> str:
     "The rows of one setting as text."
-    said = lambda target, ratio, what="": [] if target is None else [f"{what}{target:g}: {'reached' if ratio >= target else 'not reached'}"]
-    both = lambda r: "; ".join(said(r["target"], r["ratio"]) + said(r["memory_target"], r["extra_ratio"], "memory 1/"))
+    said = lambda target, reached, what="": [] if target is None else [f"{what}{target:g}: {'reached' if reached else 'not reached'}"]
+    both = lambda r: "; ".join(said(r["target"], r["reached"]) + said(r["memory_target"], r["memory_reached"], "memory 1/"))
     shown = [{"": r["variant"], "precision": r["precision"], "median ms": f"{1e3 * r['seconds']:.1f}",
               "ratio": f"{r['ratio']:.2f}", "of fastest": f"{r['ratio_fastest']:.2f}", "in rounds": f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}",
               "extra MiB": f"{r['extra_mib']:.0f}", "error": f"{r['error']:.0e} <= {r['tolerance']:.0e}" if r["variant"] != r["against"] else "reference",

@@ -31,9 +31,13 @@ from multiprocessing import connection, get_context
 from pathlib import Path
 from statistics import mean, median
 
+import pandas as pd
+import torch
+
 from .data import DataError
 from .matrix import MATRIX, Job, find_roots, jobs_of, load_matrix, refuse
-from .runs import HERE
+from .reports import report
+from .runs import HERE, execute_notebook, parse_overrides, revision, run_notebook, settings_of
 
 # %% ../nbs/12d_reproduce.ipynb #c2ebc707
 RUN_MODULES = ("data", "backbones", "features", "flows", "bases", "detectors", "scores", "metrics", "training", "diagnostics", "runs")
@@ -109,8 +113,6 @@ def gpus() -> int:
         if not given.strip().isdecimal():
             raise ValueError(f"FLOWREPRO_GPUS={given!r}: must be a whole number from 0; without it, the GPUs found are used")
         return int(given)
-    import torch
-
     return torch.cuda.device_count()
 
 
@@ -126,8 +128,6 @@ OVERHEAD = 8.0  # seconds a run spends on imports and pictures
 
 def length(config: dict) -> str:
     "What a run's length depends on beside method and preset: its overrides in one form, without the place of its features."
-    from flowrepro.runs import parse_overrides, settings_of
-
     given = parse_overrides(config.get("overrides", {}), settings_of(config["method"]))
     given.get("features", {}).pop("cache", None)
     return json.dumps({group: values for group, values in given.items() if values != {}}, sort_keys=True)
@@ -197,8 +197,6 @@ def execute(plan: str, name: str, notebook: bool = False, engine: str | None = N
     for mark in (error, finished):
         mark.unlink(missing_ok=True)
     try:
-        from flowrepro.runs import execute_notebook, run_notebook
-
         if notebook:
             execute_notebook(name, out / f"notebooks/{name}.ipynb", content["notebooks"][name]["parameters"], engine)
         else:
@@ -234,13 +232,13 @@ def register_here() -> None:
         def execute_managed_notebook(cls, nb_man, kernel_name, **settings):
             from execnb.shell import CaptureShell
 
-            shell, whole = CaptureShell(mpl_format="png"), lambda v: "".join(v) if isinstance(v, list) else v
+            shell = CaptureShell(mpl_format="png")
             for i, cell in enumerate(nb_man.nb.cells):
                 if cell.cell_type == "code":
                     nb_man.cell_start(cell, i)
-                    outputs = [dict(o) for o in shell.run(cell.source)]
+                    outputs = shell.run(cell.source)
                     cell.execution_count = shell.execution_count - 1
-                    cell.outputs = [from_dict(joined(o, whole)) for o in outputs]
+                    cell.outputs = [from_dict(joined(o)) for o in outputs]
                     if shell.exc:
                         nb_man.cell_exception(cell, i, exception=shell.exc)
                         break
@@ -249,8 +247,9 @@ def register_here() -> None:
     papermill_engines.register("here", Here)
 
 # %% ../nbs/12d_reproduce.ipynb #3cfb1e6a
-def joined(output: dict, whole) -> dict:
+def joined(output: dict) -> dict:
     "A notebook output with its lists of lines joined, but for a traceback, which is a list in the format, too."
+    whole = lambda v: "".join(v) if isinstance(v, list) else v
     out = dict(output)
     if "text" in out:
         out["text"] = whole(out["text"])
@@ -320,7 +319,9 @@ def at_once(jobs: int | None, cluster: str | None) -> int:
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs {jobs}: at least 1; without --jobs, one a GPU, or one a CPU core")
     here = gpus() or os.cpu_count() or 1  # refuses a wrong FLOWREPRO_GPUS with a cluster, too
-    return jobs or (int(yaml.safe_load((profile_of(cluster) / "config.yaml").read_text())["jobs"]) if cluster else here)
+    if jobs or not cluster:
+        return jobs or here
+    return int(yaml.safe_load((profile_of(cluster) / "config.yaml").read_text())["jobs"])
 
 
 def snakemake_command(plan_file: Path, target: str, cluster: str | None, jobs: int) -> list[str]:
@@ -467,8 +468,6 @@ def missing_data(plan: dict) -> list[str]:
 
 def other_revisions(plan: dict) -> str:
     "A word on finished runs that another revision of the code made; empty if there are none."
-    from flowrepro.runs import revision
-
     now, found = revision(), {}
     for name in plan["runs"]:
         with contextlib.suppress(OSError, KeyError, json.JSONDecodeError):
@@ -497,8 +496,6 @@ def wanted_tables(plan: dict) -> list[str]:
 
 def glance(out: Path, tables: list[str]) -> str:
     "The first table that a call has made, without the columns that say less; empty if there is none."
-    import pandas as pd
-
     path = next((p for p in (out / f"tables/{t}.csv" for t in tables) if p.exists()), None)
     if path is None:
         return ""
@@ -520,8 +517,6 @@ def reproduce(
     matrix: str | Path | None = None,
 ) -> int:
     "Plan, say so, do it, report; the exit code: 0, or 1 if a run failed or its data are missing. Raises as `make_plan` before any work, DataError if no run has its data, OSError when the disk is full."
-    from flowrepro.reports import report
-
     jobs = at_once(jobs, cluster)
     plan, out = make_plan(preset, data_root, only, seeds, out, matrix, cluster), Path(out)
     some_run(plan, data_root, only)

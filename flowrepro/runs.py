@@ -6,11 +6,11 @@ Docs: https://flowrepro.github.io/flowrepro/runs.html.md"""
 
 # %% auto #0
 __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES', 'PLAIN', 'HERE', 'TRAINED_BY', 'defaults_of',
-           'settings_of', 'ConfigError', 'resolve', 'parse_overrides', 'Config', 'given_parameters', 'check_choices',
-           'check_detector', 'check_settings', 'configure', 'published_for', 'write_json', 'revision', 'environment',
-           'peak_memory', 'masks_by_category', 'evaluate_parts', 'mean_results', 'best_results', 'one_category', 'Run',
-           'evaluation_epochs', 'training_code', 'train_or_resume', 'open_folder', 'timing', 'score_table',
-           'by_class_mode', 'write_results', 'score_forms', 'execute_notebook', 'run_notebook']
+           'settings_of', 'ConfigError', 'resolve', 'parse_overrides', 'Config', 'as_plain', 'given_parameters',
+           'check_choices', 'check_detector', 'check_settings', 'configure', 'published_for', 'write_json', 'revision',
+           'environment', 'peak_memory', 'masks_by_category', 'evaluate_parts', 'mean_results', 'best_results',
+           'one_category', 'Run', 'evaluation_epochs', 'training_code', 'train_or_resume', 'open_folder', 'timing',
+           'score_table', 'by_class_mode', 'write_results', 'score_forms', 'execute_notebook', 'run_notebook']
 
 # %% ../nbs/11_runs.ipynb #c6d1b3a8
 import difflib
@@ -181,6 +181,11 @@ class Config:
 PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 
+def as_plain(value):
+    "A path as text, a NumPy number as one of Python; anything else as it is."
+    return str(value) if isinstance(value, Path) else value.item() if isinstance(value, np.generic) else value
+
+
 def given_parameters(namespace: dict) -> dict:
     "The parameters in a dict or in a notebook's globals; ConfigError names what is none (papermill itself would let it pass)."
     given = namespace
@@ -189,7 +194,7 @@ def given_parameters(namespace: dict) -> dict:
         given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in jupyter and isinstance(v, PLAIN)}
     for name in given.keys() - PARAMETERS.keys():
         raise ConfigError(f"unknown parameter {name!r}: the parameters are {', '.join(PARAMETERS)}")
-    return {k: str(v) if isinstance(v, Path) else v.item() if isinstance(v, np.generic) else v for k, v in given.items()}
+    return {k: as_plain(v) for k, v in given.items()}
 
 
 def check_choices(p: dict) -> None:
@@ -284,7 +289,7 @@ def write_json(path: Path, value: dict) -> None:
             return {str(k): clean(x) for k, x in v.items()}
         if isinstance(v, (list, tuple)):
             return [clean(x) for x in v]
-        v = v.item() if isinstance(v, np.generic) else str(v) if isinstance(v, Path) else v
+        v = as_plain(v)
         return None if isinstance(v, float) and not np.isfinite(v) else v
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(clean(value), indent=1) + "\n")
@@ -359,7 +364,7 @@ def best_results(history: list[dict]) -> dict:
 
 
 def one_category(detector: Detector) -> None:
-    "Score a mixture over a single category by likelihood alone, whatever the preset: the entropy is zero there, and so is the published product."
+    "Score a mixture over a single category by likelihood alone: the entropy is zero there. `HGAD.adopt` does so but for the published score, whose product would be zero, too."
     if detector.labelled and len(detector.config["categories"]) == 1:
         detector.score = replace(detector.score, criterion="likelihood", image_criterion="likelihood")
 
@@ -476,12 +481,12 @@ def by_class_mode(run: Run) -> dict[str, dict]:
         return out
     chosen, before = config["class_mode"], run.detector.calibration.clone()
     for mode in CLASS_MODES:
-        if mode == chosen:  # evaluated already
-            out[mode] = run.history[-1]["results"]
-            continue
         config["class_mode"] = mode
-        run.detector.calibrate(run.train_bank, run.labels)
-        out[mode] = run.results(parts=run.detector.all_parts(run.test_bank, run.test_labels))[0]
+        if mode == chosen:
+            out[mode] = run.history[-1]["results"]  # evaluated already
+        else:
+            run.detector.calibrate(run.train_bank, run.labels)
+            out[mode] = run.results(parts=run.detector.all_parts(run.test_bank, run.test_labels))[0]
     config["class_mode"] = chosen
     run.detector.calibration.copy_(before)
     return out
@@ -489,9 +494,10 @@ def by_class_mode(run: Run) -> dict[str, dict]:
 # %% ../nbs/11_runs.ipynb #194fbda0
 def write_results(run: Run) -> dict:
     "Write history.csv, scores.csv, model.safetensors, latents.npz, pictures.npz and, last, metrics.json; returns what that holds."
-    evaluated = [r for r in run.history if "results" in r]
-    rows = [{k: v for k, v in r.items() if k not in ("results", "base")} | {f"{c}/{m}": v for c, ms in r["results"].items() if c != "mean" for m, v in ms.items()}
-            for r in evaluated]
+    evaluated, rows = [r for r in run.history if "results" in r], []
+    for r in evaluated:
+        each = {f"{c}/{m}": v for c, values in r["results"].items() if c != "mean" for m, v in values.items()}
+        rows.append({k: v for k, v in r.items() if k not in ("results", "base")} | each)
     pd.DataFrame(rows).to_csv(run.out / "history.csv", index=False)
     score_table(run).to_csv(run.out / "scores.csv", index=False)
     run.detector.save(run.out / "model.safetensors")
