@@ -417,7 +417,11 @@ def rows_to_show(keys: list[tuple], most: int) -> list[tuple]:
     for key in keys:
         own.setdefault(key[0], []).append(key)
     each = max(1, most // len(own))
-    rows = [k for ks in own.values() for k in (ks if len(ks) <= each else ks[: each - 1] + ks[-1:] if each > 2 else ks[:each])]
+    rows = []
+    for held in own.values():
+        if len(held) > each > 2:
+            held = held[: each - 1] + held[-1:]
+        rows += held[:each]
     return rows[:most]
 
 # %% ../nbs/12c_figures.ipynb #78b10fcc
@@ -479,9 +483,11 @@ def montage(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
         x0, y = n // rows * (left + columns * (side + gap)), top + n % rows * (side + gap)
         ax.text(x0 + left / 2, y + side / 2, "\n".join(key[:2]).replace("_", " "), rotation=90, ha="center", va="center", fontsize=7)
         for k, kind in enumerate(["image", "mask"] + ["map"] * len(groups)):
-            x, held = x0 + left + k * (side + gap), [g[key] for g in list(groups.values())[max(k - 2, 0): k - 1 if k > 1 else None] if key in g]
+            x = x0 + left + k * (side + gap)
+            found = [list(groups.values())[k - 2]] if kind == "map" else groups.values()  # a map is of its method, image and mask are of any
+            held = next((pictures[key] for pictures in found if key in pictures), None)
             if held:
-                draw_picture(ax, kind, *held[0], x, y, side)
+                draw_picture(ax, kind, *held, x, y, side)
             else:
                 ax.text(x + side / 2, y + side / 2, "no run", ha="center", va="center", color=GREY, fontsize=7)
             if n % rows == 0:
