@@ -229,10 +229,10 @@ def freia_chain(shape: tuple[int, ...], steps: int, subnet: Callable[[int], Call
     return chain
 
 
-def freia_conv(channels: int, side: int, steps: int, kernels: tuple[int, ...] = (3, 1)) -> nn.Module:
-    "A level's flow as public FastFlow codes build it."
+def freia_conv(channels: int, side: int, steps: int) -> nn.Module:
+    "A level's flow as public FastFlow codes build it: kernels of 3 and 1 in turn."
     def subnet(k: int) -> Callable[[int, int], nn.Module]:
-        conv = lambda i, o: nn.Conv2d(i, o, kernels[k % len(kernels)], padding="same")
+        conv = lambda i, o: nn.Conv2d(i, o, (3, 1)[k % 2], padding="same")
         return lambda c_in, c_out: nn.Sequential(conv(c_in, c_in), nn.ReLU(), conv(c_in, c_out))
 
     return freia_chain((channels, side, side), steps, subnet, affine_clamping=2.0, permute_soft=False)
@@ -517,19 +517,17 @@ def one_epoch(start: FastFlow, source: FeatureBank | LiveFeatures, batch: int) -
 
 def bench_epoch(
     repeats: int = 5,
-    images: int = 64,  # of the toy data set's training images, evenly chosen; ignored with `dataset`
+    images: int = 64,  # of the toy data set's training images, evenly chosen
     size: int = 256,
     batch: int = 16,
     levels: tuple[int, ...] = (2, 3, 4),
-    dataset: Dataset | None = None,  # normal images to train on
     progress: bool = True,
     device: str = "cpu",
 ) -> list[dict]:
     "An epoch of FastFlow's training: decoding and backbone for each batch against the bank."
-    if dataset is None:
-        every = load("toy", transform=Transform(size))[0]
-        dataset = Dataset([every.records[i * len(every) // images] for i in range(images)], every.transform)
-    backbone = Backbone("tf_efficientnet_lite0", levels, weights="packaged", size=dataset.transform.size)
+    every = load("toy", transform=Transform(size))[0]
+    dataset = Dataset([every.records[i * len(every) // images] for i in range(images)], every.transform)
+    backbone = Backbone("tf_efficientnet_lite0", levels, weights="packaged", size=size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         start = FastFlow(backbone).to(device)
@@ -539,8 +537,8 @@ def bench_epoch(
     start.prepare(bank)
     variants = {"backbone each batch": Variant(lambda: one_epoch(start, live, batch)),
                 "flowrepro bank": Variant(lambda: one_epoch(start, bank, batch), tolerance=1e-2)}
-    text = (f"FastFlow (tf_efficientnet_lite0, stages {', '.join(map(str, levels))}, 8 steps), {len(dataset)} images at "
-            f"{dataset.transform.size}x{dataset.transform.size}, batch {batch}; bank of {bank.nbytes / 2**20:.0f} MiB filled once in {bank.seconds:.1f} s")
+    text = (f"FastFlow (tf_efficientnet_lite0, stages {', '.join(map(str, levels))}, 8 steps), {images} images at "
+            f"{size}x{size}, batch {batch}; bank of {bank.nbytes / 2**20:.0f} MiB filled once in {bank.seconds:.1f} s")
     return [row | {"setting": text, "fill_seconds": bank.seconds} for row in compare(variants, repeats, progress, device)]
 
 # %% ../nbs/12a_bench.ipynb #810a04e4

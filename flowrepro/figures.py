@@ -325,7 +325,7 @@ def draw_moments(ax: Axes, arrays: dict) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
 
 # %% ../nbs/12c_figures.ipynb #89dc0b73
-def draw_ridges(ax: Axes, arrays: dict, names: tuple = ("closest", "median", "furthest")) -> None:
+def draw_ridges(ax: Axes, arrays: dict) -> None:
     "Histograms of three channels of the sampled normal latents, by their distance from N(0, 1), with both bases over them."
     level = int(arrays["level"])
     z = arrays["z"][~arrays["defective"]].astype(float)
@@ -339,7 +339,7 @@ def draw_ridges(ax: Axes, arrays: dict, names: tuple = ("closest", "median", "fu
         for curve, look in zip(curves, (dict(color="black", ls="-", lw=0.9), dict(color="C1", ls="--", lw=1.3))):
             ax.plot(x, k + curve / top, **look)
     ax.set(ylim=(0, 3.05), yticks=np.arange(3) + 0.4, xlim=(-4.5, 4.5), xlabel=f"z, level {level + 1}")
-    ax.set_yticklabels(names, rotation=90, va="center")
+    ax.set_yticklabels(("closest", "median", "furthest"), rotation=90, va="center")
     ax.tick_params(axis="y", length=0)
     ax.grid(False, axis="y")
 

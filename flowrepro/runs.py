@@ -516,7 +516,7 @@ def write_results(run: Run) -> dict:
 Run.finish = write_results
 
 # %% ../nbs/11_runs.ipynb #cb28dd27
-def score_forms(run: Run, forms: dict[str, Score] | None = None) -> pd.DataFrame:
+def score_forms(run: Run) -> pd.DataFrame:
     "Metrics of the last epoch under several scores, one row per category and form."
     published = {f"published ({n})": s for n, s in PUBLISHED.items() if "product" not in (s.criterion, s.image_criterion)}
     own = {}
@@ -524,7 +524,7 @@ def score_forms(run: Run, forms: dict[str, Score] | None = None) -> pd.DataFrame
         published = {"published (hgad)": PUBLISHED["hgad"]}
         own = {c: Score(criterion=c, image_criterion=c) for c in ("likelihood", "entropy", "product")}
     known, rows = {run.detector.score: run.history[-1]["results"]}, []  # each score once, that of the run not again
-    for name, score in (forms or {"this run": run.detector.score, "default": Score(), **own, **published}).items():
+    for name, score in {"this run": run.detector.score, "default": Score(), **own, **published}.items():
         if score not in known:
             known[score] = run.results(score)[0]
         rows += [{"category": c, "score": name} | m for c, m in known[score].items() if c != "mean"]
