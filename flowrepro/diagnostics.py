@@ -25,8 +25,8 @@ TRACED = ("mean", "log_scale", "mu", "phi")
 
 def base_state(detector: Detector) -> dict[str, Tensor]:
     "The base's parameters now, `LEVEL.NAME` -> float32 on the CPU; empty for a standard normal."
-    named = ((l, *item) for l, base in enumerate(detector.bases) for item in base.named_parameters())
-    return {f"{l}.{name}": p.detach().float().cpu().clone() for l, name, p in named if name in TRACED}
+    return {f"{l}.{name}": p.detach().float().cpu().clone()
+            for l, base in enumerate(detector.bases) for name, p in base.named_parameters() if name in TRACED}
 
 # %% ../nbs/10a_diagnostics.ipynb #07c42d66
 def base_trace(epochs: list[int], states: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
@@ -117,7 +117,12 @@ def pictures_file(path: Path, dataset: Dataset, maps: np.ndarray, side: int = 12
     span = {c: np.percentile(maps[categories == c], (50, 99.8)) for c in dataset.categories}
     masks = [torch.zeros(1, side, side) if s.mask is None else small(s.mask[None], "nearest-exact") for s in samples]
     np.savez_compressed(
-        path, image=np.stack([small(s.image, "area").permute(1, 2, 0).round().byte().numpy() for s in samples]),
-        mask=np.stack([m[0].bool().numpy() for m in masks]), map=np.stack([small(torch.from_numpy(maps[i])[None], "area")[0].half().numpy() for i in rows]),
-        category=categories[rows], defect=np.array([dataset.records[i].defect for i in rows]), label=dataset.labels[rows],
-        low=np.array([span[c][0] for c in categories[rows]]), high=np.array([span[c][1] for c in categories[rows]]))
+        path,
+        image=np.stack([small(s.image, "area").permute(1, 2, 0).round().byte().numpy() for s in samples]),
+        mask=np.stack([m[0].bool().numpy() for m in masks]),
+        map=np.stack([small(torch.from_numpy(maps[i])[None], "area")[0].half().numpy() for i in rows]),
+        category=categories[rows],
+        defect=np.array([dataset.records[i].defect for i in rows]),
+        label=dataset.labels[rows],
+        low=np.array([span[c][0] for c in categories[rows]]),
+        high=np.array([span[c][1] for c in categories[rows]]))

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .matrix import Job, absent, jobs_of, select, sets_of, title_of, variant_of
+from .matrix import Job, absent, command_of, jobs_of, select, sets_of, title_of, variant_of
 from .metrics import auroc
-from .reports import METRICS, command_of, style
+from .reports import METRICS, style
 
 # %% ../nbs/12c_figures.ipynb #02279be7
 Axes = Drawing = Any  # of matplotlib, which loads where something is drawn

@@ -36,7 +36,7 @@ import torch
 
 from .data import DataError
 from .matrix import MATRIX, Job, find_roots, jobs_of, load_matrix, refuse
-from .reports import report
+from .reports import METRICS, report
 from .runs import HERE, execute_notebook, parse_overrides, revision, run_notebook, settings_of
 
 # %% ../nbs/12d_reproduce.ipynb #c2ebc707
@@ -362,12 +362,14 @@ class Watch:
                 path = self.out / name / file
                 if name not in self.done and path.exists() and path.stat().st_mtime >= self.began - 1:
                     self.done[name] = good
-                    yield f"[{len(self.done)}/{len(self.names)}] {name}: " + (self.result(path.with_name("metrics.json")) if good else f"FAILED, {reason(path)}") + self.left()
+                    result = self.result(path.with_name("metrics.json")) if good else f"FAILED, {reason(path)}"
+                    yield f"[{len(self.done)}/{len(self.names)}] {name}: {result}{self.left()}"
 
     def result(self, path: Path) -> str:
+        "AUROCs of the last epoch and seconds of a finished run."
         m = json.loads(path.read_text())
         mean, t = m["results"]["last"]["mean"], m["timing"]
-        shown = ", ".join(f"{label} {mean[k]:.3f}" for k, label in (("image_auroc", "image AUROC"), ("pixel_auroc", "pixel AUROC")) if mean.get(k) is not None)
+        shown = ", ".join(f"{METRICS[k]} {mean[k]:.3f}" for k in ("image_auroc", "pixel_auroc") if mean.get(k) is not None)
         return f"{shown} ({said(t['features_s'] + t['train_s'] + t['evaluate_s'])})"
 
     def left(self) -> str:

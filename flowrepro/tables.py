@@ -31,8 +31,8 @@ import numpy as np
 import pandas as pd
 
 from .data import OFFICIAL, TOY
-from .matrix import Job, absent, jobs_of, role_of, select, sets_of, title_of, variant_of
-from .reports import HEADLINE, METRICS, changed_settings, command_of, markdown, method_name, read_run, shown_categories
+from .matrix import Job, absent, command_of, jobs_of, role_of, select, sets_of, title_of, variant_of
+from .reports import HEADLINE, METRICS, changed_settings, markdown, method_name, read_run, shown_categories
 from .runs import HERE, PRESETS
 
 # %% ../nbs/12b_tables.ipynb #7b0b4f82

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from flowrepro.data import OFFICIAL
-from flowrepro.matrix import find_roots, jobs_of, load_matrix, run_folder
-from flowrepro.reports import DATA_FOLDERS, METRICS, command_of, read_runs
+from flowrepro.matrix import DATA_FOLDERS, command_of, find_roots, jobs_of, load_matrix, run_folder
+from flowrepro.reports import METRICS, read_runs
 from flowrepro.cli import print_published
 from flowrepro.tables import TABLES, Table, as_latex, as_markdown, as_published, beside_papers, measured, of_other_seeds, published, table_9
 
