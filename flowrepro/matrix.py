@@ -9,7 +9,7 @@ __all__ = ['MATRIX', 'ROLES', 'KEYS', 'REQUIRED', 'FOLDERS', 'DATA_FOLDERS', 'Ma
            'check_keys', 'is_text', 'is_list', 'check_variant', 'check_output', 'check_preset', 'check_role',
            'check_data', 'find_roots', 'Job', 'run_folder', 'role_of', 'categories_of', 'data_of', 'sets_of',
            'parameters_of', 'check_variants', 'check_matrix', 'load_matrix', 'jobs_of', 'variant_of', 'title_of',
-           'belongs', 'select', 'absent', 'first_seeds', 'papermill_line', 'command_of', 'chosen']
+           'belongs', 'select', 'absent', 'first_seeds', 'chosen', 'papermill_line', 'command_of']
 
 # %% ../nbs/11a_matrix.ipynb #0e87a206
 import difflib
@@ -315,6 +315,15 @@ def first_seeds(matrix: dict, preset: str, runs: list[dict], seeds: int = 0) -> 
     presets = matrix["presets"] | {preset: matrix["presets"][preset] | {"seeds": seeds}}
     return matrix | {"presets": presets}, [r for r in runs if r["config"]["seed"] < seeds]
 
+# %% ../nbs/11a_matrix.ipynb #4a1663cb
+def chosen(only: str, matrix: dict, notebook: str) -> list[str]:
+    "The outputs an experiment notebook makes: its own, or those named, separated by commas; MatrixError names a wrong one."
+    own = [name for name, output in matrix["outputs"].items() if output["notebook"] == notebook]
+    wanted = [name.strip().upper() for name in only.split(",") if name.strip()]
+    for name in wanted:
+        one_of("only", name, own)
+    return [name for name in own if name in wanted] or own
+
 # %% ../nbs/11a_matrix.ipynb #6403d190
 DATA_FOLDERS = {"mvtec": "mvtec_ad", "btad": "btad", "visa": "visa", "mvtec3d": "mvtec_3d"}  # in DATA
 
@@ -332,12 +341,3 @@ def command_of(job: Job, out: str | Path) -> str:
     sets = sets_of(job.parameters)
     root = data_of(sets, {s: f"DATA/{DATA_FOLDERS.get(s, s)}" for s in sets if s != "toy"})[1]
     return papermill_line(replace(job, parameters=job.parameters | {"data_root": root}), out)
-
-# %% ../nbs/11a_matrix.ipynb #4a1663cb
-def chosen(only: str, matrix: dict, notebook: str) -> list[str]:
-    "The outputs an experiment notebook makes: its own, or those named, separated by commas; MatrixError names a wrong one."
-    own = [name for name, output in matrix["outputs"].items() if output["notebook"] == notebook]
-    wanted = [name.strip().upper() for name in only.split(",") if name.strip()]
-    for name in wanted:
-        one_of("only", name, own)
-    return [name for name in own if name in wanted] or own
