@@ -113,7 +113,7 @@ def cmd_fit(args: argparse.Namespace) -> int:
 
     if args.method not in DETECTORS:
         raise ValueError(f"method {args.method!r}: in this version only {', '.join(DETECTORS)}")
-    train, _ = load(args.dataset, args.data_root, args.category, Transform(args.size, args.policy))
+    train, _ = load(args.dataset, args.data_root, args.category, Transform(args.size, args.policy), test=False)
     torch.manual_seed(args.seed)
     kind = DETECTORS[args.method]
     learnable = {"base": "diagonal"} if args.altub and args.method != "hgad" else {}
@@ -256,7 +256,7 @@ def add_data(commands) -> None:
 def add_own_images(commands) -> None:
     "`flowrepro fit`, `flowrepro predict` and `flowrepro export`."
     p = add(commands, "fit", cmd_fit, "flowrepro fit my_parts --out my_parts.safetensors")
-    p.add_argument("data_root", help="folder with good/ and perhaps others (every fifth good image is kept for testing), or a data set's root")
+    p.add_argument("data_root", help="folder with good/ and perhaps others (every fifth good image is kept for testing), with train/good (all are trained on), or a data set's root")
     add_source(p, "all")
     p.set_defaults(backbone="tf_efficientnet_lite0")
     p.add_argument("--dataset", default="folder", help="layout of the folder")

@@ -298,9 +298,9 @@ def choose(found: Iterable[str], category, where: str) -> list[str]:
 
 # %% ../nbs/00_data.ipynb #73411add
 def read_split(folder: Path, category: str, fail: Fail = stop, good: str = "good", masks: Path | None = None) -> list[Record]:
-    "One category with `train/GOOD`, `test/GOOD`, `test/DEFECT` and `ground_truth/DEFECT`. `masks` None: required in `ground_truth`."
-    out, gt = [], masks or folder/"ground_truth"
-    need = masks is None or gt.is_dir()
+    "One category with `train/GOOD`, `test/GOOD`, `test/DEFECT` and `ground_truth/DEFECT`. `masks`: the folder of somebody's own, who need have neither masks nor test images."
+    out, gt, own = [], masks or folder/"ground_truth", masks is not None
+    need = not own or gt.is_dir()
     if any((folder/s/good/"rgb").is_dir() for s in ("train", "test")):
         fail(f"{folder}: the layout of MVTec 3D-AD; read {folder.parent} with dataset mvtec3d"); return out
     only_in(folder, ("train", "test", gt.name), fail)
@@ -309,7 +309,7 @@ def read_split(folder: Path, category: str, fail: Fail = stop, good: str = "good
     out += [Record(p, 0, None, category, "good", "train") for p in images_in(folder/"train"/good, fail)]
     tests = sorted(folders_in(folder/"test", fail), key=lambda p: p.name != good)           # normal images first
     for needed, ok in ((folder/"test"/good, any(p.name == good for p in tests)), (folder/"test"/"DEFECT", any(p.name != good for p in tests))):
-        if not ok: fail(f"{needed}: this folder is missing, so {category} cannot be evaluated; restore it from the original archive")
+        if not (ok or own): fail(f"{needed}: this folder is missing, so {category} cannot be evaluated; restore it from the original archive")
     for p in tests:
         label, images = int(p.name != good), images_in(p, fail)
         pairs = pair_masks(images, gt/p.name, fail, required=bool(label) and need)
@@ -417,7 +417,7 @@ def read_folder(root: Path, category="all", fail: Fail = stop) -> list[Record]:
     if (root/"train").is_dir(): return read_split(root, root.name, fail, masks=gt)
     subs = [p for p in folders_in(root, fail) if p.name not in ("ground_truth", "masks")]
     normal = images_in(root/"good", fail)
-    if len(normal) < HOLDOUT: fail(f"{root/'good'}: {len(normal)} images; at least {HOLDOUT} are needed to hold one out for testing")
+    if len(normal) < HOLDOUT: fail(f"{root/'good'}: {len(normal)} images; at least {HOLDOUT} are needed to hold one out for testing; add some, or move them to train/good, which holds none out")
     out = [Record(p, 0, None, root.name, "good", "test" if i % HOLDOUT == HOLDOUT - 1 else "train") for i, p in enumerate(normal)]
     for p in subs:
         if p.name == "good": continue
@@ -706,12 +706,13 @@ def read(dataset: str,             # toy mvtec btad visa mvtec3d folder union
         return READERS[dataset](root, category, fail, **options)
     except DataError as e: fail(str(e)); return []
 
-def load(dataset: str, root=None, category="all", transform: Transform = Transform()) -> tuple[Dataset, Dataset]:
-    "(train, test). A random rotation applies to the training images alone."
+def load(dataset: str, root=None, category="all", transform: Transform = Transform(), test: bool = True) -> tuple[Dataset, Dataset]:
+    "(train, test). A random rotation applies to the training images alone. `DataError` if there are none to train on, or to test on, which `test=False` lets pass."
     records, out = read(dataset, root, category), []
-    for split, t in (("train", transform), ("test", replace(transform, rotate=0.0))):
+    for split, t, remedy in (("train", transform, ""), ("test", replace(transform, rotate=0.0), ", or train without: flowrepro fit, or load(..., test=False)")):
         out.append(Dataset([r for r in records if r.split == split], t))
-        if not len(out[-1]): raise DataError(f"{root}: no {split} images in {dataset}, category {category}; check the root and the category")
+        if not len(out[-1]) and (test or split == "train"):
+            raise DataError(f"{root}: no {split} images in {dataset}, category {category}; check the root and the category{remedy}")
     return out[0], out[1]
 
 # %% ../nbs/00_data.ipynb #d266e968

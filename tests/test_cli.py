@@ -210,6 +210,13 @@ def test_fit_says_where(parts_folder, tmp_path, capsys):
     assert code == 0 and f"fastflow trained on 10 images: {tmp_path / 'm.safetensors'}" in out and (tmp_path / "m.safetensors").is_file()
 
 
+def test_fit_good_images_alone(parts_folder, tmp_path, capsys):
+    "A folder with train/good and nothing else: all of them are trained on."
+    shutil.copytree(parts_folder / "good", tmp_path / "mine/train/good")
+    code, out, _ = run(capsys, "fit", tmp_path / "mine", "--size", 64, "--epochs", 1, "--device", "cpu", "--out", tmp_path / "m.safetensors")
+    assert code == 0 and "trained on 12 images" in out and len(Detector.load(tmp_path / "m.safetensors").predict(tmp_path / "mine")[1]) == 12
+
+
 def test_fit_is_seeded(parts_folder, model, tmp_path):
     "The same command, the same detector; another seed, another."
     from safetensors.torch import load_file

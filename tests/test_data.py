@@ -183,6 +183,14 @@ def test_folder_structured(tmp_path):
     assert all(r.mask is None for r in read("folder", tmp_path/"nut"))
     says(lambda: read("mvtec", tmp_path), "000.png", "mask is missing")
 
+def test_folder_of_good_images_alone(tmp_path):
+    "Trains without a test part, if told; an official layout without one is not whole."
+    for i in range(3): put(tmp_path/"nut"/"train"/"good"/f"{i}.png")
+    train, test = load("folder", tmp_path/"nut", test=False)
+    assert len(train) == 3 and len(test) == 0 and check(tmp_path/"nut", "folder", progress=False)[1] == []
+    says(lambda: load("folder", tmp_path/"nut"), tmp_path/"nut", "no test images", "test=False")
+    says(lambda: load("mvtec", tmp_path, test=False), tmp_path/"nut"/"test"/"good", "missing")
+
 def test_folder_errors(tmp_path):
     flat(tmp_path/"screws")
     says(lambda: read("folder", tmp_path), "too high", tmp_path/"screws")
@@ -191,7 +199,7 @@ def test_folder_errors(tmp_path):
     says(lambda: read("folder", tmp_path/"screws"), "1.png", "mask is missing")
     put(tmp_path/"screws"/"stray.png")
     says(lambda: read("folder", tmp_path/"screws"), "stray.png", "without a label")
-    says(lambda: read("folder", flat(tmp_path/"few", None, 4)), "4 images", "at least 5")
+    says(lambda: read("folder", flat(tmp_path/"few", None, 4)), "4 images", "at least 5", "train/good")
     (tmp_path/"none").mkdir()
     says(lambda: read("folder", tmp_path/"none"), "no folder good")
 
