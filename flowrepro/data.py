@@ -15,6 +15,7 @@ __all__ = ['Fail', 'EXTENSIONS', 'HOLDOUT', 'TOY_VERSION', 'TOY', 'READERS', 'OF
 
 # %% ../nbs/00_data.ipynb #e73c4e0d
 import csv, hashlib, json, os, shutil, struct, tempfile, warnings, zlib
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,20 +49,21 @@ class Record:
     split: str               # "train" or "test"; "validation" of MVTec 3D-AD is checked, not used
 
 # %% ../nbs/00_data.ipynb #2a455f08
-def open_image(path: Path) -> Image.Image:
-    "Decode `path` completely to 8-bit RGB. `DataError` if the file is missing, unreadable, truncated, or has more than 8 bits."
+def open_image(path: Path | Image.Image) -> Image.Image:
+    "Decode a file, or an image that Pillow has opened, completely to 8-bit RGB. `DataError` if it is missing, unreadable, truncated, or has more than 8 bits."
     return _decode(path).convert("RGB")
 
 def _absent(path: Path) -> str:
     "Why nothing is found at `path`, in words."
     return f"a link that leads nowhere ({os.readlink(path)})" if os.path.islink(path) else "missing"
 
-def _decode(path: Path, keep: str = "") -> Image.Image:
+def _decode(path: Path | Image.Image, keep: str = "") -> Image.Image:
+    opened = path if isinstance(path, Image.Image) else None
+    if opened: path = getattr(opened, "filename", None) or f"PIL image of {opened.width}×{opened.height}"
     try:
-        with Image.open(path) as im:
+        with nullcontext(opened) if opened else Image.open(path) as im:
             deep = im.mode[0] in "IF" or im.format in ("PNG", "TIFF") and ";16" in str(im.tile)      # Pillow makes 8 bits of 16 in color
-            im.load()
-            im = im.copy()
+            if not deep or im.mode[0] in keep: im = im.copy()                                        # which decodes it
     except FileNotFoundError:
         raise DataError(f"{path}: the file is {_absent(path)}; restore it or read the data set again") from None
     except Exception as e:

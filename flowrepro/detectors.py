@@ -82,6 +82,8 @@ def image_files(images: str | Path | Iterable) -> list[Path]:
     "The image files that one path, a folder (searched to the bottom) or several paths stand for; DataError if a folder holds none."
     if not isinstance(images, (str, Path)):
         return [Path(p) for p in images]
+    if not Path(images).exists():
+        raise DataError(f"{images}: missing, neither a file nor a folder; check the path")
     found = sorted(filter(is_image, Path(images).rglob("*"))) if Path(images).is_dir() else [Path(images)]
     if not found:
         raise DataError(f"{images}: no image in this folder; give a folder with png, jpg, bmp or tif files")
@@ -89,25 +91,24 @@ def image_files(images: str | Path | Iterable) -> list[Path]:
 
 
 def read_image(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
-    "An RGB image from its path, or from one that is open already: PIL's, or uint8 (H, W, 3) or (H, W); DataError for anything else."
-    if isinstance(image, (str, Path)):
-        return open_image(image)
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,)):
-        image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        raise DataError(f"{getattr(image, 'shape', image)!r} ({type(image).__name__}): an image is a path, a PIL image, or uint8 (H, W, 3)")
-    return image.convert("RGB")
+    "An RGB image from its path, or from one that is open already: PIL's, or uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), whose alpha is ignored; DataError for anything else."
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size and (image.ndim == 2 or image.shape[2:] in ((1,), (3,), (4,))):
+        image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+    if not isinstance(image, (str, Path, Image.Image)):
+        what = f"{image.shape} of {image.dtype}" if hasattr(image, "dtype") else repr(image)
+        raise DataError(f"{what} ({type(image).__name__}): an image is a path, a PIL image, or an array uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+    return open_image(image)
 
 
 def open_images(images: Dataset | Tensor | str | Path | Iterable, transform: Transform) -> Iterable[Tensor]:
-    "Single images, uint8 (3, H, W) or float in [0, 1], from a `Dataset`, a tensor (N, 3, H, W), a folder, or what `read_image` takes, one or several."
+    "Single images, uint8 (3, H, W) or float in [0, 1], from a `Dataset`, a tensor (N, 3, H, W), a folder, or what `read_image` takes, one or several; an array of more than three axes is several."
     if isinstance(images, Dataset):
         return (images[i].image for i in range(len(images)))
     if isinstance(images, Tensor):
         return iter(images if images.ndim == 4 else images[None])
     if isinstance(images, (str, Path)):
         images = image_files(images)
-    single = isinstance(images, Image.Image) or isinstance(images, np.ndarray) and (images.ndim == 2 or images.ndim == 3 and images.shape[2] == 3)
+    single = not isinstance(images, Iterable) or isinstance(images, np.ndarray) and images.ndim < 4
     return (transform.image(read_image(image)) for image in ([images] if single else images))
 
 

@@ -315,7 +315,10 @@ def test_sixteen_bits_in_color(tmp_path):
         (tmp_path/name).write_bytes(content)
         assert np.asarray(Image.open(tmp_path/name)).max() == 156           # what Pillow makes of it
         for call in (D.open_image, D.open_mask): says(lambda: call(tmp_path/name), name, "more than 8 bits per channel", "convert")
+        with Image.open(tmp_path/name) as im:
+            for _ in range(2): says(lambda: D.open_image(im), name, "more than 8 bits per channel")
     m = np.zeros((6, 8), np.uint16); m[2, 3] = 1; (tmp_path/"gray.png").write_bytes(deep_png(m))
+    says(lambda: D.open_image(Image.fromarray(m)), "PIL image of 8×6", "more than 8 bits per channel")
     assert (np.asarray(D.open_mask(tmp_path/"gray.png")) > 0).sum() == 1    # nothing is lost of a gray mask
     root = mvtec(tmp_path/"set"); (root/"nut/train/good/001.png").write_bytes(deep_png(a))
     assert [x for x in check(root, "mvtec", progress=False)[1] if "001.png" in x and "8 bits" in x]

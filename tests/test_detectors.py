@@ -269,8 +269,11 @@ def test_predict_open_images(trained, parts_folder):
         assert torch.equal(trained.predict(given)[1], scores)
     for given in (pictures[0], np.asarray(pictures[0]), files[0]):
         assert torch.allclose(trained.predict(given)[1], scores[:1], atol=1e-6)
-    grey = pictures[0].convert("L")
-    assert torch.equal(trained.predict(grey)[1], trained.predict(np.asarray(grey))[1])
+    grey, clear = pictures[0].convert("L"), pictures[0].convert("RGBA")
+    for given in (np.asarray(grey), np.asarray(grey)[..., None]):
+        assert torch.equal(trained.predict(given)[1], trained.predict(grey)[1])
+    for given in (clear, np.asarray(clear), np.asarray(clear)[None]):
+        assert torch.allclose(trained.predict(given)[1], scores[:1], atol=1e-6)
 
 
 def test_predict_sees_as_in_training(tiny_backbone, parts_folder, tmp_path):
@@ -305,7 +308,9 @@ def test_predict_bad_input(trained, tiny_backbone, tmp_path, images):
         unfair.predict(images)
     for given, words in ((torch.zeros(2, 1, 32, 32), r"\(1, 32, 32\): this detector takes \(3, 32, 32\)"), (torch.zeros(2, 3, 64, 64), r"\(3, 64, 64\)"),
                          (images.float(), "divide by 255"), (torch.full((1, 3, 32, 32), float("nan")), "nan"),
-                         (np.zeros((2, 3, 32, 32), np.float32), "an image is a path, a PIL image"), ([7], "an image is a path")):
+                         (np.zeros((2, 3, 32, 32), np.float32), "an image is a path, a PIL image"), ([7], "an image is a path"), (None, "an image is a path"),
+                         (np.zeros((3, 32, 32), np.uint8), "an image is a path"), (np.zeros((0, 0, 3), np.uint8), "an image is a path"),
+                         (np.zeros((32, 32, 3), np.uint16), "of uint16"), (Image.new("I;16", (32, 32)), "more than 8 bits")):
         with pytest.raises(DataError, match=words):
             trained.predict(given)
 
