@@ -248,11 +248,15 @@ def weights_of(weight_id: str, path: str | Path) -> str:
 
 # %% ../nbs/07_detectors.ipynb #eb91ced4
 def save(detector: Detector, path: str | Path) -> None:
-    "Write a detector to one safetensors file (the frozen backbone is named in it, not stored)."
+    "Write a detector to one safetensors file (the frozen backbone is named in it, not stored), in a folder that is made if need be."
     state = {k: v.contiguous().cpu() for k, v in detector.state_dict().items() if not k.startswith("backbone.")}
     about = {"method": detector.method, "config": json.dumps(detector.config), "backbone": json.dumps(detector.backbone.config()),
              "weight_id": detector.backbone.weight_id, "score": json.dumps(asdict(detector.score)), "transform": json.dumps(asdict(detector.seen_through()))}
-    save_file(state, str(path), metadata=about)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, str(path), metadata=about)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path}: the detector cannot be written there ({error}); give a file in a folder where you may write") from error
 
 # %% ../nbs/07_detectors.ipynb #9f8a54b0
 def read_saved(path: str | Path) -> tuple[dict, dict[str, Tensor]]:

@@ -197,6 +197,22 @@ def test_errors(arguments, words, toy, tmp_path, capsys, monkeypatch):
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
+FILES = ["fit {0}/weave --size 64 --out", "export {1} {0}/weave --out", "bench --only metrics --out"]
+FOLDERS = ["run --data-root {0} --preset smoke --category weave --out", "predict {1} {0}/weave --out", "data toy"]
+
+
+@pytest.mark.parametrize("command, out", [(c, out) for c in FILES + FOLDERS for out in ("file/m.onnx", "/proc/none/m.onnx")] + [(c, "folder") for c in FILES])
+def test_nowhere_to_write(command, out, toy, model, tmp_path, capsys, monkeypatch):
+    "Is said before the work, not after it."
+    from flowrepro import bench, data, runs
+    for where, name in ((Detector, "fit"), (Detector, "predict"), (bench, "main"), (runs, "run_notebook"), (data, "make_toy")):
+        monkeypatch.setattr(where, name, lambda *a, **k: pytest.fail("too late"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch(), (tmp_path / "folder").mkdir()
+    code, _, err = run(capsys, *command.format(toy, model).split(), out)
+    assert code == 2 and re.fullmatch(r"flowrepro: (/proc|file).*: nothing can be written there .*\n|flowrepro: folder: is a folder; give a file in it\n", err)
+
+
 # -- own images ----------------------------------------------------------------------------------------------------
 
 def test_fit(model):

@@ -287,6 +287,15 @@ def test_predict_sees_as_in_training(tiny_backbone, parts_folder, tmp_path):
     assert not torch.allclose(again.predict(files)[1], again.predict(files, transform=Transform(32))[1], atol=1e-4)
 
 
+def test_save_where_there_is_no_folder(trained, tmp_path):
+    "It is made; where it cannot be, the error names the file."
+    trained.save(tmp_path / "a/b/m.safetensors")
+    assert Detector.load(tmp_path / "a/b/m.safetensors").method == trained.method
+    for path in (tmp_path / "a/b/m.safetensors/m", tmp_path / "a"):
+        with pytest.raises(OSError, match=f"{path}: the detector cannot be written there"):
+            trained.save(path)
+
+
 def test_no_rotation_but_in_training(trained):
     model = copy.copy(trained)
     model.transform = Transform(32, rotate=5.0)
