@@ -117,9 +117,10 @@ def cmd_data(args: argparse.Namespace) -> int:
         open_out(Path(args.dir).parent)
         print(f"toy data set in {data.make_toy(args.dir, seed=args.seed)}, MVTec AD layout")
         return 0
-    counts, problems = data.check(args.root, args.dataset)
-    known = lambda problem: None  # the check has listed it
-    cropped = data.cropped_defects(data.read(args.dataset, args.root, fail=known), known) if args.crop and len(counts) else None
+    found = []
+    records = data.read(args.dataset, args.root, fail=found.append)
+    counts, problems = data.check_records(records, args.dataset, found)
+    cropped = data.cropped_defects(records, fail=lambda problem: None) if args.crop and records else None  # the check has listed it
     print(data.check_report(counts, problems, cropped, args.dataset))
     return 2 if problems else 0
 

@@ -11,7 +11,7 @@ __all__ = ['Fail', 'EXTENSIONS', 'HOLDOUT', 'TOY_VERSION', 'TOY', 'READERS', 'OF
            'read_mvtec', 'read_visa', 'read_mvtec3d', 'read_folder', 'union_roots', 'read_union', 'Dice', 'png', 'grid',
            'disc', 'stroke', 'blob', 'walk', 'mix', 'draw_weave', 'draw_speckle', 'draw_bolt', 'draw_biscuit', 'shoot',
            'toy_image', 'make_toy', 'toy_root', 'read_toy', 'read', 'load', 'contact_sheet', 'cropped_defects',
-           'absent_categories', 'check', 'inspect_record', 'check_report']
+           'absent_categories', 'check', 'check_records', 'inspect_record', 'check_report']
 
 # %% ../nbs/00_data.ipynb #e73c4e0d
 import csv, hashlib, json, os, shutil, struct, tempfile, warnings, zlib
@@ -336,17 +336,18 @@ def read_visa(root: Path, category="all", fail: Fail = stop, split: str = "1cls"
     folders_in(root, fail)
     names = choose(have, category, str(root))
     out, listed = [], set()
-    for k, row in enumerate(table, 2):
+    for row in table:
         if row["object"] not in names: continue
-        where, image = f"{root/'split_csv'/split}.csv line {k}", root/row["image"]
-        if row["label"] not in ("normal", "anomaly") or row["split"] not in ("train", "test"):
-            fail(f"{where}: label {row['label']!r} or split {row['split']!r} is unknown; expected normal/anomaly and train/test"); continue
+        where, image = f"{root/'split_csv'/split}.csv line {row['line']}", root/row["image"]
+        if row["label"] not in ("normal", "anomaly") or row["split"] not in ("train", "test") or not row["image"]:
+            fail(f"{where}: split {row['split']!r}, label {row['label']!r}, image {row['image']!r}; expected train/test, normal/anomaly and a file; restore the csv from the original archive"); continue
+        if image in listed: fail(f"{where}: {image} is listed already; remove one of the rows"); continue
         label, mask = int(row["label"] == "anomaly"), root/row["mask"] if row["mask"] else None
         listed |= {image, mask}
         if label and row["split"] == "train": fail(f"{where}: {image} is anomalous and in train; use the one-class split 1cls.csv")
         if not image.is_file(): fail(f"{image}: {_absent(image)}, though {where} lists it; restore it from the original archive"); continue
         if label and (mask is None or not mask.is_file()):
-            fail(f"{image}: its mask {mask} is {_absent(mask or Path())} ({where}); restore the mask"); mask = None
+            fail(f"{image}: " + (f"its mask {mask} is {_absent(mask)} ({where}); restore the mask" if mask else f"{where} names no mask for it; restore the csv")); mask = None
         if mask: _same_size(image, mask, fail)
         out.append(Record(image, label, mask, row["object"], "anomaly" if label else "good", row["split"]))
     for n in names:
@@ -369,7 +370,9 @@ def _visa_table(root: Path, split: str, fail: Fail) -> tuple[list[dict], list[st
             if (p/"split_csv").is_dir(): raise DataError(f"{root}: one level too {'low' if p in full.parents else 'high'} for visa, which expects {shape}; use root {p}")
         if any((p/"train").is_dir() for p in visible(root)): raise DataError(f"{root}: VisA converted to the layout of MVTec AD; read it with dataset mvtec")
         raise DataError(f"{path}: this file is missing, visa expects {shape}; restore it from the original archive")
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as f: rows = list(csv.DictReader(f))
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
+        reader = csv.DictReader(f, restval="")
+        rows = [row | {"line": reader.line_num} for row in reader]
     if not rows or {"object", "split", "label", "image", "mask"} - set(rows[0]):
         raise DataError(f"{path}: expected columns object,split,label,image,mask; restore it from the original archive")
     have = [n for n in dict.fromkeys(r["object"] for r in rows) if (root/n).is_dir()]
@@ -778,8 +781,11 @@ def absent_categories(dataset: str, categories: Iterable[str]) -> list[str]:
 def check(root, dataset: str, progress: bool = True) -> tuple[pd.DataFrame, list[str]]:
     "(counts, problems): images per category and split beside the official numbers (NaN if there are none), and every problem found."
     problems = []
-    records = read(dataset, root, fail=problems.append)
-    for r in tqdm(records, desc=f"check {dataset}", disable=not progress):
+    return check_records(read(dataset, root, fail=problems.append), dataset, problems, progress)
+
+def check_records(records: list[Record], dataset: str, problems: list[str], progress: bool = True) -> tuple[pd.DataFrame, list[str]]:
+    "The same of records that have been read, with the problems found then."
+    for r in tqdm(records, desc=f"check {dataset}", unit="image", disable=not (progress and records)):
         problems += inspect_record(r)
     rows = []
     for c in dict.fromkeys(r.category for r in records):

@@ -155,8 +155,9 @@ def test_data_check_crop(tiny_visa, capsys):
     assert code == 2 and "no such folder" in out and "center crop" not in out  # nothing to count
 
 
-def test_data_check_crop_of_wide_images(tmp_path, capsys):
-    "A defect outside of the center square is counted, beside a mask that cannot be decoded too."
+def test_data_check_crop_of_wide_images(tmp_path, capsys, monkeypatch):
+    "A defect outside of the center square is counted, beside a mask that cannot be decoded too; the folder is read once."
+    from flowrepro import data
     root = tmp_path / "wide"
     for kind, n in (("good", 5), ("spot", 3)):
         for i in range(n):
@@ -167,8 +168,10 @@ def test_data_check_crop_of_wide_images(tmp_path, capsys):
         mask = np.zeros((10, 30), np.uint8)
         mask[:, x] = 255
         Image.fromarray(mask).save(root / f"masks/spot/{i}.png")
+    reading, times = data.read_folder, []
+    monkeypatch.setitem(data.READERS, "folder", lambda *a, **k: times.append(a) or reading(*a, **k))
     code, out, _ = run(capsys, "data", "check", root, "--dataset", "folder", "--crop")
-    assert code == 0 and "center crop: 2 defects cut, 2 of them wholly lost" in out and "wide: 2 cut" in out and "0 problems" in out
+    assert len(times) == 1 and code == 0 and "center crop: 2 defects cut, 2 of them wholly lost" in out and "wide: 2 cut" in out and "0 problems" in out
     assert "center crop" not in run(capsys, "data", "check", root, "--dataset", "folder")[1]
     broken = root / "masks/spot/2.png"
     broken.write_bytes(broken.read_bytes()[:46])

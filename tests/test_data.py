@@ -148,6 +148,18 @@ def test_visa_leaves_no_image_out(tmp_path, stray, words):
     c, p = check(tmp_path, "visa", progress=False)
     assert any(str(named) in x and words in x for x in p) and c.normal.sum() == 5
 
+def test_visa_broken_rows(tmp_path):
+    "A row that ends early, one that is there twice, an anomaly without a mask: each is named by its line; a line too long or empty is none."
+    table = visa(tmp_path)/"split_csv"/"1cls.csv"
+    head, *body = table.read_text().splitlines()
+    assert body[-2].startswith("cashew,test,anomaly") and len(body) == 8
+    body = [body[0] + ",more", "", "cashew,train", "cashew,train,normal", body[3], body[3], *body[4:6], ",".join(body[6].split(",")[:4])]
+    table.write_text("\n".join([head, *body]) + "\n")
+    problems = check(tmp_path, "visa", progress=False)[1]
+    for words in (("line 4", "image ''"), ("line 5", "label 'normal', image ''"), ("line 7", "3.JPG", "already"), ("line 10", "1.JPG", "no mask")):
+        assert [x for x in problems if all(w in x for w in words)], words
+    assert not [x for x in problems if "line 2" in x or "line 3" in x]
+
 def test_visa_folder_without_rows(tmp_path):
     put(visa(tmp_path)/"extra"/"Data"/"Images"/"Normal"/"0.JPG")
     (tmp_path/"cashew"/"Data"/"Masks"/"Anomaly"/"1.png").unlink()
