@@ -6,8 +6,8 @@ Docs: https://flowrepro.github.io/flowrepro/cli.html.md"""
 
 # %% auto #0
 __all__ = ['cmd_run', 'open_out', 'open_file', 'run_name', 'print_summary', 'print_published', 'cmd_reproduce', 'cmd_report',
-           'cmd_bench', 'cmd_data', 'cmd_fit', 'best_device', 'cmd_predict', 'cmd_export', 'add', 'add_source',
-           'parser', 'add_run', 'add_reproduce', 'add_data', 'add_own_images', 'main']
+           'cmd_bench', 'cmd_data', 'cmd_fit', 'best_device', 'cmd_predict', 'cmd_export', 'Help', 'add', 'add_device',
+           'add_source', 'parser', 'add_run', 'add_reproduce', 'add_data', 'add_own_images', 'main']
 
 # %% ../nbs/13_cli.ipynb #149ba2fc
 import argparse
@@ -204,22 +204,35 @@ def cmd_export(args: argparse.Namespace) -> int:
     return 0
 
 # %% ../nbs/13_cli.ipynb #0ff6dc60
+class Help(argparse.RawDescriptionHelpFormatter):
+    "Leaves the example as it is, and says the default of each flag that has one."
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        plain = action.default is False or action.default in (None, "", argparse.SUPPRESS)  # no default that is worth a word
+        said = plain or not action.option_strings or "default" in action.help
+        return action.help if said else f"{action.help} (default %(default)s)"
+
+
 def add(commands, name: str, run, example: str):
     "A subcommand whose help is the docstring of `run`, with an example below it."
-    p = commands.add_parser(name, help=run.__doc__.rstrip("."), description=run.__doc__, epilog=f"example:\n  {example}",
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = commands.add_parser(name, help=run.__doc__.rstrip("."), description=run.__doc__, epilog=f"example:\n  {example}", formatter_class=Help)
     p.set_defaults(command=run)
     return p
+
+
+def add_device(p: argparse.ArgumentParser) -> None:
+    "The flag that says where to compute."
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
 
 
 def add_source(p: argparse.ArgumentParser, category: str) -> None:
     "The flags that say which images, which backbone and which device."
     p.add_argument("--method", default="fastflow", help="fastflow, cflow or hgad")
     p.add_argument("--altub", action="store_true", help="alternate with updates of the base distribution")
-    p.add_argument("--category", default=category, help=f"a category, or 'all' for one unified model (default {category})")
-    p.add_argument("--backbone", default="auto", help="a timm name")
+    p.add_argument("--category", default=category, help="a category, or 'all' for one unified model")
+    p.add_argument("--backbone", default="auto", help="a timm name, or with run auto, the preset's")
     p.add_argument("--weights", default="auto", help="auto, packaged, random, or a file")
-    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_device(p)
 
 # %% ../nbs/13_cli.ipynb #424cf24b
 def parser() -> argparse.ArgumentParser:
@@ -234,9 +247,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("folder", help="folder with finished runs")
     p = add(commands, "bench", cmd_bench, "flowrepro bench --only fastflow metrics")
     p.add_argument("--only", nargs="*", default=None, help="some of: fastflow cflow hgad_loss hgad_step extraction epoch metrics")
-    p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure (default cpu)")
+    p.add_argument("--threads", type=int, default=2, help="of torch")
+    p.add_argument("--repeats", type=int, default=5, help="rounds")
+    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
     p.add_argument("--out", default=None, help="JSON file for the results")
     return top
 
@@ -257,7 +270,7 @@ def add_run(commands) -> None:
 def add_reproduce(commands) -> None:
     "`flowrepro reproduce`."
     p = add(commands, "reproduce", cmd_reproduce, "flowrepro reproduce --preset real --data-root DATA --only T5,F4 --seeds 3 --dry-run")
-    p.add_argument("--preset", default="demo", help="smoke, demo, real, paper (default demo)")
+    p.add_argument("--preset", default="demo", help="smoke, demo, real, paper")
     p.add_argument("--data-root", default=None, help="folder that holds the data sets (mvtec_ad, btad, visa, mvtec_3d); toy needs none")
     p.add_argument("--only", default="", help="some of T1 ... T9, F1 ... F7, with commas; default all")
     p.add_argument("--seeds", type=int, default=None, help="how many; default as the preset says")
@@ -272,11 +285,11 @@ def add_data(commands) -> None:
     "`flowrepro data toy` and `flowrepro data check`."
     p = add(commands, "data", cmd_data, "flowrepro data toy my_toy\n  flowrepro data check MVTEC --dataset mvtec")
     actions = p.add_subparsers(title="actions", required=True, dest="action", metavar="ACTION")
-    toy = actions.add_parser("toy", help="write the toy data set", epilog="example: flowrepro data toy my_toy")
-    toy.add_argument("dir")
-    toy.add_argument("--seed", type=int, default=0)
-    check = actions.add_parser("check", help="count images beside the official counts and list every problem", epilog="example: flowrepro data check VISA --dataset visa")
-    check.add_argument("root")
+    toy = actions.add_parser("toy", help="write the toy data set", epilog="example: flowrepro data toy my_toy", formatter_class=Help)
+    toy.add_argument("dir", help="a new or an empty folder")
+    toy.add_argument("--seed", type=int, default=0, help="another seed draws other images")
+    check = actions.add_parser("check", help="count images beside the official counts and list every problem", epilog="example: flowrepro data check VISA --dataset visa", formatter_class=Help)
+    check.add_argument("root", help="folder of the data set; of a union mvtec=PATH,visa=PATH")
     check.add_argument("--crop", action="store_true", help="also count the defects that a centre crop would cut")
     check.add_argument("--dataset", required=True, help="toy, mvtec, btad, visa, mvtec3d, union, folder")
 
@@ -287,19 +300,19 @@ def add_own_images(commands) -> None:
     p.add_argument("data_root", help="folder with good/ and perhaps others (every fifth good image is kept for testing), with train/good (all are trained on), or a data set's root")
     add_source(p, "all")
     p.set_defaults(backbone="tf_efficientnet_lite0")
-    p.add_argument("--dataset", default="folder", help="layout of the folder")
+    p.add_argument("--dataset", default="folder", help="layout of the folder: toy, mvtec, btad, visa, mvtec3d, union, folder")
     p.add_argument("--size", type=int, default=256, help="pixels that images are resized to")
     p.add_argument("--policy", default="squash", choices=("squash", "crop"), help="how images become square; crop: short side to the size, then the centre")
-    p.add_argument("--epochs", type=int, default=30)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default="model.safetensors")
+    p.add_argument("--epochs", type=int, default=30, help="passes over the images")
+    p.add_argument("--seed", type=int, default=0, help="another seed makes another detector")
+    p.add_argument("--out", default="model.safetensors", help="file to write")
     p = add(commands, "predict", cmd_predict, "flowrepro predict my_parts.safetensors new_images --out heat_maps")
     p.add_argument("model", help="file that fit or a run wrote")
     p.add_argument("images", help="an image or a folder of images")
     p.add_argument("--good", default=None, help="folder of good images kept back from the training: they say from which score on an image is anomalous")
     p.add_argument("--fpr", type=float, default=0.05, help="share of false alarms to bear, with --good (default 0.05, which takes 19 images)")
-    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    p.add_argument("--out", default="predictions")
+    add_device(p)
+    p.add_argument("--out", default="predictions", help="folder for scores.csv and the heat maps")
     p = add(commands, "export", cmd_export, "flowrepro export my_parts.safetensors my_parts/good --out my_parts.onnx")
     p.add_argument("model", help="file that fit or a run wrote")
     p.add_argument("images", help="a folder with two or more images of its own, to compare on")

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -213,9 +213,13 @@ def fit_dataset(
     **schedule,  # fields of `Schedule`
 ) -> list[dict]:
     "Train a detector on the normal images of a data set; ValueError if it has none, or if they do not suit the model."
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"{dataset!r} is no Dataset to train on: make one, such as load('folder', 'my_parts')[0]")
+    if unknown := schedule.keys() - (known := [f.name for f in fields(Schedule)]):
+        raise TypeError(f"fit has no setting {', '.join(sorted(unknown))}: one of {', '.join(known)}, where, cache, altub, progress")
     normal = dataset.filter(label=0)
     if not len(normal):
-        raise ValueError("no normal image to train on: every image of the data set is labelled anomalous")
+        raise ValueError("no normal image to train on: the data set is empty, or every image of it is labelled anomalous")
     schedule, labels = Schedule(**schedule), model.labels_of(normal)
     check_training(model, len(normal), schedule, altub)
     model.transform = dataset.transform

@@ -66,6 +66,17 @@ def test_every_command_has_an_example():
             parser().parse_args(shlex.split(example))
 
 
+def test_every_flag_says_its_default():
+    "And what it is for."
+    def actions(p):
+        for action in p._actions:
+            yield from (a for sub in action.choices.values() for a in actions(sub)) if action.nargs == "A..." else [(p, action)]
+    for p, action in actions(parser()):
+        assert action.help, f"{p.prog}: {action.dest} has no help"
+        if action.option_strings and action.default is not False and action.default not in (None, "", "==SUPPRESS=="):
+            assert re.search(rf"\(default\s+{re.escape(str(action.default))}", p.format_help()), f"{p.prog} {action.option_strings[0]} does not say its default"
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["data", "check", "--help"], ["predict", "--help"]], ids=" ".join)
 def test_help(arguments, capsys):
     code, out, _ = run(capsys, *arguments)

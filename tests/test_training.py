@@ -642,8 +642,14 @@ def test_fit_dataset_prepares_and_calibrates(tiny_backbone, toy):
 
 def test_fit_dataset_refuses_unknown_settings(tiny_backbone, toy):
     train, _ = load("toy", toy, "weave", Transform(32))
-    with pytest.raises(TypeError, match="epoch"):
+    with pytest.raises(TypeError, match="no setting epoch: one of epochs, batch"):
         FastFlow(tiny_backbone(), steps=1).fit(train, epoch=3)
+
+
+def test_fit_dataset_takes_a_dataset(tiny_backbone, toy):
+    "A folder does not say which of its images are good."
+    with pytest.raises(TypeError, match=r"no Dataset to train on: make one, such as load\('folder'"):
+        FastFlow(tiny_backbone(), steps=1).fit(str(toy / "weave"))
 
 
 def test_the_model_knows_the_epoch(make, features, tmp_path):
