@@ -24,11 +24,14 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"fig": "Figure", "tbl": "Table", "eq": "Equation"}
 CODE = re.compile(r"(^ *(`{3,}|~{3,}).*?^ *\2[ \t]*$|`+[^`]*`+)", re.M | re.S)
 STYLE = """<style>
+:root { --sd-sidebar-width: 11.5rem; --sd-margin-width: 11.5rem; --sd-body-width: 900px; --sd-gap: 1.75rem }
+pre { font-size: .8125rem } .cell-output pre { white-space: pre-wrap; overflow-wrap: anywhere } .cell-output pre.columns { white-space: pre }
 math [mathvariant*="bold"] { font-weight: bold } math [mathvariant="bold"] { font-style: normal }
 mtd[columnalign="left"] { text-align: -webkit-left } mtd[columnalign="right"] { text-align: -webkit-right }
-.equation { display: flex; justify-content: center; align-items: center; overflow-x: auto }
+.equation { display: flex; justify-content: safe center; align-items: center; overflow-x: auto; margin: .4rem 0 }
 .equation-number { margin-left: 2em }
-table.dataframe { width: auto } table.dataframe td, table.dataframe th { text-align: right }
+table.dataframe { width: auto } table.dataframe td, table.dataframe th { text-align: right; padding: .2rem .35rem }
+table.numbers:not(.dataframe) :is(td, th) { padding: .2rem .5rem } table.numbers th { vertical-align: bottom } .whole { white-space: nowrap }
 </style>"""
 
 
@@ -84,6 +87,9 @@ def cross_reference(page: str, cells: list[dict]) -> None:
     for cell in cells:
         if cell["cell_type"] == "markdown":
             cell["source"] = outside_code(refer, cell["source"])
+        for output in cell.get("outputs", []):  # docstrings
+            if text := output.get("data", {}).get("text/markdown"):
+                output["data"]["text/markdown"] = outside_code(refer, "".join(text))
     if lost:
         raise DocsError(f"{page}: {', '.join(lost)} refers to no label on this page; correct it, or link to the other page")
 
@@ -139,7 +145,7 @@ def stage(folder: Path, problems: list[str]) -> str:
         for cell in notebook["cells"]:
             if cell["cell_type"] != "code":
                 cell["source"] = re.sub(r"(\]\([^)\s]*?)([\w.-]+\.ipynb)", lambda m: m[1] + renamed.get(m[2], m[2]), cell["source"])
-        path.write_text(json.dumps(notebook))
+        path.write_text(json.dumps(notebook).replace("__main__.", "").replace(f"{ROOT}/", ""))  # in signatures: the page's own classes, defaults that are paths
     return config["website"]["site-url"].rstrip("/") + "/"
 
 
@@ -158,8 +164,25 @@ def mathml(page: str, tex: str, display: bool) -> str:
         raise DocsError(f"{page}: {what} in the formula {tex!r} is not understood; write it in other commands")
     formula = re.sub(r"(<mi>[a-z]{2,}</mi>)(?=<m(?:i|n|su[bp]|subsup|over)>)", r'\1<mspace width="0.17em"/>', formula)  # log p
     if not label:
-        return formula
+        return f'<span class="equation">{formula}</span>' if display else formula
     return f'<span class="equation" id="{label[1]}">{formula}<span class="equation-number">({label[2]})</span></span>'
+
+
+def of_numbers(m: re.Match) -> str:
+    "Keep the short cells of a table of five columns or more, most of them numbers, on one line each."
+    rows = [re.findall(r"<td\b[^>]*>(.*?)</td>", row, flags=re.S) for row in m[2].split("<tr")]
+    cells = [re.sub(r"<[^>]+>", "", cell).strip() for row in rows for cell in row]
+    if max(map(len, rows)) < 5 or 2 * sum(not cell or cell[0] in "0123456789+-−–" for cell in cells) < len(cells):
+        return m[0]
+    whole = lambda c: f'{c[1]}<span class="whole">{c[2]}</span>' if len(c[2]) < 25 and ", " not in c[2] else c[1] + c[2].replace(" ± ", "&nbsp;±&nbsp;")
+    head = m[1].replace('class="', 'class="numbers ', 1) if 'class="' in m[1] else f'{m[1]} class="numbers"'
+    return head + re.sub(r"(<td\b[^>]*>(?:<[^>]+>)*)([^<]+)", whole, m[2])
+
+
+def described(m: re.Match) -> str:
+    "Give a picture its caption as the text that stands for it."
+    words = " ".join(re.sub(r"<[^>]+>", "", m[2] or m[3] or "what the code above draws").split())
+    return f'{m[1]} alt="{words.replace(chr(34), "&quot;")}">'
 
 
 def finish(page: str, text: str, address: str, places: set[str]) -> str:
@@ -178,6 +201,10 @@ def finish(page: str, text: str, address: str, places: set[str]) -> str:
     text = re.sub(r'<(link|script)\b[^>]*/katex@[^>]*>(</script>)?', "", text)
     text = re.sub(rf'href="{re.escape(address)}([^"#]*)((?:#[^"]*)?)"', reference, text)
     text = text.replace('class="dataframe"', 'class="dataframe table table-sm"')
+    text = re.sub(r"<pre>(?=(?:(?!</pre>).)*\S {3,}\S)", '<pre class="columns">', text, flags=re.S)  # printed tables are not broken into lines
+    after = r"(?=\s*</p>\s*<figcaption\b[^>]*>(.*?)</figcaption>|\s*</div>\s*<div\b[^>]*>\s*<p><strong>(.*?)</strong>|)"
+    text = re.sub(r"(<img\b(?![^>]*\salt=)[^>]*)>" + after, described, text, flags=re.S)
+    text = re.sub(r"(<table\b[^>]*)(>.*?</table>)", of_numbers, text, flags=re.S)
     icon = "" if 'rel="icon"' in text else '<link rel="icon" href="data:,">'  # else browsers ask for /favicon.ico
     return text.replace("</head>", STYLE + icon + "</head>", 1)
 
