@@ -1,4 +1,4 @@
-"""What pulls each category to its own centre, keeps categories apart, and lets each be a mixture inside: the five terms, their weights and two stages.
+"""One flow for many categories, each with Gaussians of its own: the five terms of the loss, their weights and two stages.
 
 Docs: https://flowrepro.github.io/flowrepro/hgad.html.md"""
 
