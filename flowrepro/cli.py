@@ -85,7 +85,7 @@ def cmd_reproduce(args: argparse.Namespace) -> int:
     "Regenerate the tables and figures of both papers: plan, do what is not done yet, report."
     from flowrepro.reproduce import reproduce
 
-    only = [name for name in args.only.split(",") if name]
+    only = [name.strip() for name in args.only.split(",") if name.strip()]
     return reproduce(args.preset, args.data_root, only, args.seeds, args.out, args.jobs, args.cluster, args.dry_run, args.matrix)
 
 

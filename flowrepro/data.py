@@ -486,7 +486,9 @@ def grid(n: int, k: int = 0, x0: int = 0, y0: int = 0) -> tuple[np.ndarray, np.n
     x, y, c, s, d = x - x0, y - y0, 4096 - k*k, 128*k, 4096 + k*k
     return (c*x + s*y)//d, (c*y - s*x)//d
 
-def disc(x, y, cx: int, cy: int, r: int) -> np.ndarray: return (x - cx)**2 + (y - cy)**2 <= r*r
+def disc(x, y, cx: int, cy: int, r: int) -> np.ndarray:
+    "The points within `r` of (cx, cy)."
+    return (x - cx)**2 + (y - cy)**2 <= r*r
 
 def stroke(x, y, points: list[tuple[int, int]], w: int) -> np.ndarray:
     "The points within `w` of a broken line."

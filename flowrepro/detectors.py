@@ -315,7 +315,7 @@ class FastFlow(Detector):
     def __init__(
         self,
         backbone: str | Backbone = "tf_efficientnet_lite0",  # a timm name, or a `Backbone` with its levels and size
-        steps: int = 8,
+        steps: int = 8,  # couplings of a level's flow
         kernels: tuple[int, ...] = (3, 1),  # in turn
         ratio: float = 1.0,  # hidden width over passive channels
         clamp: float = 2.0,
@@ -430,7 +430,7 @@ class CFlow(FiberBatches):
     def __init__(
         self,
         backbone: str | Backbone = "tf_efficientnet_lite0",  # a timm name, or a `Backbone` with its levels and size
-        steps: int = 8,
+        steps: int = 8,  # couplings of a level's flow
         code: int = 128,  # channels of the position code
         fibers: int | None = None,  # rows of a fiber batch, each with a step (public code: 256); None: all rows of a level at once
         clamp: float = 1.9,
@@ -561,7 +561,7 @@ class HGAD(HGADParts):
         self,
         backbone: str | Backbone = "tf_efficientnet_lite0",  # a timm name, or a `Backbone` with its level, pyramid and size
         categories: Iterable[str] | None = None,  # that the mixture is over; None: those of the data set in `fit`
-        steps: int = 12,
+        steps: int = 12,  # couplings of a level's flow
         code: int = 256,  # channels of the position code
         centres: int = 10,  # M, of each category
         spread: float = 1.0,  # deviation of their first offsets from the main one; 1 is published, and leaves them out of reach (`bases`)

@@ -200,6 +200,8 @@ def plot_history(run: Run):
             seen = frame.dropna(subset=[metric])
             right.plot(seen["epoch"], seen[metric], marker=marker, ms=4, color=f"C{k + 1}", label=METRICS[metric])
     right.set(xlabel="epoch", title="on the test images")
+    for ax in (left, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
     right.legend(frameon=False, fontsize=8)
     return fig
 

@@ -50,11 +50,11 @@ def run_inputs(job: Job) -> list[str]:
     return [str(HERE / "experiments/run.ipynb"), *(str(HERE / f"{m}.py") for m in modules)]
 
 
-def output_inputs(notebook: str, matrix: Path = MATRIX) -> list[str]:
+def output_inputs(notebook: str, matrix: Path | None = None) -> list[str]:
     "The files that a notebook of tables or figures depends on, beside its runs."
     own = "figures" if notebook.endswith("figures") else "tables"
     published = sorted(map(str, (HERE / "published").glob("*.csv"))) if own == "tables" else []
-    return [str(HERE / f"experiments/{notebook}.ipynb"), str(matrix), *(str(HERE / f"{m}.py") for m in (*OUTPUT_MODULES, own)), *published]
+    return [str(HERE / f"experiments/{notebook}.ipynb"), str(matrix or MATRIX), *(str(HERE / f"{m}.py") for m in (*OUTPUT_MODULES, own)), *published]
 
 
 def content_of(files: tuple[str, ...]) -> str:
@@ -74,7 +74,7 @@ def notebook_entries(matrix: dict, wanted: list[str], jobs: list[Job], preset: s
     entries: dict[str, dict] = {}
     for output in wanted:
         notebook = matrix["outputs"][output]["notebook"]
-        e = entries.setdefault(notebook, {"inputs": output_inputs(notebook, path or MATRIX), "runs": [], "only": []})
+        e = entries.setdefault(notebook, {"inputs": output_inputs(notebook, path), "runs": [], "only": []})
         e["only"].append(output)
         e["runs"] += [j.name for j in jobs if output in j.outputs and j.name not in e["runs"]]
     for e in entries.values():

@@ -130,7 +130,7 @@ def resolve(key: str, settings: dict[str, dict]) -> tuple[str, str]:
         return found[0]
     options = [".".join(gn) for gn in (found or known)]
     near = options if found else difflib.get_close_matches(key, options + [n for _, n in known], n=3) or options
-    raise ConfigError(f"override {key!r} is {'ambiguous' if found else 'unknown'}: {', '.join(near)}")
+    raise ConfigError(f"override {key!r} is " + ("ambiguous: say " if found else "unknown: did you mean " if near is not options else "unknown: one of ") + ", ".join(near))
 
 # %% ../nbs/11_runs.ipynb #03d50804
 def parse_overrides(overrides: str | dict, settings: dict[str, dict]) -> dict:

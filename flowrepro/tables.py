@@ -404,8 +404,8 @@ MISSING, NOTHING = "missing", "–"
 
 def letter(sources: dict[str, str], text: str) -> str:
     "The letter of a source, a new one for a new source."
-    n = len(sources)
-    return sources.setdefault(text, chr(ord("a") + n % 26) + str(n // 26 or ""))
+    n, letters = len(sources), "abcdefghijklmnopqrstuvwyz"  # without x: Markdown takes [x] for a checkbox
+    return sources.setdefault(text, letters[n % len(letters)] + str(n // len(letters) or ""))
 
 
 def by_seed(frame: pd.DataFrame, protocol: str, metric: str) -> pd.Series:

@@ -84,8 +84,8 @@ MISSPELT = {
     "method": (put("variants", "cflow", "method", value="cflw"), "cflow: method: 'cflw' is unknown; did you mean 'cflow'"),
     "altub": (put("variants", "cflow-altub", "altub", value="yess"), "cflow-altub: altub: must be true or false, not 'yess'"),
     "overrides": (put("variants", "cflow", "overrides", value=["epochs"]), "cflow: overrides: must be a mapping"),
-    "setting": (put("variants", "altub-mean", "overrides", value={"sclae": False}), "altub-mean: overrides: override 'sclae' is unknown: .*scale"),
-    "setting of none": (put("variants", "new", value={"title": "x", "method": "hgad", "overrides": {"centrs": 2}}), "new: overrides: override 'centrs' is unknown: centres"),
+    "setting": (put("variants", "altub-mean", "overrides", value={"sclae": False}), "altub-mean: overrides: override 'sclae' is unknown: did you mean .*scale"),
+    "setting of none": (put("variants", "new", value={"title": "x", "method": "hgad", "overrides": {"centrs": 2}}), "new: overrides: override 'centrs' is unknown: did you mean centres"),
     "value": (put("variants", "cflow", "overrides", value={"epochs": "many"}), "variants: cflow: overrides"),
     "role": (put("outputs", "T1", "role", value="frist"), "did you mean 'first'"),
     "no role": (drop("outputs", "T1", "role"), "outputs: T1: role is missing"),
@@ -111,7 +111,7 @@ MISSPELT = {
     "union": (put("presets", "real", "unified", value=["mvtec+visa/each"]), "unified: must be mvtec.visa/all"),
     "pattern": (put("presets", "smoke", "overrides", value={"altub-epoch": {"altub.every": 2}}), "smoke: overrides: 'altub-epoch' is unknown; did you mean 'altub-epochs'"),
     "one pattern": (put("presets", "smoke", "overrides", value={"cflow* hgda*": {"epochs": 2}}), "smoke: overrides: 'hgda\\*' is unknown"),
-    "pattern's setting": (put("presets", "smoke", "overrides", value={"cflow*": {"epoch": 2}}), "cflow: overrides, with those of presets: smoke: override 'epoch' is unknown: .*epochs"),
+    "pattern's setting": (put("presets", "smoke", "overrides", value={"cflow*": {"epoch": 2}}), "cflow: overrides, with those of presets: smoke: override 'epoch' is unknown: did you mean .*epochs"),
     "pattern empty": (put("presets", "smoke", "overrides", value={"cflow*": None}), "smoke: overrides: cflow.: must be a mapping"),
 }
 

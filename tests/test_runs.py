@@ -127,7 +127,7 @@ def test_names_that_several_groups_have():
     assert resolve("clip", settings) == ("schedule", "clip") and resolve("warmup", settings) == ("schedule", "warmup") and resolve("joint", settings) == ("altub", "joint")
     assert resolve("joint", settings_of("hgad")) == ("detector", "joint")
     assert parse_overrides({"lr": 1, "altub": {"lr": 2, "factor": None}}, settings) == {"schedule": {"lr": 1}, "altub": {"lr": 2, "factor": None}}
-    with pytest.raises(ConfigError, match="'levels' is ambiguous: backbone.levels, score.levels"):
+    with pytest.raises(ConfigError, match="'levels' is ambiguous: say backbone.levels, score.levels"):
         resolve("levels", settings)
 
 
