@@ -471,7 +471,7 @@ class OverCategories(DenseDetector):
         if not names or len(set(names)) < len(names):
             raise ValueError(f"categories {names}: at least one, each once")
         self.config["categories"], kind = names, self.config["base"]
-        if len(names) == 1 and self.score.normalise != "paper":  # the entropy over one category says nothing; the published form stays, to the digit
+        if len(names) == 1:  # the entropy over one category is zero, and so is the published product
             self.score = replace(self.score, criterion="likelihood", image_criterion="likelihood")
         sizes = {"hierarchical": {k: self.config[k] for k in ("centres", "spread")}, "classes": {}}.get(kind)
         made = [normal_base(kind, s, -1) if sizes is None else BASES[kind](len(names), s[0], **sizes) for s in self.backbone.shapes]

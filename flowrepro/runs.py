@@ -8,9 +8,9 @@ Docs: https://flowrepro.github.io/flowrepro/runs.html.md"""
 __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES', 'PLAIN', 'HERE', 'TRAINED_BY', 'defaults_of',
            'settings_of', 'ConfigError', 'resolve', 'parse_overrides', 'Config', 'as_plain', 'given_parameters',
            'check_choices', 'check_detector', 'check_settings', 'configure', 'published_for', 'write_json', 'revision',
-           'environment', 'peak_memory', 'masks_by_category', 'evaluate_parts', 'mean_results', 'best_results',
-           'one_category', 'Run', 'evaluation_epochs', 'training_code', 'train_or_resume', 'open_folder', 'timing',
-           'score_table', 'by_class_mode', 'write_results', 'score_forms', 'execute_notebook', 'run_notebook']
+           'environment', 'peak_memory', 'masks_by_category', 'evaluate_parts', 'mean_results', 'best_results', 'Run',
+           'evaluation_epochs', 'training_code', 'train_or_resume', 'open_folder', 'timing', 'score_table',
+           'by_class_mode', 'write_results', 'score_forms', 'execute_notebook', 'run_notebook']
 
 # %% ../nbs/11_runs.ipynb #c6d1b3a8
 import difflib
@@ -23,7 +23,7 @@ import platform
 import resource
 import subprocess
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -362,12 +362,6 @@ def best_results(history: list[dict]) -> dict:
         return rows[np.nansum([[r[c][metric] for c in r if c != "mean"] for r in rows], axis=1).argmax()]  # NaN, of a category without masks, counts nothing
     return {c: {m: best(m)[c][m] for m in rows[0][c]} for c in rows[0]} if rows else {}
 
-
-def one_category(detector: Detector) -> None:
-    "Score a mixture over a single category by likelihood alone: the entropy is zero there. `HGAD.adopt` does so but for the published score, whose product would be zero, too."
-    if detector.labelled and len(detector.config["categories"]) == 1:
-        detector.score = replace(detector.score, criterion="likelihood", image_criterion="likelihood")
-
 # %% ../nbs/11_runs.ipynb #073cb633
 class Run:
     "A run: `Run(config)` reads the data, `.train()` trains and evaluates, `.finish()` writes the results. DataError and ConfigError come before any work."
@@ -383,7 +377,6 @@ class Run:
         self.altub = AltUB(**s["altub"]) if config.altub else None
         self.normal = self.train_set.filter(label=0)
         self.labels, self.test_labels = map(self.detector.labels_of, (self.normal, self.test_set))
-        one_category(self.detector)
         check_training(self.detector, len(self.normal), self.schedule, self.altub)
         self.parts, self.seconds_evaluating, self.base_start = None, 0.0, base_state(self.detector)
         self.size = s["transform"]["mask_size"] or s["transform"]["size"]  # of maps and masks

@@ -308,8 +308,10 @@ def hgad_of(ref: dict, shapes: list, size: tuple, stand_in, dtype: torch.dtype) 
     "The detector of a reference file for features of these shapes, its weights not loaded."
     classes, centres = ref["phi_intras.0"].shape
     sigma = 4 * 256 / size[1]  # 4 pixels of the file's map
-    return HGAD(stand_in(shapes, size), categories=[f"category {y}" for y in range(classes)], score=replace(PUBLISHED["hgad"], smooth=sigma, image_smooth=sigma),
-                **dense_settings("hgad", ref, ref["pos"]) | dict(centres=centres)).to(dtype)
+    model = HGAD(stand_in(shapes, size), categories=[f"category {y}" for y in range(classes)],
+                 **dense_settings("hgad", ref, ref["pos"]) | dict(centres=centres)).to(dtype)
+    model.score = replace(PUBLISHED["hgad"], smooth=sigma, image_smooth=sigma)  # of one category, too, where the product is zero
+    return model
 
 
 def check_first(model: HGAD, ref: dict) -> None:
