@@ -33,7 +33,7 @@ from .data import DataError, Dataset, Transform, is_image, open_image
 from .features import FeatureBank, channel_stats
 from .flows import Flow, conv_flow, dense_flow, from_freia, positional_code, to_freia
 from .hgad import hgad_loss, hgad_terms
-from .scores import PUBLISHED, Parts, Score, calibration, join, score_batch
+from .scores import Parts, Score, calibration, join, score_batch
 
 # %% ../nbs/07_detectors.ipynb #329b8e54
 class Standardise(nn.Module):

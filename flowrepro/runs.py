@@ -38,7 +38,7 @@ import flowrepro
 from .altub import AltUB
 from .backbones import DTYPES, Backbone, WeightsError, full_name
 from .data import DataError, Dataset, Transform, load
-from .detectors import CFLOW_SIZES, CLASS_MODES, DETECTORS, FASTFLOW_PUBLISHED, Detector
+from .detectors import CFLOW_SIZES, CLASS_MODES, DETECTORS, FASTFLOW_PUBLISHED
 from .diagnostics import base_state, base_trace, latents_file, pictures_file
 from .features import FeatureBank
 from .metrics import evaluate

@@ -16,7 +16,7 @@ from flowrepro import backbones
 from flowrepro.backbones import Backbone, WeightsError
 from flowrepro.data import DataError, Dataset, Transform, load, read
 from flowrepro.detectors import DETECTORS, FASTFLOW_PUBLISHED, HGAD, CFlow, Detector, FastFlow, Standardise, norm_layer
-from flowrepro.scores import PUBLISHED, Parts, Score
+from flowrepro.scores import PUBLISHED, Score
 
 SHAPES = {  # of the published backbones' features
     "resnet18.tv_in1k": [(64, 64, 64), (128, 32, 32), (256, 16, 16)],

@@ -2,6 +2,7 @@
 import functools
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -177,6 +178,14 @@ def test_site_stands_alone(site):
     assert docs.broken_links(site) == []
     for page in site.rglob("*.html"):
         assert 'class="math' not in page.read_text(), f"{page.name} holds unconverted TeX"
+
+
+def test_pages_are_readable_elsewhere(site):
+    "Every picture has a text in its place, and nothing tells of this machine or of an unnamed module."
+    for page in [*site.rglob("*.html"), *site.rglob("search.json")]:
+        text = page.read_text()
+        assert not [tag for tag in re.findall(r"<img\b[^>]*>", text) if not re.search(r'alt="[^"]+"', tag)], page.name
+        assert str(ROOT) not in text and "__main__." not in text, page.name
 
 
 def test_faults_of_a_site_are_found(tmp_path):

@@ -3,9 +3,7 @@ import errno
 import json
 import multiprocessing as mp
 import os
-import shutil
 import signal
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,5 @@
 """The project itself: versions, requirements, notebooks, and the package that `pip install .` makes."""
+import ast
 import configparser
 import importlib.metadata
 import json
@@ -102,6 +103,21 @@ def test_experiment_has_parameters(path):
     "papermill needs exactly one cell tagged `parameters`."
     tagged = [c for c in cells(path, "code") if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1
+
+
+def unused_imports(code: str) -> set[str]:
+    "Names that a module imports and never says again."
+    tree = ast.parse(code)
+    made = {(a.asname or a.name).split(".")[0] for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    said = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return made - said - {word for text in texts for word in re.findall(r"\w+", text)}  # a name in quotes is an annotation, or exported
+
+
+def test_nothing_is_imported_in_vain():
+    assert unused_imports("import a, b\nfrom c import d as e, f\nb.x, e") == {"a", "f"}
+    modules = [p for folder in ("flowrepro", "tests", "tools") for p in (ROOT / folder).glob("*.py") if p.name not in ("__init__.py", "_modidx.py")]
+    assert len(modules) > 40 and {str(p): found for p in modules if (found := unused_imports(p.read_text()))} == {}
 
 
 def test_no_machine_paths():
