@@ -6,12 +6,13 @@ Docs: https://flowrepro.github.io/flowrepro/data.html.md"""
 
 # %% auto #0
 __all__ = ['Fail', 'EXTENSIONS', 'HOLDOUT', 'TOY_VERSION', 'TOY', 'READERS', 'OFFICIAL', 'DataError', 'stop', 'Record',
-           'open_image', 'open_mask', 'Transform', 'fit_square', 'Sample', 'Dataset', 'read_mask', 'visible',
-           'is_image', 'images_in', 'folders_in', 'only_in', 'pair_masks', 'find_categories', 'choose', 'read_split',
-           'read_mvtec', 'read_visa', 'read_mvtec3d', 'read_folder', 'union_roots', 'read_union', 'Dice', 'png', 'grid',
-           'disc', 'stroke', 'blob', 'walk', 'mix', 'draw_weave', 'draw_speckle', 'draw_bolt', 'draw_biscuit', 'shoot',
-           'toy_image', 'make_toy', 'toy_root', 'read_toy', 'read', 'load', 'contact_sheet', 'cropped_defects',
-           'absent_categories', 'check', 'check_records', 'inspect_record', 'check_report']
+           'open_image', 'open_mask', 'open_out', 'open_file', 'Transform', 'fit_square', 'Sample', 'Dataset',
+           'read_mask', 'visible', 'is_image', 'images_in', 'folders_in', 'only_in', 'pair_masks', 'find_categories',
+           'choose', 'read_split', 'read_mvtec', 'read_visa', 'read_mvtec3d', 'read_folder', 'union_roots',
+           'read_union', 'Dice', 'png', 'grid', 'disc', 'stroke', 'blob', 'walk', 'mix', 'draw_weave', 'draw_speckle',
+           'draw_bolt', 'draw_biscuit', 'shoot', 'toy_image', 'make_toy', 'toy_root', 'read_toy', 'read', 'load',
+           'contact_sheet', 'cropped_defects', 'absent_categories', 'check', 'check_records', 'inspect_record',
+           'check_report']
 
 # %% ../nbs/00_data.ipynb #e73c4e0d
 import csv, hashlib, json, os, shutil, struct, tempfile, warnings, zlib
@@ -85,6 +86,23 @@ def open_mask(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
 def _size_message(mask: Path, got: tuple, want: tuple) -> str:
     return (f"{mask}: the mask is {got[0]}×{got[1]} pixels, its image {want[0]}×{want[1]}; "
             "restore both from the same release of the data set, or resize the mask (nearest)")
+
+# %% ../nbs/00_data.ipynb #e7a10002
+def open_out(folder: str | Path) -> Path:
+    "The folder of an output, made before the work for it begins; OSError says so if nothing can be written there."
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"{folder}: nothing can be written there ({error.strerror}); give a folder where you may write") from error
+    return Path(folder)
+
+
+def open_file(path: str | Path) -> Path:
+    "The file of an output, in a folder made for it; OSError if it is a folder itself, or if nothing can be written there."
+    if Path(path).is_dir():
+        raise OSError(f"{path}: is a folder; give a file in it")
+    return open_out(Path(path).parent) / Path(path).name
 
 # %% ../nbs/00_data.ipynb #fb7f2948
 @dataclass(frozen=True)

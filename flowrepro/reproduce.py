@@ -9,8 +9,8 @@ __all__ = ['RUN_MODULES', 'OUTPUT_MODULES', 'OVERHEAD', 'PRELOADED', 'RESERVE', 
            'run_entry', 'notebook_entries', 'make_plan', 'gpus', 'job_gpus', 'length', 'past_seconds', 'known_seconds',
            'estimate', 'said', 'one_gpu', 'execute', 'forked', 'register_here', 'joined', 'end', 'warm_jobs',
            'profile_of', 'at_once', 'snakemake_command', 'to_do', 'reason', 'Watch', 'room', 'drive', 'some_run',
-           'open_out', 'check_runs', 'describe', 'missing_data', 'other_revisions', 'failures', 'wanted_tables',
-           'glance', 'reproduce', 'only_one', 'terminable', 'work']
+           'check_runs', 'describe', 'missing_data', 'other_revisions', 'failures', 'wanted_tables', 'glance',
+           'reproduce', 'only_one', 'terminable', 'work']
 
 # %% ../nbs/12d_reproduce.ipynb #06bfb1d3
 import contextlib
@@ -34,7 +34,7 @@ from statistics import mean, median
 import pandas as pd
 import torch
 
-from .data import DataError
+from .data import DataError, open_out
 from .matrix import MATRIX, Job, find_roots, jobs_of, load_matrix, refuse
 from .reports import METRICS, report
 from .runs import HERE, execute_notebook, parse_overrides, revision, run_notebook, settings_of
@@ -428,15 +428,6 @@ def some_run(plan: dict, data_root: str | Path | None, only: list[str] | None) -
                     f"give --data-root, the folder that holds {', '.join(n + '/' for n in names)}")
 
 
-def open_out(out: Path) -> None:
-    "Make the folder of a plan; OSError says so if nothing can be written there."
-    try:
-        (out / "notebooks").mkdir(parents=True, exist_ok=True)
-        (out / ".lock").touch()
-    except OSError as error:
-        raise OSError(f"--out {out}: nothing can be written there ({error.strerror}); give a folder where you may write") from error
-
-
 def check_runs(out: Path) -> None:
     "ValueError for a `metrics.json` in a folder that is not what a run leaves: the report and the tables would stumble over it."
     for path in sorted(out.glob("**/metrics.json")):
@@ -523,7 +514,7 @@ def reproduce(
     plan, out = make_plan(preset, data_root, only, seeds, out, matrix, cluster), Path(out)
     some_run(plan, data_root, only)
     plan["share"] = 1 if cluster else -(-jobs // max(1, gpus()))
-    open_out(out)
+    open_out(out / "notebooks")
     plan_file = out / "plan.json"
     with only_one(out):
         check_runs(out)
