@@ -173,13 +173,13 @@ def plot_overview(
     rows = []  # (data, method); a heading has no method
     for data, own in table.groupby("data", sort=False):
         rows += [(data, None), *((data, method) for method in dict.fromkeys(own["method"]))]
-    fig, axes = plt.subplots(1, len(HEADLINE), figsize=(8, 0.24 * len(rows) + 0.9), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, len(HEADLINE), figsize=(7.2, 0.23 * len(rows) + 0.9), sharey=True, layout="constrained")
     of = lambda frame, row, metric: frame[(frame["data"] == row[0]) & (frame["method"] == row[1])][metric].astype(float)
     for ax, metric in zip(axes, HEADLINE):
         for y, row in enumerate(rows):
             own, other = of(table, row, metric), [] if beside is None else of(beside, row, metric)
             ax.plot(own, [y] * len(own), "o", color="C0", ms=4.5, alpha=0.55, mew=0, label="a seed")
-            ax.plot([own.mean()] * 2, [y - 0.3, y + 0.3], color="C0", lw=1.8, label="mean over seeds")
+            ax.plot(own.mean(), y, "|", color="C0", ms=11, mew=1.8, label="mean over seeds")
             ax.plot(other, [y] * len(other), "D", mfc="none", mec="C1", ms=5, mew=1.3, label=name)
         ax.set(title=METRICS[metric], ylim=(len(rows) - 0.4, -0.6))
         ax.set_yticks(range(len(rows)), [method or data for data, method in rows])
