@@ -34,13 +34,14 @@ HEADLINE = ("image_auroc", "pixel_auroc", "aupro_30")  # what the tables of the 
 
 
 def style() -> None:
-    "Set the look of every figure."
+    "Set the look of every figure, and show tables whole up to 100 rows."
     import matplotlib.pyplot as plt
     import seaborn as sns
 
     sns.set_theme(context="paper", style="ticks", palette="colorblind")
     plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 200, "savefig.bbox": "tight", "axes.spines.top": False, "axes.spines.right": False,
                          "axes.grid": True, "grid.alpha": 0.3, "svg.fonttype": "none"})
+    pd.set_option("display.max_rows", 100)
 
 # %% ../nbs/12_reports.ipynb #6956917d
 def shown_categories(result: dict) -> list[str]:

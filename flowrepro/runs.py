@@ -37,7 +37,7 @@ from torch import Tensor
 import flowrepro
 from .altub import AltUB
 from .backbones import DTYPES, Backbone, WeightsError, full_name
-from .data import DataError, Dataset, Transform, load
+from .data import DataError, Dataset, Transform, absent_categories, load
 from .detectors import CFLOW_SIZES, CLASS_MODES, DETECTORS, FASTFLOW_PUBLISHED
 from .diagnostics import base_state, base_trace, latents_file, pictures_file
 from .features import FeatureBank
@@ -381,6 +381,16 @@ class Run:
         self.parts, self.seconds_evaluating, self.base_start = None, 0.0, base_state(self.detector)
         self.size = s["transform"]["mask_size"] or s["transform"]["size"]  # of maps and masks
         self.out = open_folder(config)
+
+    def contents(self) -> str:
+        "How many images there are, and what is missing among them that the metrics need."
+        bad, n, names = int(self.test_set.labels.sum()), len(self.test_set), self.test_set.categories
+        lines = [f"{len(self.train_set)} training images, {n} test images, {bad} of them anomalous"]
+        if bad in (0, n):
+            lines.append("the test images are all of one kind, so most metrics cannot be computed; maps and scores can")
+        if self.config.category == "all" and (gone := absent_categories(self.config.dataset, names)):
+            lines.append(f"{len(gone)} official categories are not here, so the mean is of {len(names)}: without {', '.join(gone)}")
+        return "\n".join(lines)
 
     def bank(self, dataset: Dataset) -> FeatureBank:
         "Features of a data set, held as the settings say; only randomly transformed images have several copies."
