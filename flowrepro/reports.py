@@ -6,9 +6,10 @@ Docs: https://flowrepro.github.io/flowrepro/reports.html.md"""
 
 # %% auto #0
 __all__ = ['PAGE', 'style', 'shown_categories', 'mean_std', 'metrics_table', 'read_run', 'read_runs', 'method_name',
-           'changed_settings', 'setting_name', 'summary', 'headline', 'unified', 'output_maker', 'loss_words',
-           'plot_history', 'plot_scores', 'thresholds', 'hardest', 'gallery', 'overlay', 'keep', 'figure_tag',
-           'run_section', 'caption_html', 'figure_section', 'outputs_section', 'runs_section', 'report']
+           'changed_settings', 'setting_name', 'summary', 'headline', 'unified', 'last_epochs', 'plot_overview',
+           'output_maker', 'loss_words', 'plot_history', 'plot_scores', 'thresholds', 'hardest', 'gallery', 'overlay',
+           'keep', 'figure_tag', 'run_section', 'caption_html', 'figure_section', 'outputs_section', 'runs_section',
+           'report']
 
 # %% ../nbs/12_reports.ipynb #beed5f09
 import base64
@@ -137,6 +138,48 @@ def unified(runs: list[dict]) -> pd.DataFrame:
         row = out.setdefault((method, mode), {"method": method, "seeds": own["seed"].nunique(), "category of a test image": mode})
         row[cat] = ", ".join(mean_std(own[m]) if cat == "mean" else f"{own[m].mean():.3f}" for m in HEADLINE)
     return pd.DataFrame(out.values())
+
+# %% ../nbs/12_reports.ipynb #ov100002
+def last_epochs(runs: list[dict]) -> pd.DataFrame:
+    "A row for each run and category, and for the mean over the categories of a unified model: data, method, seed, and the metrics of `HEADLINE` in the last epoch."
+    rows = []
+    for run in runs:
+        c, last = run["config"], run["results"]["last"]
+        several, about = c["category"] == "all", {"method": setting_name(c).replace(", one model for all", ""), "seed": c["seed"]}
+        for name in shown_categories(last):
+            data = f"one model: {name if name != 'mean' else f'mean of {len(last) - 1}'}" if several else f"{c['dataset']} {name}"
+            rows.append({"data": data, "of": (several, name == "mean", data)} | about | {m: last[name][m] for m in HEADLINE})
+    return pd.DataFrame(rows).sort_values(["of", "method", "seed"]).drop(columns="of").reset_index(drop=True)
+
+# %% ../nbs/12_reports.ipynb #ov100004
+def plot_overview(
+    table: pd.DataFrame,  # as `last_epochs` makes it
+    beside: pd.DataFrame | None = None,  # numbers from elsewhere, with the same columns but for the seed
+    name: str = "elsewhere",  # what those are called
+):
+    "A panel for each metric of `HEADLINE`, a row for each data and method: a dot for each seed, a line at their mean, an open diamond for a number from elsewhere. Returns the figure."
+    import matplotlib.pyplot as plt
+
+    rows = []  # (data, method); a heading has no method
+    for data, own in table.groupby("data", sort=False):
+        rows += [(data, None), *((data, method) for method in dict.fromkeys(own["method"]))]
+    fig, axes = plt.subplots(1, len(HEADLINE), figsize=(7.2, 0.23 * len(rows) + 0.9), sharey=True, layout="constrained")
+    of = lambda frame, row, metric: frame[(frame["data"] == row[0]) & (frame["method"] == row[1])][metric].astype(float)
+    for ax, metric in zip(axes, HEADLINE):
+        for y, row in enumerate(rows):
+            own, other = of(table, row, metric), [] if beside is None else of(beside, row, metric)
+            ax.plot(own, [y] * len(own), "o", color="C0", ms=4.5, alpha=0.55, mew=0, label="a seed")
+            ax.plot(own.mean(), y, "|", color="C0", ms=11, mew=1.8, label="mean over seeds")
+            ax.plot(other, [y] * len(other), "D", mfc="none", mec="C1", ms=5, mew=1.3, label=name)
+        ax.set(title=METRICS[metric], ylim=(len(rows) - 0.4, -0.6))
+        ax.set_yticks(range(len(rows)), [method or data for data, method in rows])
+        ax.tick_params(axis="y", length=0)
+    for label, (data, method) in zip(axes[0].get_yticklabels(), rows):
+        label.set_fontweight("normal" if method else "bold")
+    shown = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
+    fig.legend([h for n, h in shown.items() if n != name or beside is not None], [n for n in shown if n != name or beside is not None],
+               loc="outside lower center", ncols=3, frameon=False)
+    return fig
 
 # %% ../nbs/12_reports.ipynb #7d2b41c9
 def output_maker(
@@ -341,7 +384,10 @@ def report(folder: str | Path) -> Path:
     if outputs:
         body = outputs + "<h2>Runs</h2>" + runs_section(runs, folder)
     else:
-        body = summary(runs).reset_index().to_html(index=False, border=0) + "".join(run_section(r, folder) for r in runs)
+        style()
+        keep(plot_overview(last_epochs(runs)), folder / "overview.png")
+        table = summary(runs).reset_index().to_html(index=False, border=0)
+        body = figure_tag(folder / "overview.png") + table + "".join(run_section(r, folder) for r in runs)
     out = folder / "report.html"
     out.write_text(PAGE + body + "</body></html>\n", encoding="utf-8")
     return out
