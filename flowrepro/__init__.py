@@ -18,9 +18,10 @@ _HOMES = {
     "export": [],
     "runs": ["Run", "configure"],
     "matrix": [],
+    "tables": [],
     "reports": [],
     "bench": [],
-    "tables": [],
+    "comparisons": [],
     "figures": [],
     "reproduce": [],
 }

@@ -56,7 +56,7 @@ def print_summary(table) -> None:
 
 def print_published(runs: list[dict]) -> None:
     "What papers report of the method on these data beside the runs, if anything."
-    from flowrepro.tables import beside_papers
+    from flowrepro.comparisons import beside_papers
 
     table = beside_papers(runs)
     if any(column.endswith(": published") for column in table.frame):

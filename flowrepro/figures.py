@@ -28,7 +28,8 @@ import pandas as pd
 
 from .matrix import Job, absent, command_of, jobs_of, select, sets_of, title_of, variant_of
 from .metrics import auroc
-from .reports import METRICS, style
+from .reports import style
+from .tables import METRICS
 
 # %% ../nbs/12c_figures.ipynb #02279be7
 Axes = Drawing = Any  # of matplotlib, which loads where something is drawn

@@ -36,12 +36,13 @@ import torch
 
 from .data import DataError, open_out
 from .matrix import MATRIX, Job, find_roots, jobs_of, load_matrix, refuse
-from .reports import METRICS, report
+from .reports import report
 from .runs import HERE, execute_notebook, parse_overrides, revision, run_notebook, settings_of
+from .tables import METRICS
 
 # %% ../nbs/12d_reproduce.ipynb #c2ebc707
 RUN_MODULES = ("data", "backbones", "features", "flows", "bases", "detectors", "scores", "metrics", "training", "diagnostics", "runs")
-OUTPUT_MODULES = ("matrix", "reports")  # and figures or tables
+OUTPUT_MODULES = ("matrix", "tables", "reports")  # and figures or comparisons
 
 
 def run_inputs(job: Job) -> list[str]:
@@ -52,8 +53,8 @@ def run_inputs(job: Job) -> list[str]:
 
 def output_inputs(notebook: str, matrix: Path | None = None) -> list[str]:
     "The files that a notebook of tables or figures depends on, beside its runs."
-    own = "figures" if notebook.endswith("figures") else "tables"
-    published = sorted(map(str, (HERE / "published").glob("*.csv"))) if own == "tables" else []
+    own = "figures" if notebook.endswith("figures") else "comparisons"
+    published = sorted(map(str, (HERE / "published").glob("*.csv"))) if own == "comparisons" else []
     return [str(HERE / f"experiments/{notebook}.ipynb"), str(matrix or MATRIX), *(str(HERE / f"{m}.py") for m in (*OUTPUT_MODULES, own)), *published]
 
 

@@ -111,7 +111,7 @@ def test_content_decides_not_dates(folder, clone):
     runs, drawn = stamps(folder), dates()
     again = go(folder, env=env)
     assert again.returncode == 0 and "nothing to do" in again.stdout and dates() == drawn, again.stdout + again.stderr
-    edit(top / "tables.py")
+    edit(top / "comparisons.py")
     assert go(folder, env=env).returncode == 0
     assert stamps(folder) == runs and {n for n, t in dates().items() if t != drawn[n]} == {"altub_tables"}
     edit(top / "altub.py")
@@ -212,9 +212,9 @@ def test_inputs_follow_the_method():
     names = {n: {Path(p).stem for p in e["inputs"]} for n, e in plan["runs"].items()}
     assert all(("altub" in own) == ("altub" in n and "altub-no-turns" not in n) for n, own in names.items())
     assert all(("hgad" in own) == n.startswith("hgad") for n, own in names.items())
-    assert not any({"tables", "figures", "reports", "cli"} & own for own in names.values())
+    assert not any({"tables", "comparisons", "figures", "reports", "cli"} & own for own in names.values())
     for n, e in plan["notebooks"].items():
-        assert {"figures", "tables"} & {Path(p).stem for p in e["inputs"]} == {"figures" if n.endswith("figures") else "tables"}
+        assert {"figures", "comparisons"} & {Path(p).stem for p in e["inputs"]} == {"figures" if n.endswith("figures") else "comparisons"}
 
 
 def test_each_job_its_own_gpu(tmp_path, monkeypatch):

@@ -12,9 +12,10 @@ import pytest
 
 from flowrepro.data import OFFICIAL
 from flowrepro.matrix import DATA_FOLDERS, command_of, find_roots, jobs_of, load_matrix, run_folder
-from flowrepro.reports import METRICS, read_runs
+from flowrepro.reports import read_runs
 from flowrepro.cli import print_published
-from flowrepro.tables import TABLES, Table, as_latex, as_markdown, as_published, beside_papers, measured, of_other_seeds, published, table_9
+from flowrepro.comparisons import TABLES, beside_papers, measured, of_other_seeds, published
+from flowrepro.tables import METRICS, Table, as_latex, as_markdown, as_published
 
 MATRIX = load_matrix()
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,7 +108,7 @@ def test_no_row_twice(every, name):
 
 def test_committed_anchors_are_those_of_the_committed_runs():
     folder = ROOT / "results/reproduce-demo"
-    table = table_9(read_runs(folder / "runs"), MATRIX, "demo")
+    table = TABLES["T9"](read_runs(folder / "runs"), MATRIX, "demo")
     assert pd.read_csv(folder / "tables/T9.csv", dtype=str, keep_default_na=False).equals(table.frame) and (folder / "tables/T9.md").read_text() == as_markdown(table)
 
 
@@ -205,13 +206,13 @@ def test_published_numbers_keep_their_digits():
 
 def test_anchors_say_how_to_read_them():
     "Percent, deviation and epochs, as under the other tables."
-    note = table_9([], MATRIX, "demo").notes[0]
-    assert all(words in note for words in ("Percent", "±", "last epoch", *table_9([], MATRIX, "demo").frame["epoch"].unique()))
+    note = TABLES["T9"]([], MATRIX, "demo").notes[0]
+    assert all(words in note for words in ("Percent", "±", "last epoch", *TABLES["T9"]([], MATRIX, "demo").frame["epoch"].unique()))
 
 
 def test_anchors_keep_protocols_apart():
     "Each published mean stands once, with setting and epoch; own papers in bold."
-    table = table_9([], MATRIX, "demo")
+    table = TABLES["T9"]([], MATRIX, "demo")
     means = published(category="mean")
     keys = means[means["metric"].isin(["image_auroc", "pixel_auroc", "aupro_30"]) & means["dataset"].isin([*OFFICIAL, "union"])]
     assert len(table.frame) == len(keys.fillna("").groupby(["paper", "table", "method", "backbone", "dataset", "protocol"])) and set(table.frame["epoch"]) <= {"best on test", "early stopping on test", "last", "unknown epoch"}
