@@ -78,8 +78,8 @@ class DiagonalNormal(Base):
         positions: tuple[int, ...] = (),  # extent of the positions, for 'position': (H, W) spatial, (P,) dense
     ):
         super().__init__(channels, dim)
-        if per not in ("channel", "position", "scalar") or (per == "position") != bool(positions):
-            raise ValueError(f"per {per!r}: one of channel, position, scalar; 'position', and only it, needs the extent of the positions")
+        if per not in ("channel", "position", "scalar") or (per == "position") != bool(positions) or dim == 1 and len(positions) not in (0, 2):
+            raise ValueError(f"per {per!r}, positions {positions}: one of channel, position, scalar; 'position', and only it, needs the extent of the positions, (H, W) if spatial")
         spatial = (1, 1) if dim == 1 else ()
         shape = {"scalar": (1,) + spatial, "channel": (channels,) + spatial,
                  "position": (channels, *positions) if dim == 1 else (*positions, channels)}[per]
@@ -88,7 +88,10 @@ class DiagonalNormal(Base):
 
     def log_prob(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         self.check(z)
-        u = (z - self.mean) * (-self.log_scale).exp()
+        u = z - self.mean
+        if u.shape != z.shape:  # broadcast: another sum, of other positions
+            raise ValueError(f"z of shape {tuple(z.shape)} does not fit this base's mean {tuple(self.mean.shape)}: dim=1 takes (B, D, H, W), dim=-1 (B, ..., D)")
+        u = u * (-self.log_scale).exp()
         return -(u.square() / 2 + self.log_scale).sum(self.dim) - self.channels * LOG_2PI / 2
 
     def sample(self, n: int, label: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:

@@ -189,8 +189,11 @@ def all_parts(detector: Detector, bank: FeatureBank, labels: Tensor | None = Non
 
 @torch.no_grad()
 def calibrate(detector: Detector, bank: FeatureBank, labels: Tensor | None = None) -> None:
-    "Put the levels on one scale by their log-likelihoods on training images (`scores.calibration`)."
-    detector.calibration.copy_(calibration(all_parts(detector, bank, labels)))
+    "Put the levels on one scale by their log-likelihoods on training images (`scores.calibration`); RuntimeError if they are not finite."
+    stats = calibration(all_parts(detector, bank, labels))
+    if not stats.isfinite().all():
+        raise RuntimeError("log-likelihoods of the training images are not finite: the training diverged in its last step; try a lower lr, or clip=1.0")
+    detector.calibration.copy_(stats)
 
 
 def score_parts(detector: Detector, parts: list[Parts], score: Score | None = None) -> tuple[Tensor, Tensor]:
@@ -221,6 +224,8 @@ def predict(
     "Anomaly maps and image scores; larger is more anomalous. No image's score depends on another's."
     if detector.score.normalise == "paper":
         raise ValueError("normalise='paper' scores a whole test set at once, not single images: evaluate it with runs.evaluate_parts")
+    if batch < 1:
+        raise ValueError(f"batch {batch}: a whole number from 1")
     detector.eval()
     source, out, seen = open_images(images, transform or detector.seen_through()), [], 0
     labels = detector.labels_of(images) if isinstance(images, Dataset) and category is None else None
@@ -544,6 +549,8 @@ class HGADParts(HGADLosses):
 
     def categories_for(self, latents: list[tuple[Tensor, Tensor]], labels: Tensor | None, mode: str) -> Tensor | None:
         "The category whose likelihood counts, of each image, (B,); None for the marginal over all. ValueError if it must be known and is not."
+        if mode not in CLASS_MODES:
+            raise ValueError(f"class_mode {mode!r}: one of {', '.join(CLASS_MODES)}")
         if mode == "known" and labels is None:
             raise ValueError("class_mode='known': the category of each image must be given (a Dataset, category=..., or labels); without it use class_mode='inferred'")
         if mode == "inferred-top":

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .data import Dataset
-from .detectors import Detector, open_images
+from .detectors import Detector, check_images, open_images
 from .scores import score_batch
 
 # %% ../nbs/10b_export.ipynb #98af28a1
@@ -102,8 +102,8 @@ def export(
     if missing := [p for p in packages if find_spec(p) is None]:
         raise ValueError(f"{path}: ONNX needs {', '.join(missing)}: pip install 'flowrepro[onnx]', or write a .pt2 file")
     program = Program(detector, category)
-    compared = torch.stack(list(islice(open_images(images, detector.seen_through()), 4)))
-    compared = compared if compared.is_floating_point() else compared / 255
+    compared = check_images(torch.stack(list(islice(open_images(images, detector.seen_through()), 4))), detector.backbone.size)
+    compared = compared.float() if compared.is_floating_point() else compared / 255
     if len(compared) < 2 or any(t.max() == t.min() for t in program(compared)):  # the detector's own complaints come here, too
         raise ValueError(f"{path}: the detector says the same of all images to compare on: give two or more of its own, that differ")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -95,6 +95,8 @@ class Subnet(nn.Module):
             h = F.linear(table, w_cond, first.bias)
             h = h if index is None else F.embedding(index, h.to(table.dtype))
             return Layers.apply(x, None, h, w_x, last.weight, last.bias)
+        if cond.shape[2:] != x.shape[2:]:
+            raise ValueError(f"a condition of {tuple(cond.shape[2:])} positions for features of {tuple(x.shape[2:])}: give each position its own")
         h = F.conv2d(x, w_x, padding=first.padding)
         h += F.conv2d(cond, w_cond, first.bias, padding=first.padding)
         return last(h.relu_())
@@ -367,7 +369,7 @@ def to_freia(flow: Flow, prefix: str = "module_list.") -> dict[str, Tensor]:
 def from_freia(flow: Flow, state: dict[str, Tensor], prefix: str = "module_list.") -> Flow:
     """Load the state dict of FrEIA 0.2 / official `AllInOneBlock`s into `flow`, in place.
 
-    Raises ValueError naming the key when one is missing, has another shape, or holds a rotation where `flow` shuffles.
+    Raises ValueError, and changes nothing, naming the key when one is missing, has another shape, holds a rotation where `flow` shuffles, or neither.
     """
     held = {k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)}
     if held and len(held) != len(flow.steps):
@@ -377,11 +379,16 @@ def from_freia(flow: Flow, state: dict[str, Tensor], prefix: str = "module_list.
             raise ValueError(f"{key} is missing: not a FrEIA 0.2 state dict of {len(flow.steps)} steps under {prefix!r}")
         if state[key].shape != ours.shape:
             raise ValueError(f"{key}: {tuple(state[key].shape)} in the file, {tuple(ours.shape)} in the flow")
+    perms = []  # nothing is loaded unless all of it fits
     for k, step in enumerate(flow.steps):
-        own = {n: state[f"{prefix}{k}.{m}"].view_as(step.state_dict()[n]) for n, m in FREIA_NAMES.items()}
         w = state[f"{prefix}{k}.w_perm"].flatten(1)
-        index = w.argmax(1)
-        if not step.mixing.soft and not torch.equal(w, torch.eye(len(w), dtype=w.dtype, device=w.device)[index]):
+        index, one = w.argmax(1), torch.eye(len(w), dtype=w.dtype, device=w.device)
+        if not torch.allclose(w @ w.T, one, atol=0.1):
+            raise ValueError(f"{prefix}{k}.w_perm is neither a rotation nor a shuffle: its log-determinant would not be zero")
+        if not step.mixing.soft and not torch.equal(w, one[index]):
             raise ValueError(f"{prefix}{k}.w_perm is a rotation: build the flow with soft=True")
-        step.load_state_dict(own | {"mixing.perm": w if step.mixing.soft else index})
+        perms.append(w if step.mixing.soft else index)
+    for k, (step, perm) in enumerate(zip(flow.steps, perms)):
+        own = {n: state[f"{prefix}{k}.{m}"].view_as(step.state_dict()[n]) for n, m in FREIA_NAMES.items()}
+        step.load_state_dict(own | {"mixing.perm": perm})
     return flow

@@ -57,8 +57,10 @@ def hgad_terms(
     intra: bool = True,  # second stage: also L_in and L_z
     smoothing: float = 0.02,  # of the labels in L_mi
 ) -> dict[str, Tensor]:  # L_g, L_mi, L_e and, in the second stage, L_in, L_z; each a scalar
-    "The terms of HGAD's loss (@eq-hgad); public code, `models/model.py`. ValueError for labels out of range."
+    "The terms of HGAD's loss (@eq-hgad); public code, `models/model.py`. ValueError for labels out of range, or log-determinants that are not one a row."
     check_label(label, mixture.classes, len(z))
+    if logdet.shape != z.shape[:-1]:
+        raise ValueError(f"log-determinants of shape {tuple(logdet.shape)} for rows {tuple(z.shape)}: one for each row")
     D, (half, a, own) = z.shape[-1], affinities(z, mixture, label, intra)
     log_p = F.log_softmax(mixture.phi, 0)
     q, fixed = F.log_softmax(a, -1), log_p.detach()

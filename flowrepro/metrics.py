@@ -109,15 +109,16 @@ def as_float(
 
 # %% ../nbs/09_metrics.ipynb #5100d242
 def as_bool(
-    y,          # array, tensor or list: bool, integers (anything but 0 is a defect) or floats that are 0 or 1
+    y,          # array, tensor or list: bool, integers from 0 (anything but 0 is a defect) or floats that are 0 or 1
     what: str,  # its name in messages
 ) -> np.ndarray:
-    "Labels or masks as a bool array. Raises `ValueError` for floats between 0 and 1: choose a threshold before."
+    "Labels or masks as a bool array. Raises `ValueError` for floats between 0 and 1: choose a threshold before; and for integers below 0."
     y = y.detach().cpu() if isinstance(y, torch.Tensor) else y
     y = np.asarray(y.float() if isinstance(y, torch.Tensor) and y.dtype == torch.bfloat16 else y)
     if y.dtype.kind not in 'fiub': raise ValueError(f"{what} must be bool, integer or 0/1 floats, not {y.dtype}")
     if y.dtype.kind == 'f' and not ((y == 0) | (y == 1)).all():
         raise ValueError(f"{what} hold values other than 0 and 1; compare them with a threshold first (masks > 0.5)")
+    if y.dtype.kind == 'i' and (y < 0).any(): raise ValueError(f"{what} hold integers below 0; give 0 for normal, 1 for anomalous")
     return y if y.dtype == bool else y != 0
 
 # %% ../nbs/09_metrics.ipynb #7a918c64

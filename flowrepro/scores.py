@@ -84,7 +84,9 @@ class Score:
                                ("criterion", criteria), ("image_criterion", criteria)):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"score {field} {getattr(self, field)!r}: one of {', '.join(allowed)}")
-        if not (0 < self.top <= 1 and self.smooth >= 0 and self.image_smooth >= 0 and min(self.temperature, self.image_temperature) > 0):
+        if any(share is not None and not 0 <= share <= 1 for share in (self.logdet, self.image_logdet)):
+            raise ValueError(f"score logdet {self.logdet}, image_logdet {self.image_logdet}: shares in [0, 1], or None")
+        if not (0 < self.top <= 1 and self.smooth >= 0 and self.image_smooth >= 0 and self.temperature > 0 and self.image_temperature > 0):
             raise ValueError(f"score top {self.top} must lie in (0, 1], smoothing must not be negative, temperatures {self.temperature}, {self.image_temperature} must be positive")
         if self.normalise != "train" and None in (self.logdet, self.image_logdet):
             raise ValueError(f"score logdet None is chosen on training images: use normalise='train', or give a number with normalise={self.normalise!r}")
@@ -133,7 +135,7 @@ def normality(
     "What the levels together say of each pixel, and its ceiling: the maximum over the batch (normalise='paper'), or over training positions."
     total, ceiling, tau = 0.0, 0.0, score.temperature
     shares = [score.logdet] * len(parts) if score.logdet is not None else logdet_share(stats)
-    for l, (part, share) in enumerate(zip(parts, shares)):
+    for l, (part, share) in enumerate(zip(parts, shares, strict=True)):
         value = part.entropy if entropy else part.loglik(share)
         if score.normalise == "paper":
             value = value - value.max()

@@ -51,7 +51,7 @@ class Schedule:
             if not isinstance(getattr(self, field), int) or getattr(self, field) < least:
                 raise ValueError(f"{field} {getattr(self, field)}: a whole number from {least}")
         for field, right in (("lr", self.lr > 0), ("weight_decay", self.weight_decay >= 0), ("clip", self.clip is None or self.clip > 0),
-                             ("betas", all(0 <= b < 1 for b in self.betas)), ("floor", 0 <= self.floor <= 1), ("warmup", self.warmup <= self.epochs)):
+                             ("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)), ("floor", 0 <= self.floor <= 1), ("warmup", self.warmup <= self.epochs)):
             if not right:
                 raise ValueError(f"{field} {getattr(self, field)}: out of range")
 
@@ -217,6 +217,8 @@ def fit_dataset(
         raise TypeError(f"{dataset!r} is no Dataset to train on: make one, such as load('folder', 'my_parts')[0]")
     if unknown := schedule.keys() - (known := [f.name for f in fields(Schedule)]):
         raise TypeError(f"fit has no setting {', '.join(sorted(unknown))}: one of {', '.join(known)}, where, cache, altub, progress")
+    if not isinstance(altub, AltUB | None):
+        raise TypeError(f"altub {altub!r}: the settings as flowrepro.altub.AltUB(...), or None")
     normal = dataset.filter(label=0)
     if not len(normal):
         raise ValueError("no normal image to train on: the data set is empty, or every image of it is labelled anomalous")

@@ -633,3 +633,17 @@ def test_rows_of_another_precision(make, dtype):
 def test_another_number_of_channels(base):
     with pytest.raises(ValueError, match="has 4 channels on axis .*this base 3"):
         base.log_prob(torch.randn(2, 4, 4, 4))
+
+
+@pytest.mark.parametrize("base, shape", [
+    (DiagonalNormal(5, dim=1), (2, 5)), (DiagonalNormal(5, dim=1, per="scalar"), (3, 5)), (DiagonalNormal(5, dim=1, per="position", positions=(4, 3)), (2, 5, 1, 1)),
+    (DiagonalNormal(5, dim=1, per="position", positions=(4, 3)), (2, 5, 1, 3)), (DiagonalNormal(5, per="position", positions=(4,)), (2, 1, 5))])
+def test_latents_that_would_be_broadcast(base, shape):
+    "To the size of the parameters, and summed over other axes than the channels."
+    with pytest.raises(ValueError, match="does not fit this base's mean"):
+        base.log_prob(torch.randn(shape))
+
+
+def test_spatial_positions_have_two_axes():
+    with pytest.raises(ValueError, match=r"positions \(3,\).*\(H, W\) if spatial"):
+        DiagonalNormal(5, dim=1, per="position", positions=(3,))

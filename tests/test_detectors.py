@@ -324,6 +324,11 @@ def test_predict_bad_input(trained, tiny_backbone, tmp_path, images):
             trained.predict(given)
 
 
+def test_predict_batches_of_nothing(trained, images):
+    with pytest.raises(ValueError, match="batch 0: a whole number from 1"):
+        trained.predict(images, batch=0)
+
+
 @pytest.mark.parametrize("nothing", [[], torch.zeros(0, 3, 32, 32)], ids=["no paths", "no images"])
 def test_predict_nothing(trained, nothing):
     "No images give no maps and no scores, or an error that says so; never something that cannot be unpacked."

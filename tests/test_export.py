@@ -156,6 +156,20 @@ def test_detectors_that_cannot_be_written(trained, tiny_backbone, tmp_path, monk
         export(trained["cflow"], tmp_path / "m.pt2", noise(3))
 
 
+@pytest.mark.parametrize("given, words", [(255 * noise(3), "divide by 255"), (noise(3)[..., :16], "this detector takes"), (noise(3) - 0.5, r"lie in \[0, 1\]")])
+def test_images_that_predict_refuses(given, words, trained, tmp_path):
+    "A program traced for another size, or compared on no image at all, would be of no use."
+    with pytest.raises(ValueError, match=words):
+        export(trained["fastflow"], tmp_path / "m.pt2", given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_of_double_precision(trained, tmp_path):
+    "What is written takes float32, whatever it was compared on."
+    export(trained["fastflow"], tmp_path / "m.pt2", noise(3).double())
+    agree(torch.export.load(tmp_path / "m.pt2").module()(noise(2)), trained["fastflow"], noise(2))
+
+
 def test_without_onnx(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"flowrepro\[onnx\]"):

@@ -362,10 +362,28 @@ def test_position_codes_differ():
     assert (torch.cdist(rows, rows) + 9 * torch.eye(len(rows))).min() > 0.1
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_freia_dict_whose_last_permutation_is_none(soft):
+    "A matrix that doubles a channel is no invertible map; the flow stays as it was to its first step."
+    flow, state = dense_flow(5, 2, soft=soft), to_freia(dense_flow(5, 2, soft=soft))
+    state["module_list.1.w_perm"] = torch.eye(5)[[0, 0, 1, 2, 3]]
+    before = {k: v.clone() for k, v in flow.state_dict().items()}
+    with pytest.raises(ValueError, match="module_list.1.w_perm is neither a rotation nor a shuffle"):
+        from_freia(flow, state)
+    assert all(torch.equal(v, before[k]) for k, v in flow.state_dict().items())
+
+
 @pytest.mark.parametrize("channels", [0, -4, 1, 2, 6, 127])
 def test_position_code_of_impossible_width(channels):
     with pytest.raises(ValueError, match=f"code of {channels} channels: .* multiple of four"):
         positional_code(channels, 3, 3)
+
+
+def test_a_condition_of_other_positions():
+    "A single code would meet the padding of the convolution at every position, and give another flow."
+    flow = conv_flow(6, 2, c_cond=4)
+    with pytest.raises(ValueError, match=r"condition of \(1, 1\) positions for features of \(3, 3\)"):
+        flow(torch.randn(2, 6, 3, 3), torch.randn(1, 4, 1, 1))
 
 
 @pytest.mark.parametrize("n", [2, 3, 8, 33])

@@ -293,6 +293,13 @@ def test_labels_that_make_no_sense(label, words, intra):
         hgad_terms(z, logdet, label, mixture, intra)
 
 
+@pytest.mark.parametrize("shape", [lambda B, P: (P,), lambda B, P: (B, 1), lambda B, P: (1, 1), lambda B, P: ()])
+def test_log_determinants_that_would_be_broadcast(shape):
+    z, logdet, label, mixture = make(SIZES["usual"])
+    with pytest.raises(ValueError, match="log-determinants of shape .*: one for each row"):
+        hgad_terms(z, torch.zeros(shape(*logdet.shape)).to(z.dtype), label, mixture)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=str)
 def test_labels_of_another_whole_number_type(dtype):
     "The same numbers, or refused with a ValueError."
@@ -464,6 +471,11 @@ def test_the_mode_is_the_configured_one(stand_in):
 def test_known_without_labels(stand_in):
     with pytest.raises(ValueError, match="class_mode='known'.*must be given.*class_mode='inferred'"):
         detector(stand_in, class_mode="known").parts(features())
+
+
+def test_a_mode_that_there_is_not(stand_in):
+    with pytest.raises(ValueError, match="class_mode 'Known': one of known, inferred, inferred-top"):
+        detector(stand_in).parts(features(), LABELS, "Known")
 
 
 def test_one_category_makes_no_difference(stand_in):

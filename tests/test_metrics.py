@@ -361,6 +361,8 @@ def test_values_that_make_no_sense():
     m = masks_of(np.random.default_rng(0)); x = np.random.default_rng(0).normal(size=m.shape)
     with pytest.raises(ValueError, match='masks hold values other than 0 and 1'): evaluate(x, m*0.4)
     with pytest.raises(ValueError, match='labels hold values'): evaluate(x, m, labels=np.full(6, .5))
+    with pytest.raises(ValueError, match='labels hold integers below 0'): auroc([1., 2, 3], [-1, 1, 1])
+    with pytest.raises(ValueError, match='masks hold integers below 0'): evaluate(x, m*np.int8(-1))
     with pytest.raises(ValueError, match='real numbers'): evaluate(x + 1j, m)
     with pytest.raises(ValueError, match='masks must be'): evaluate(x, m.astype(str))
     for kw in (dict(tol=-1), dict(bins=0), dict(tol=float('nan'))):

@@ -362,7 +362,8 @@ def test_image_score_has_its_own_likelihood(logdet, smooth, image_logdet, image_
 @pytest.mark.parametrize("field, value, allowed", [
     ("levels", "sum", "linear, probability"), ("normalise", "test", "train, paper, none"), ("image", "mean", "max, top"),
     ("top", 0.0, "(0, 1]"), ("top", 1.5, "(0, 1]"), ("top", float("nan"), "(0, 1]"), ("temperature", -2.0, "positive"), ("temperature", 0.0, "positive"),
-    ("temperature", float("nan"), "positive"), ("image_temperature", 0.0, "positive"), ("criterion", "sum", "likelihood, entropy, product"), ("image_criterion", "max", "likelihood, entropy, product"),
+    ("temperature", float("nan"), "positive"), ("image_temperature", 0.0, "positive"), ("image_temperature", float("nan"), "positive"),
+    ("logdet", -0.1, "[0, 1]"), ("logdet", 1.5, "[0, 1]"), ("logdet", float("nan"), "[0, 1]"), ("image_logdet", 2.0, "[0, 1]"), ("criterion", "sum", "likelihood, entropy, product"), ("image_criterion", "max", "likelihood, entropy, product"),
 ])
 def test_impossible_settings(field, value, allowed):
     "Named, with what is allowed."
@@ -390,3 +391,11 @@ def test_product_of_maps_that_change_sign(field, bad):
 def test_share_chosen_without_training_images(field, normalise):
     with pytest.raises(ValueError, match=f"logdet None.*normalise='{normalise}'"):
         Score(**dict(logdet=0.5, image_logdet=0.5, normalise=normalise) | {field: None})
+
+
+def test_every_level_has_its_calibration():
+    "A calibration of other levels is refused, instead of leaving some out."
+    parts = make()
+    for stats in (calibration(make(6, 2))[:1], calibration(make(6, 2))[[0, 1, 0, 1]]):
+        with pytest.raises(ValueError, match="argument"):
+            combine(parts, 32, Score(), stats)

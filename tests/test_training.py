@@ -409,7 +409,7 @@ def test_impossible_schedules(change, words):
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("change", [dict(epochs=2.5), dict(batch=1.5), dict(clip=-1.0), dict(clip=0.0), dict(weight_decay=-1e-5), dict(betas=(1.5, 0.9)),
+@pytest.mark.parametrize("change", [dict(epochs=2.5), dict(batch=1.5), dict(clip=-1.0), dict(clip=0.0), dict(weight_decay=-1e-5), dict(betas=(1.5, 0.9)), dict(betas=(0.9,)),
                                     dict(floor=-0.1), dict(floor=1.5), dict(floor=float("nan")), dict(warmup=-1), dict(warmup=1.5), dict(warmup=31), dict(hold=-1), dict(hold=0.5)], ids=str)
 def test_more_impossible_schedules(change):
     "Found before any work, too."
@@ -650,6 +650,18 @@ def test_fit_dataset_takes_a_dataset(tiny_backbone, toy):
     "A folder does not say which of its images are good."
     with pytest.raises(TypeError, match=r"no Dataset to train on: make one, such as load\('folder'"):
         FastFlow(tiny_backbone(), steps=1).fit(str(toy / "weave"))
+
+
+@pytest.mark.parametrize("altub", [True, dict(every=2)], ids=str)
+def test_fit_dataset_takes_altubs_settings(altub, tiny_backbone, toy):
+    with pytest.raises(TypeError, match="altub .*AltUB"):
+        FastFlow(tiny_backbone(), steps=1, base="diagonal").fit(load("toy", toy, "weave", Transform(32))[0], altub=altub)
+
+
+def test_a_last_step_that_diverges(tiny_backbone, toy):
+    "No loss comes after it; its model is found out as the score is calibrated."
+    with pytest.raises(RuntimeError, match="diverged in its last step"):
+        FastFlow(tiny_backbone(), steps=1).fit(load("toy", toy, "weave", Transform(32))[0], lr=1e10, epochs=1, batch=10, progress=False)
 
 
 def test_the_model_knows_the_epoch(make, features, tmp_path):
