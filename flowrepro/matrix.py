@@ -17,6 +17,7 @@ import fnmatch
 import json
 import shlex
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from .data import OFFICIAL, TOY, DataError, read
@@ -263,13 +264,14 @@ def jobs_of(
 ) -> list[Job]:
     "Every run that the outputs need, each once, in the order of the outputs."
     jobs: dict[str, Job] = {}
+    named = cache(lambda sets, name: categories_of(sets, name, roots))  # each data set is read once
     for output in only or matrix["outputs"]:
         one_of("table or figure", output, matrix["outputs"])
         data, own = role_of(matrix, preset, matrix["outputs"][output]["role"])
         for seed in range(seeds or matrix["presets"][preset]["seeds"]):
             for sets, name in data:
                 dataset, root, missing = data_of(sets, roots)
-                for category in categories_of(sets, name, roots):
+                for category in named(tuple(sets), name):
                     for variant in matrix["outputs"][output]["variants"]:
                         p = parameters_of(matrix, variant, preset) | dict(dataset=dataset, data_root=root, category=category, preset=own, seed=seed)
                         job = jobs.setdefault(run_folder(variant, dataset, category, own, seed), Job(variant, own, seed, p, missing=missing))

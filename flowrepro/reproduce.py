@@ -6,11 +6,11 @@ Docs: https://flowrepro.github.io/flowrepro/reproduce.html.md"""
 
 # %% auto #0
 __all__ = ['RUN_MODULES', 'OUTPUT_MODULES', 'OVERHEAD', 'PRELOADED', 'RESERVE', 'run_inputs', 'output_inputs', 'content_of',
-           'run_entry', 'notebook_entries', 'make_plan', 'gpus', 'job_gpus', 'length', 'past_seconds', 'known_seconds',
-           'estimate', 'said', 'one_gpu', 'execute', 'forked', 'register_here', 'joined', 'end', 'warm_jobs',
-           'profile_of', 'at_once', 'snakemake_command', 'to_do', 'reason', 'Watch', 'room', 'drive', 'some_run',
-           'check_runs', 'describe', 'missing_data', 'other_revisions', 'failures', 'wanted_tables', 'glance',
-           'reproduce', 'only_one', 'terminable', 'work']
+           'run_entry', 'notebook_entries', 'lacking', 'make_plan', 'gpus', 'job_gpus', 'length', 'past_seconds',
+           'known_seconds', 'estimate', 'said', 'one_gpu', 'execute', 'forked', 'register_here', 'joined', 'end',
+           'warm_jobs', 'profile_of', 'at_once', 'can_submit', 'snakemake_command', 'to_do', 'reason', 'Watch', 'room',
+           'drive', 'some_run', 'check_runs', 'describe', 'missing_data', 'other_revisions', 'failures',
+           'wanted_tables', 'glance', 'reproduce', 'only_one', 'terminable', 'work']
 
 # %% ../nbs/12d_reproduce.ipynb #06bfb1d3
 import contextlib
@@ -34,8 +34,8 @@ from statistics import mean, median
 import pandas as pd
 import torch
 
-from .data import DataError, open_out
-from .matrix import MATRIX, Job, find_roots, jobs_of, load_matrix, refuse
+from .data import OFFICIAL, DataError, absent_categories, open_out, read
+from .matrix import DATA_FOLDERS, MATRIX, Job, find_roots, jobs_of, load_matrix, refuse, role_of
 from .reports import report
 from .runs import HERE, execute_notebook, parse_overrides, revision, run_notebook, settings_of
 from .tables import METRICS
@@ -83,6 +83,13 @@ def notebook_entries(matrix: dict, wanted: list[str], jobs: list[Job], preset: s
     return entries
 
 # %% ../nbs/12d_reproduce.ipynb #15f6871e
+def lacking(matrix: dict, preset: str, wanted: list[str], roots: dict) -> dict[str, list[str]]:
+    "Official categories that data sets are without of which runs of preset paper take all. They are read for it, so a damaged one is a DataError before any work."
+    roles = [role_of(matrix, preset, matrix["outputs"][output]["role"]) for output in wanted]
+    whole = {s for data, own in roles for sets, name in data for s in sets if own == "paper" and name in ("all", "each") and roots.get(s)}
+    return {s: gone for s in sorted(whole) if (gone := absent_categories(s, (r.category for r in read(s, roots[s]))))}
+
+
 def make_plan(
     preset: str,
     data_root: str | Path | None = None,  # folder that holds the data sets
@@ -92,14 +99,15 @@ def make_plan(
     matrix: str | Path | None = None,  # another matrix file
     cluster: str | None = None,  # a profile in workflow/profiles
 ) -> dict:
-    "What is to be done: `runs`, `notebooks`, and `missing`, the runs whose data were not found. MatrixError for an unknown preset, table or key, DataError for a wrong data root."
+    "What is to be done: `runs`, `notebooks`, `missing`, the runs whose data were not found, and `lacking`, the categories that were not. MatrixError for an unknown preset, table or key, DataError for a wrong data root."
     content, out = load_matrix(matrix), Path(out)
     wanted = [w.upper() for w in only] if only else list(content["outputs"])
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds {seeds}: at least 1")
-    jobs = jobs_of(content, preset, find_roots(data_root), wanted, seeds)
+    roots = find_roots(data_root)
+    jobs = jobs_of(content, preset, roots, wanted, seeds)
     here = [j for j in jobs if not j.missing]
-    plan = {"preset": preset, "cwd": os.getcwd(), "out": str(out), "gpu": job_gpus(jobs, cluster), "share": 1, "mem_mb": 16000 if preset == "paper" else 6000}
+    plan = {"preset": preset, "cwd": os.getcwd(), "out": str(out), "gpu": job_gpus(jobs, cluster), "share": 1, "mem_mb": 16000 if preset == "paper" else 6000, "lacking": lacking(content, preset, wanted, roots)}
     plan["runs"] = {j.name: run_entry(j, out) for j in here}
     plan["notebooks"] = notebook_entries(content, wanted, here, preset, seeds, out, Path(matrix).resolve() if matrix else None)
     same = cache(content_of)
@@ -325,6 +333,12 @@ def at_once(jobs: int | None, cluster: str | None) -> int:
     return int(yaml.safe_load((profile_of(cluster) / "config.yaml").read_text())["jobs"])
 
 
+def can_submit(cluster: str | None) -> None:
+    "OSError if jobs are for Slurm and this machine has no command that takes them."
+    if cluster and "executor: slurm" in (profile_of(cluster) / "config.yaml").read_text() and not shutil.which("sbatch"):
+        raise OSError(f"cluster {cluster}: there is no sbatch on this machine; give the command on one that submits jobs, or leave out --cluster")
+
+
 def snakemake_command(plan_file: Path, target: str, cluster: str | None, jobs: int) -> list[str]:
     "The call that does what a target still needs."
     profile = profile_of(cluster)
@@ -426,7 +440,7 @@ def some_run(plan: dict, data_root: str | Path | None, only: list[str] | None) -
     names = sorted({n for names in plan["missing"].values() for n in names})
     where = f"data root {data_root}: without" if data_root else "no data root, so without"
     raise DataError(f"{where} {', '.join(names)}, which every run of {', '.join(only or ['the outputs'])} needs at preset {plan['preset']}; "
-                    f"give --data-root, the folder that holds {', '.join(n + '/' for n in names)}")
+                    f"give --data-root, the folder that holds {', '.join(DATA_FOLDERS[n] + '/' for n in names)}")
 
 
 def check_runs(out: Path) -> None:
@@ -449,15 +463,16 @@ def describe(plan: dict, todo: list[str], past: dict[tuple[str, str], float], jo
     if todo:
         known = f"about {said(seconds / min(jobs, len(todo) - unknown))} by past timings" if len(todo) > unknown else "no past timings to tell how long"
         known += f", not counting {unknown} that never ran" if 0 < unknown < len(todo) else ""
-        known += "; the page of costs (nbs/12e_costs.ipynb) counts what preset paper takes" if unknown and plan["preset"] == "paper" else ""
+        known += f"; the page of costs (nbs/12e_costs.ipynb) counts the hours of preset paper, and the disk that its features take in {plan['out']}/features" if unknown and plan["preset"] == "paper" else ""
         lines.append(f"to do: {len(todo)}, {jobs} at a time; {known}")
     return "\n".join(lines + missing_data(plan))
 
 
 def missing_data(plan: dict) -> list[str]:
-    "A line for each data set that was not found: how many runs need it, and what to do."
+    "A line for each data set that was not found, or not with all of its categories: how many runs need it, and what to do."
     count = {name: sum(name in names for names in plan["missing"].values()) for names in plan["missing"].values() for name in names}
-    return [f"missing data: {name}, so {n} run{'s' * (n > 1)} cannot be made; put it in the data root (--data-root) as {name}/" for name, n in sorted(count.items())]
+    return [*(f"missing data: {name}, so {n} run{'s' * (n > 1)} cannot be made; put it in the data root (--data-root) as {DATA_FOLDERS[name]}/" for name, n in sorted(count.items())),
+            *(f"missing data: {', '.join(gone)} of {name}, so nothing there is of all {len(OFFICIAL[name])} categories; restore them from the original archive" for name, gone in plan["lacking"].items())]
 
 
 def other_revisions(plan: dict) -> str:
@@ -496,7 +511,7 @@ def glance(out: Path, tables: list[str]) -> str:
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     shown = [c for c in table if ": " not in c or c.endswith((": last", ": published"))]
     measured = table[~table.filter(regex=": last$").isin(["not run", "missing"]).any(axis=1)][shown]
-    return f"{path.stem}, percent, last epoch ({len(tables)} tables in {path.parent}, figures in {out / 'figures'}):\n{measured.to_string(index=False)}\n" if len(measured) else ""
+    return f"{path.stem}, percent, last epoch ({len(tables)} table{'s' * (len(tables) != 1)} in {path.parent}, figures in {out / 'figures'}):\n{measured.to_string(index=False)}\n" if len(measured) else ""
 
 # %% ../nbs/12d_reproduce.ipynb #792dc382
 def reproduce(
@@ -525,6 +540,7 @@ def reproduce(
         if dry_run:
             print("\n".join(f"  {n}" for n in todo))
             return 0
+        can_submit(cluster)
         room(out)
         code = work(plan, plan_file, todo, past, jobs, cluster)
         print(glance(out, wanted_tables(plan)), end="")
@@ -577,7 +593,7 @@ def work(plan: dict, plan_file: Path, todo: list[str], past: dict[tuple[str, str
     if failed := failures(plan):
         print("failed:\n" + "\n".join(f"  {line}" for line in failed))
     elif not todo:
-        print(f"nothing to do: every run {'whose data are here ' * bool(plan['missing'])}is there, and nothing that it depends on has changed")
+        print(f"nothing to do: every run {'whose data are here ' * bool(plan['missing'] or plan['lacking'])}is there, and nothing that it depends on has changed")
     for line in missing_data(plan):
         print(line)
-    return 1 if failed or plan["missing"] else 0
+    return 1 if failed or plan["missing"] or plan["lacking"] else 0

@@ -2,6 +2,7 @@
 import hashlib, os, shutil, struct, zlib
 from pathlib import Path
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -537,3 +538,12 @@ def test_real_tiny_visa():
 
 def test_absent_categories():
     assert D.absent_categories("btad", ["01", "03"]) == ["02"] and D.absent_categories("toy", []) == [] and len(D.absent_categories("mvtec", ["bottle"])) == 14
+    here = ["toy/weave", *(f"btad/{c}" for c in ("01", "03")), *(f"mvtec/{c}" for c in D.OFFICIAL["mvtec"])]
+    assert D.absent_categories("union", here) == ["btad/02"] and D.absent_categories("union", ["toy/bolt"]) == []
+    counts = pd.DataFrame([(c, "test", 1, 1, np.nan, np.nan) for c in here], columns=["category", "split", "normal", "anomalous", "official_normal", "official_anomalous"])
+    assert "not here: btad/02 (1 of 18 official categories)" in check_report(counts, [], None, "union")
+
+
+def test_many_problems():
+    text = check_report(D.check_records([], "visa", [], False)[0], [f"{i}.JPG: missing" for i in range(2000)])
+    assert "2000 problems:" in text and "49.JPG" in text and "50.JPG" not in text and text.endswith("and 1950 more; mend these first")

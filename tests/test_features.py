@@ -240,6 +240,19 @@ def test_place_by_size(folder, monkeypatch):
     assert bank(Data(folder)).place == "ram"
 
 
+@pytest.mark.parametrize("line, tree, names", [
+    ("0::/slurm/job_1/step", "", ("memory.max", "memory.current", "inactive_file")),
+    ("4:cpu,memory:/slurm/job_1/step", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))])
+def test_limit_of_a_job(tmp_path, line, tree, names):
+    "The limit may be that of a group around the process's own; what only caches files is free."
+    (own := tmp_path/"cgroup").write_text(f"3:cpuset:/\n{line}\n")
+    job, step = (tmp_path/tree/p for p in ("slurm/job_1", "slurm/job_1/step"))
+    step.mkdir(parents=True)
+    for group, limit, used, cached in ((job, "16000", "9000", "5000"), (step, "max", "9000", "5000")):
+        for name, text in zip((*names[:2], "memory.stat"), (limit, used, f"anon 1\n{names[2]} {cached}\n")): (group/name).write_text(text)
+    assert ft.group_free(own, tmp_path) == [12000] and ft.group_free(tmp_path/"none", tmp_path) == []
+
+
 def test_temporary_folder_goes_with_the_bank(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(ft.tempfile, "tempdir", str(tmp_path))
     b = bank(Data(folder), where="disk")

@@ -1,6 +1,7 @@
 "The matrix: what the file may say, which runs it comes to, and which runs a table takes."
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -41,6 +42,14 @@ def test_union_root(tmp_path):
     (tmp_path / "mvtec_ad").mkdir(), (tmp_path / "visa").mkdir()
     (job,) = jobs_of(M, "real", find_roots(tmp_path), ["T9"], 1)
     assert job.parameters["dataset"] == "union" and job.parameters["data_root"] == f"mvtec={tmp_path / 'mvtec_ad'},visa={tmp_path / 'visa'},toy=" and not job.missing
+
+
+def test_data_are_read_once(monkeypatch):
+    "However many tables and seeds need its categories."
+    read = []
+    monkeypatch.setattr("flowrepro.matrix.read", lambda dataset, root: read.append(dataset) or [SimpleNamespace(category="bottle")])
+    jobs = jobs_of(M, "paper", {"mvtec": "x", "btad": "y"})
+    assert sorted(read) == ["btad", "mvtec"] and {j.parameters["category"] for j in jobs} == {"bottle", "all"}
 
 
 def test_wrong_root(tmp_path):

@@ -14,8 +14,10 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
+from PIL import Image
 
 from flowrepro import reproduce as R
+from flowrepro.data import DataError
 from flowrepro.matrix import MatrixError, load_matrix
 
 TINY = {"fastflow": {"title": "FastFlow", "method": "fastflow"}, "fastflow-altub": {"title": "FastFlow + AltUB", "method": "fastflow", "altub": True}}
@@ -55,7 +57,7 @@ def test_runs_then_nothing_then_only_what_changed(folder):
     "The outputs are drawn, a second call does nothing and says so, a changed setting or seed redoes or adds what depends on it alone."
     write_matrix(folder)
     first = go(folder)
-    assert first.returncode == 0 and "T1, percent, last epoch (1 tables in out/tables" in first.stdout, first.stdout + first.stderr
+    assert first.returncode == 0 and "T1, percent, last epoch (1 table in out/tables" in first.stdout, first.stdout + first.stderr
     before = stamps(folder)
     assert before.keys() == RUNS and "[2/2]" in first.stdout
     assert {"figures/F3.svg", "figures/F3.png", "tables/T1.csv", "tables/T1.md", "tables/T1.tex", "report.html"} <= {str(p.relative_to(folder / "out")) for p in folder.glob("out/**/*")}
@@ -133,8 +135,37 @@ def test_missing_data_are_no_success(folder):
     with_second(folder, "mvtec/bottle")
     for done in (go(folder), go(folder)):
         assert done.returncode == 1 and RUNS <= stamps(folder).keys() and "every run is there" not in done.stdout, done.stdout + done.stderr
-        assert done.stdout.count("missing data: mvtec, so 2 runs cannot be made; put it in the data root (--data-root) as mvtec/") == 2  # before and after the work
+        assert done.stdout.count("missing data: mvtec, so 2 runs cannot be made; put it in the data root (--data-root) as mvtec_ad/") == 2  # before and after the work
     assert "nothing to do: every run whose data are here is there" in done.stdout
+
+
+def put(top: Path, *categories: str, good: str = "ok") -> Path:
+    "Two images of each kind of some categories, such as btad/01."
+    for c in categories:
+        for kind in (f"train/{good}", f"test/{good}", "test/ko", "ground_truth/ko"):
+            (folder := top / c / kind).mkdir(parents=True)
+            for i in (0, 1):
+                Image.new("L", (8, 8), 255 * (kind == "ground_truth/ko")).save(folder / f"{i:04}.png")
+    return top
+
+
+def test_categories_that_lack(tmp_path):
+    "A data set without some official categories is told of where all are wanted, in the plan's words, and a damaged image ends the plan."
+    plan = R.make_plan("paper", put(tmp_path, "btad/01", "btad/03"), ["T2", "T6"], 1)
+    assert plan["lacking"] == {"btad": ["02"]} and "missing data: 02 of btad" in R.describe(plan, [], {}, 1)
+    assert not R.make_plan("paper", put(tmp_path, "btad/02"), ["T2"], 1)["lacking"] and R.make_plan("real", tmp_path, ["T2"], 1)["lacking"] == {}
+    (tmp_path / "btad/02/test/ko/0001.png").write_bytes(b"")
+    with pytest.raises(DataError, match="0001.png"):
+        R.make_plan("paper", tmp_path, ["T6"], 1)
+
+
+def test_no_sbatch(tmp_path, monkeypatch):
+    "Jobs for Slurm where nothing takes them: an error before any work, but the plan can be seen."
+    monkeypatch.setattr(R.shutil, "which", lambda name: None)
+    assert R.reproduce("smoke", only=["T1"], out=tmp_path, cluster="slurm", dry_run=True) == 0
+    with pytest.raises(OSError, match="no sbatch"):
+        R.reproduce("smoke", only=["T1"], out=tmp_path, cluster="slurm")
+    assert not (tmp_path / "snakemake.log").exists()
 
 
 @pytest.mark.parametrize("root", [None, "empty"])
@@ -144,7 +175,7 @@ def test_no_data_at_all(tmp_path, root):
     (tmp_path / "empty").mkdir()
     more = ["--data-root", root] if root else []
     done = go(tmp_path, "--only", "T2", *more)
-    assert done.returncode == 2 and f"data root{f' {root}:' if root else ','}" in done.stderr and "give --data-root, the folder that holds mvtec/, visa/" in done.stderr
+    assert done.returncode == 2 and f"data root{f' {root}:' if root else ','}" in done.stderr and "give --data-root, the folder that holds mvtec_ad/, visa/" in done.stderr
     assert "nothing to do" not in done.stdout and not (tmp_path / "out").exists()
     assert go(tmp_path, "--only", "T1", "--dry-run", *more).returncode == 0
     assert not any(R.make_plan(p, tmp_path / "empty" if root else None)["missing"] for p in ("smoke", "demo"))
@@ -265,8 +296,7 @@ def test_paper_has_no_estimate_from_short_runs(tmp_path, monkeypatch, capsys):
     "The committed runs of preset `paper` were cut short: no time is told, and the page of costs is named. Ten runs at a time are not faster than one run."
     monkeypatch.setenv("FLOWREPRO_GPUS", "1")
     monkeypatch.chdir(CLONE.parent)
-    (tmp_path / "data/mvtec_ad").mkdir(parents=True)
-    assert R.reproduce("paper", tmp_path / "data", ["T5"], out=tmp_path / "out", dry_run=True) == 0
+    assert R.reproduce("paper", put(tmp_path / "data", "mvtec_ad/bottle", good="good"), ["T5"], out=tmp_path / "out", dry_run=True) == 0
     said = capsys.readouterr().out
     assert "to do: 15, 1 at a time; no past timings to tell how long; the page of costs (nbs/12e_costs.ipynb)" in said
     plan, name = R.make_plan("smoke", only=["T9"], out=tmp_path), "hgad-toy-all-smoke-0"
