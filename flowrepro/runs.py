@@ -9,7 +9,7 @@ __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES
            'settings_of', 'ConfigError', 'resolve', 'parse_overrides', 'Config', 'as_plain', 'given_parameters',
            'check_choices', 'check_detector', 'check_settings', 'configure', 'published_for', 'write_json', 'revision',
            'environment', 'peak_memory', 'masks_by_category', 'evaluate_parts', 'mean_results', 'best_results', 'Run',
-           'evaluation_epochs', 'training_code', 'train_or_resume', 'open_folder', 'timing', 'score_table',
+           'evaluation_epochs', 'training_code', 'train_or_resume', 'open_folder', 'contents', 'timing', 'score_table',
            'by_class_mode', 'write_results', 'score_forms', 'execute_notebook', 'run_notebook']
 
 # %% ../nbs/11_runs.ipynb #c6d1b3a8
@@ -382,16 +382,6 @@ class Run:
         self.size = s["transform"]["mask_size"] or s["transform"]["size"]  # of maps and masks
         self.out = open_folder(config)
 
-    def contents(self) -> str:
-        "How many images there are, and what is missing among them that the metrics need."
-        bad, n, names = int(self.test_set.labels.sum()), len(self.test_set), self.test_set.categories
-        lines = [f"{len(self.train_set)} training images, {n} test images, {bad} of them anomalous"]
-        if bad in (0, n):
-            lines.append("the test images are all of one kind, so most metrics cannot be computed; maps and scores can")
-        if self.config.category == "all" and (gone := absent_categories(self.config.dataset, names)):
-            lines.append(f"{len(gone)} official categories are not here, so the mean is of {len(names)}: without {', '.join(gone)}")
-        return "\n".join(lines)
-
     def bank(self, dataset: Dataset) -> FeatureBank:
         "Features of a data set, held as the settings say; only randomly transformed images have several copies."
         held = self.config.settings["features"] | ({} if dataset.transform.random else {"copies": 1})
@@ -464,6 +454,17 @@ def open_folder(config: Config) -> Path:
     return out
 
 # %% ../nbs/11_runs.ipynb #d3e04f78
+def contents(run: Run) -> str:
+    "How many images a run has, and what is missing among them that the metrics need."
+    bad, n, names = int(run.test_set.labels.sum()), len(run.test_set), run.test_set.categories
+    lines = [f"{len(run.train_set)} training images, {n} test images, {bad} of them anomalous"]
+    if bad in (0, n):
+        lines.append("the test images are all of one kind, so most metrics cannot be computed; maps and scores can")
+    if run.config.category == "all" and (gone := absent_categories(run.config.dataset, names)):
+        lines.append(f"{len(gone)} official categories are not here, so the mean is of {len(names)}: without {', '.join(gone)}")
+    return "\n".join(lines)
+
+
 def timing(run: Run) -> dict:
     "Seconds of each stage; an epoch with the bank, and what it would take with the backbone run in every epoch (null if the features were found, not computed)."
     epoch, fill = float(np.median([r["seconds"] for r in run.history])), run.train_bank.seconds
