@@ -504,12 +504,14 @@ def wanted_tables(plan: dict) -> list[str]:
 
 
 def glance(out: Path, tables: list[str]) -> str:
-    "The first table that a call has made, without the columns that say less; empty if there is none."
+    "The first table that a call has made, without the columns that say less, and a published number only where the measured one compares with it; empty if there is none."
     path = next((p for p in (out / f"tables/{t}.csv" for t in tables) if p.exists()), None)
     if path is None:
         return ""
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    shown = [c for c in table if ": " not in c or c.endswith((": last", ": published"))]
+    for column in table.filter(regex=": published$"):
+        table.loc[~table[column.replace("published", "difference")].str.contains(" / "), column] = "–"
+    shown = [c for c in table if ": " not in c or c.endswith(": last") or c.endswith(": published") and (table[c] != "–").any()]
     measured = table[~table.filter(regex=": last$").isin(["not run", "missing"]).any(axis=1)][shown]
     return f"{path.stem}, percent, last epoch ({len(tables)} table{'s' * (len(tables) != 1)} in {path.parent}, figures in {out / 'figures'}):\n{measured.to_string(index=False)}\n" if len(measured) else ""
 
@@ -530,6 +532,10 @@ def reproduce(
     plan, out = make_plan(preset, data_root, only, seeds, out, matrix, cluster), Path(out)
     some_run(plan, data_root, only)
     plan["share"] = 1 if cluster else -(-jobs // max(1, gpus()))
+    open_out(out)
+    if not dry_run:
+        can_submit(cluster)
+        room(out)
     open_out(out / "notebooks")
     plan_file = out / "plan.json"
     with only_one(out):
@@ -540,8 +546,6 @@ def reproduce(
         if dry_run:
             print("\n".join(f"  {n}" for n in todo))
             return 0
-        can_submit(cluster)
-        room(out)
         code = work(plan, plan_file, todo, past, jobs, cluster)
         print(glance(out, wanted_tables(plan)), end="")
         if any(out.glob("*/metrics.json")):
