@@ -385,10 +385,12 @@ def report(folder: str | Path) -> Path:
     if outputs:
         body = outputs + "<h2>Runs</h2>" + runs_section(runs, folder)
     else:
-        style()
-        keep(plot_overview(last_epochs(runs)), folder / "overview.png")
-        table = summary(runs).reset_index().to_html(index=False, border=0)
-        body = figure_tag(folder / "overview.png") + table + "".join(run_section(r, folder) for r in runs)
+        table, picture = last_epochs(runs), ""
+        if table[["data", "method"]].nunique().max() > 1:  # something to compare
+            style()
+            keep(plot_overview(table), folder / "overview.png")
+            picture = figure_tag(folder / "overview.png")
+        body = picture + summary(runs).reset_index().to_html(index=False, border=0) + "".join(run_section(r, folder) for r in runs)
     out = folder / "report.html"
     out.write_text(PAGE + body + "</body></html>\n", encoding="utf-8")
     return out

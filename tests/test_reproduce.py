@@ -222,7 +222,7 @@ def test_interrupted_goes_on(tmp_path, sign):
 @pytest.mark.parametrize("more, named", [
     (["--only", "F33"], "did you mean 'F3'"), (["--preset", "smok"], "did you mean 'smoke'"), (["--data-root", "nowhere"], "no such folder"), (["--seeds", "0"], "at least 1"),
     (["--cluster", "slrum", "--dry-run"], "slurm"), (["--cluster", "local"], "slurm"), (["--jobs", "0"], "jobs 0: at least 1"), (["--jobs", "-2"], "jobs -2: at least 1"),
-    (["--out", "/proc/x"], "/proc/x/notebooks: nothing can be written there"), (["--out", "matrix.yml"], "matrix.yml/notebooks: nothing can be written there"),
+    (["--out", "/proc/x"], "/proc/x: nothing can be written there"), (["--out", "matrix.yml"], "matrix.yml: nothing can be written there"),
 ])
 def test_bad_input(folder, more, named):
     "Named before any work, with exit code 2."
