@@ -89,11 +89,11 @@ def changed_settings(config: dict) -> list[str]:
     return [f"{k} {v}" for k, v in changed.items() if (config["method"], k) != ("hgad", "base")]  # HGAD's base is in its name
 
 
-def setting_name(config: dict) -> str:
-    "The method of a run, whether one model is for all categories, and what it changes from its preset."
-    several = ", one model for all" if config["category"] == "all" and "unified" not in method_name(config) else ""
+def setting_name(config: dict, several: bool = True) -> str:
+    "The method of a run, whether one model is for all categories (unless that is said elsewhere), and what it changes from its preset."
+    one = ", one model for all" if several and config["category"] == "all" and "unified" not in method_name(config) else ""
     changed = ", ".join(changed_settings(config))
-    return method_name(config) + several + (f" ({changed})" if changed else "")
+    return method_name(config) + one + (f" ({changed})" if changed else "")
 
 # %% ../nbs/12_reports.ipynb #be51de32
 def summary(runs: list[dict]) -> pd.DataFrame:
@@ -132,7 +132,7 @@ def unified(runs: list[dict]) -> pd.DataFrame:
         results, c = run["results"], run["config"]
         if c["category"] == "all":
             modes = results.get("last_by_class_mode") or {"–": results["last"]}
-            rows += [{"method": setting_name(c).replace(", one model for all", ""), "category of a test image": mode, "seed": c["seed"], "of": cat} | {m: r[cat][m] for m in HEADLINE}
+            rows += [{"method": setting_name(c, several=False), "category of a test image": mode, "seed": c["seed"], "of": cat} | {m: r[cat][m] for m in HEADLINE}
                      for mode, r in modes.items() for cat in r]
     out: dict[tuple, dict] = {}
     for (method, mode, cat), own in pd.DataFrame(rows).groupby(["method", "category of a test image", "of"], sort=False) if rows else ():
@@ -142,14 +142,15 @@ def unified(runs: list[dict]) -> pd.DataFrame:
 
 # %% ../nbs/12_reports.ipynb #ov100002
 def last_epochs(runs: list[dict]) -> pd.DataFrame:
-    "A row for each run and category, and for the mean over the categories of a unified model: data, method, seed, and the metrics of `HEADLINE` in the last epoch."
-    rows = []
+    "A row for each run and category, and for the mean over the categories of a unified model: data (with the preset, where runs differ in it), method, seed, and the metrics of `HEADLINE` in the last epoch."
+    rows, presets = [], {run["config"]["preset"] for run in runs}
     for run in runs:
         c, last = run["config"], run["results"]["last"]
-        several, about = c["category"] == "all", {"method": setting_name(c).replace(", one model for all", ""), "seed": c["seed"]}
+        several, preset = c["category"] == "all", f" (preset {c['preset']})" * (len(presets) > 1)
         for name in shown_categories(last):
-            data = f"one model: {name if name != 'mean' else f'mean of {len(last) - 1}'}" if several else f"{c['dataset']} {name}"
-            rows.append({"data": data, "of": (several, name == "mean", data)} | about | {m: last[name][m] for m in HEADLINE})
+            shown = f"mean of {len(last) - 1}" if name == "mean" else name
+            data = f"{c['dataset']}{', one model:' * several} {shown}{preset}"
+            rows.append({"of": (several, name == "mean", data), "data": data, "method": setting_name(c, several=False), "seed": c["seed"]} | {m: last[name][m] for m in HEADLINE})
     return pd.DataFrame(rows).sort_values(["of", "method", "seed"]).drop(columns="of").reset_index(drop=True)
 
 # %% ../nbs/12_reports.ipynb #ov100004
@@ -168,18 +169,20 @@ def plot_overview(
     of = lambda frame, row, metric: frame[(frame["data"] == row[0]) & (frame["method"] == row[1])][metric].astype(float)
     for ax, metric in zip(axes, HEADLINE):
         for y, row in enumerate(rows):
-            own, other = of(table, row, metric), [] if beside is None else of(beside, row, metric)
+            own = of(table, row, metric)
             ax.plot(own, [y] * len(own), "o", color="C0", ms=4.5, alpha=0.55, mew=0, label="a seed")
             ax.plot(own.mean(), y, "|", color="C0", ms=11, mew=1.8, label="mean over seeds")
-            ax.plot(other, [y] * len(other), "D", mfc="none", mec="C1", ms=5, mew=1.3, label=name)
+            if beside is not None:
+                other = of(beside, row, metric)
+                ax.plot(other, [y] * len(other), "D", mfc="none", mec="C1", ms=5, mew=1.3, label=name)
         ax.set(title=METRICS[metric], ylim=(len(rows) - 0.4, -0.6))
         ax.set_yticks(range(len(rows)), [method or data for data, method in rows])
         ax.tick_params(axis="y", length=0)
     for label, (data, method) in zip(axes[0].get_yticklabels(), rows):
         label.set_fontweight("normal" if method else "bold")
-    shown = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
-    fig.legend([h for n, h in shown.items() if n != name or beside is not None], [n for n in shown if n != name or beside is not None],
-               loc="outside lower center", ncols=3, frameon=False)
+    handles, names = axes[0].get_legend_handles_labels()
+    shown = dict(zip(names, handles))  # each once
+    fig.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, frameon=False)
     return fig
 
 # %% ../nbs/12_reports.ipynb #7d2b41c9
