@@ -10,7 +10,8 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 version = re.search(r'__version__ = "(.+)"', (here / "flowrepro/__init__.py").read_text()).group(1)
-run, workflow, onnx, bench, dev = (cfg[f"{name}_requirements"].split() for name in ("run", "workflow", "onnx", "bench", "dev"))
+run, workflow, onnx, bench, dev = (cfg[f"{name}_requirements"].split()
+                                   for name in ("run", "workflow", "onnx", "bench", "dev"))
 
 setup(
     name=cfg["lib_name"],
@@ -32,7 +33,8 @@ setup(
     packages=find_packages(include=["flowrepro", "flowrepro.*"]),
     package_data={"flowrepro": ["experiments/*.ipynb", "published/*.csv", "workflow/*", "workflow/profiles/*/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"run": run, "workflow": run + workflow, "onnx": onnx, "bench": run + bench, "dev": run + workflow + onnx + bench + dev},
+    extras_require={"run": run, "workflow": run + workflow, "onnx": onnx, "bench": run + bench,
+                    "dev": run + workflow + onnx + bench + dev},
     entry_points={
         "console_scripts": ["flowrepro=flowrepro.cli:main"],
         "nbdev": ["flowrepro=flowrepro._modidx:d"],

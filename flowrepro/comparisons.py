@@ -41,11 +41,13 @@ def only(frame: pd.DataFrame, **values) -> pd.DataFrame:
 def every_published() -> pd.DataFrame:
     "All files of published numbers, read once; `digits` is a value as it was published."
     files = [pd.read_csv(p, dtype={"category": str, "value": str}) for p in sorted((HERE / "published").glob("*.csv"))]
-    return pd.concat(files, ignore_index=True).assign(digits=lambda f: f["value"], value=lambda f: f["value"].astype(float))
+    return pd.concat(files, ignore_index=True).assign(digits=lambda f: f["value"],
+                                                      value=lambda f: f["value"].astype(float))
 
 
 def published(paper: str | None = None, **filters) -> pd.DataFrame:
-    "The published numbers (fractions) of a paper, or of all, that have the given values in the given columns; ValueError for an unknown column or paper."
+    """The published numbers (fractions) of a paper, or of all, that have the given values in the given columns;
+    ValueError for an unknown column or paper."""
     frame, wanted = every_published(), ({"paper": paper} if paper else {}) | filters
     for column in wanted:
         if column not in frame:
@@ -56,7 +58,8 @@ def published(paper: str | None = None, **filters) -> pd.DataFrame:
 
 # %% ../nbs/12b_comparisons.ipynb #76df48b2
 PROTOCOLS = {"last": "last epoch", "best": "best on test"}
-MEASURED = ["variant", "method", "data", "category", "seed", "protocol", "mode", "metric", "value", "backbone", "epoch_s", "official"]
+MEASURED = ["variant", "method", "data", "category", "seed", "protocol", "mode", "metric", "value", "backbone",
+            "epoch_s", "official"]
 
 
 def data_name(sets: list[str]) -> str:
@@ -66,21 +69,24 @@ def data_name(sets: list[str]) -> str:
 
 def categories_in(sets: list[str]) -> dict[str, int | None]:
     "The categories of data sets as a run names them, and their number of test images; None where it is not fixed."
-    known = {s: {c: sum(n[1:]) for c, n in OFFICIAL[s].items()} if s in OFFICIAL else dict.fromkeys(TOY if s == "toy" else ()) for s in sets}
+    known = {s: {c: sum(n[1:]) for c, n in OFFICIAL[s].items()} if s in OFFICIAL
+             else dict.fromkeys(TOY if s == "toy" else ()) for s in sets}
     return {f"{s}/{c}" if len(sets) > 1 else c: n for s in sets for c, n in known[s].items()}
 
 # %% ../nbs/12b_comparisons.ipynb #cf4c3c6f
 def on_official_data(run: dict) -> bool:
-    "Did a run score exactly as many test images of each category as the official data sets have? Never for toy or own images."
+    "Did a run score as many test images of each category as the official data sets have? Never for toy or own images."
     config = run["config"]
     sets = sets_of(config)
     if set(sets) - set(OFFICIAL):
         return False
-    wanted = categories_in(sets) if config["category"] == "all" else {config["category"]: categories_in(sets).get(config["category"])}
+    wanted = (categories_in(sets) if config["category"] == "all"
+              else {config["category"]: categories_in(sets).get(config["category"])})
     if set(run["results"]["last"]) - {"mean"} != set(wanted):
         return False
     scores = Path(run["path"]) / "scores.csv"
-    return not scores.exists() or pd.read_csv(scores, dtype={"category": str})["category"].value_counts().to_dict() == wanted
+    return (not scores.exists() or pd.read_csv(scores, dtype={"category": str})["category"].value_counts().to_dict()
+            == wanted)
 
 
 def results_of(run: dict) -> dict[tuple[str, str], dict]:
@@ -93,20 +99,29 @@ def results_of(run: dict) -> dict[tuple[str, str], dict]:
 
 # %% ../nbs/12b_comparisons.ipynb #f19a441e
 def measured(runs: list[dict], matrix: dict | None = None) -> pd.DataFrame:
-    "A row per value of runs, named as the matrix names them or, without one, by their method alone; 'mean' is a category of a run that has several. NaN where a metric was not to be had."
+    """A row per value of runs, named as the matrix names them or, without one, by their method alone;
+    'mean' is a category of a run that has several. NaN where a metric was not to be had."""
     rows = []
     for run in runs:
         c, variant = run["config"], variant_of(run) if matrix else ""
-        about = {"variant": variant, "method": title_of(matrix, variant) if matrix else method_name(c), "data": data_name(sets_of(c)), "seed": c["seed"],
-                 "backbone": c["settings"]["backbone"]["name"], "epoch_s": run["timing"]["epoch_s"], "official": on_official_data(run)}
-        rows += [about | {"protocol": protocol, "mode": mode, "category": category, "metric": m, "value": np.nan if x is None else x}
-                 for (protocol, mode), result in results_of(run).items() for category in shown_categories(result) for m, x in result[category].items()]
+        about = {"variant": variant, "method": title_of(matrix, variant) if matrix else method_name(c),
+                 "data": data_name(sets_of(c)), "seed": c["seed"],
+                 "backbone": c["settings"]["backbone"]["name"], "epoch_s": run["timing"]["epoch_s"],
+                 "official": on_official_data(run)}
+        rows += [about
+                 | {"protocol": protocol, "mode": mode, "category": category, "metric": m,
+                    "value": np.nan if x is None else x}
+                 for (protocol, mode), result in results_of(run).items() for category in shown_categories(result)
+                 for m, x in result[category].items()]
     return pd.DataFrame(rows, columns=MEASURED).astype({"value": float})
 
 # %% ../nbs/12b_comparisons.ipynb #b4aa0df6
-BACKBONES = {"resnet18": "ResNet-18", "wide_resnet50_2": "WideResNet-50-2", "deit_base_distilled_patch16_384": "DeiT-B-384", "cait_m48_448": "CaiT-M48-448",
-             "tf_efficientnet_b6": "EfficientNet-B6", "tf_efficientnet_b5": "EfficientNet-B5", "efficientnet_b5": "EfficientNet-B5", "mobilenetv3_large_100": "MobileNetV3-L"}
-PAPERS = ("AltUB", "HGAD", "FastFlow", "CFLOW-AD", "gathierry", "U-Flow", "anomalib", "ADer")  # own papers, then re-runs
+BACKBONES = {"resnet18": "ResNet-18", "wide_resnet50_2": "WideResNet-50-2",
+             "deit_base_distilled_patch16_384": "DeiT-B-384", "cait_m48_448": "CaiT-M48-448",
+             "tf_efficientnet_b6": "EfficientNet-B6", "tf_efficientnet_b5": "EfficientNet-B5",
+             "efficientnet_b5": "EfficientNet-B5", "mobilenetv3_large_100": "MobileNetV3-L"}
+# own papers, then re-runs
+PAPERS = ("AltUB", "HGAD", "FastFlow", "CFLOW-AD", "gathierry", "U-Flow", "anomalib", "ADer")
 
 
 def backbone_name(name: str) -> str:
@@ -144,14 +159,18 @@ def reference(
     if rows.empty:
         return None
     place = lambda x, choice: choice.index(x) if x in choice else len(choice)
-    rank = lambda r: (place(r.paper, PAPERS) >= 4, place(r.backbone, [*backbones, ""]), place(r.paper, PAPERS), -r.value)
+    rank = lambda r: (place(r.paper, PAPERS) >= 4, place(r.backbone, [*backbones, ""]), place(r.paper, PAPERS),
+                      -r.value)
     first = min(rows.itertuples(), key=rank)
-    same = [r for r in rows.itertuples() if (r.paper, r.table, r.backbone) == (first.paper, first.table, first.backbone)]
+    same = [r for r in rows.itertuples()
+            if (r.paper, r.table, r.backbone) == (first.paper, first.table, first.backbone)]
     pick = lambda start: max((r for r in same if r.epoch == start), key=lambda r: r.value, default=first)
     last, best = pick("last"), pick("best on test")
     epochs = " / ".join(sorted({r.epoch for r in same}, reverse=True))
     cell = " / ".join(as_published(r.digits) for r in ([last] if last.value == best.value else [last, best]))
-    return Reference(last.value, best.value, first.backbone, f"{first.paper}, {first.table}; {first.backbone or 'backbone not stated'}; {epochs}; {first.setting}", cell)
+    return Reference(last.value, best.value, first.backbone,
+                     f"{first.paper}, {first.table}; {first.backbone or 'backbone not stated'}; {epochs}; "
+                     f"{first.setting}", cell)
 
 # %% ../nbs/12b_comparisons.ipynb #96130a46
 def difference(
@@ -186,7 +205,7 @@ def commands(jobs: list[Job], name: str, preset: str, out: str) -> list[str]:
 
 # %% ../nbs/12b_comparisons.ipynb #f6683925
 def with_means(frame: pd.DataFrame, jobs: list[Job]) -> pd.DataFrame:
-    "Rows of `measured` and, where each category has its own run, the mean over the categories of the jobs for each seed that has them all."
+    "Rows of `measured`, and the means over categories that have a run each, for each seed that has all of the jobs."
     parts = [frame]
     for data in dict.fromkeys(frame["data"]):
         wanted = {j.parameters["category"] for j in jobs if data_name(sets_of(j.parameters)) == data} - {"all"}
@@ -196,17 +215,19 @@ def with_means(frame: pd.DataFrame, jobs: list[Job]) -> pd.DataFrame:
         own = own[own["category"].isin(wanted)]
         by = ["variant", "method", "data", "seed", "protocol", "mode", "metric"]
         mean = own.groupby(by, sort=False, as_index=False).agg(
-            value=("value", lambda v: v.mean(skipna=False)), n=("category", "nunique"), epoch_s=("epoch_s", "mean"), official=("official", "all"),
-            backbone=("backbone", lambda b: b.iloc[0] if b.nunique() == 1 else "several"))
+            value=("value", lambda v: v.mean(skipna=False)), n=("category", "nunique"), epoch_s=("epoch_s", "mean"),
+            official=("official", "all"), backbone=("backbone", lambda b: b.iloc[0] if b.nunique() == 1 else "several"))
         mean = only(mean, n=len(wanted)).assign(category="mean")
         parts.append(mean.assign(official=mean["official"] & (wanted == set(OFFICIAL.get(data, ())))))
     return pd.concat(parts, ignore_index=True)[MEASURED]
 
 # %% ../nbs/12b_comparisons.ipynb #6c5a6438
 def modes_of(variant: dict, frame: pd.DataFrame) -> list[str]:
-    "The ways to treat the category of a test image that tables show, for a variant of the matrix and its rows of `measured`; [''] for a method without categories."
+    """The ways to treat the category of a test image that tables show, for a variant and its rows of `measured`;
+    [''] for a method without categories."""
     found = set(frame["mode"]) - {""}
-    mixture = variant["method"] == "hgad" and variant.get("overrides", {}).get("base", "hierarchical") not in ("standard", "diagonal")
+    mixture = (variant["method"] == "hgad"
+               and variant.get("overrides", {}).get("base", "hierarchical") not in ("standard", "diagonal"))
     return ["inferred", "known"] if mixture or found else [""]
 
 
@@ -257,8 +278,10 @@ def measured_on(runs: list[dict], matrix: dict) -> list[str]:
     for (data, backbone, preset), own in groups.items():
         seeds = ", ".join(map(str, sorted({r["config"]["seed"] for r in own})))
         names = ", ".join(dict.fromkeys(title_of(matrix, variant_of(r)) for r in own))
-        real = "the official test images" if all(map(on_official_data, own)) else "not the papers' data" if set(data.split("+")) - set(OFFICIAL) else "a part or another split of the papers' data"
-        notes.append(f"Measured on {data} ({real}) with {backbone}, preset {preset}, seed{'s' * (',' in seeds)} {seeds}: {names}.")
+        real = ("the official test images" if all(map(on_official_data, own)) else "not the papers' data"
+                if set(data.split("+")) - set(OFFICIAL) else "a part or another split of the papers' data")
+        notes.append(f"Measured on {data} ({real}) with {backbone}, preset {preset}, seed{'s' * (',' in seeds)} "
+                     f"{seeds}: {names}.")
     return notes
 
 
@@ -274,14 +297,17 @@ class Recipe:
     strong: tuple[str, ...] = ()  # methods whose rows are set apart
 
     def __call__(self, runs: list[dict], matrix: dict, preset: str, out: str = "runs/reproduce") -> Table:
-        "The table from finished runs, of which it takes its own; `out` is where the commands it prints put the missing ones."
+        """The table from finished runs, of which it takes its own;
+        `out` is where the commands it prints put the missing ones."""
         jobs, own = jobs_of(matrix, preset, {}, [self.name]), select(runs, matrix, preset, self.name)
         values = with_means(measured(own, matrix), jobs)
         f = Findings(matrix["outputs"][self.name], matrix, jobs, own, values, places(jobs, values), list(self.reading))
         rows, gone = self.rows(f), absent(jobs, own)
-        notes = [*f.reading, *measured_on(own, matrix), *letters_of(f.sources), *([f"{len(gone)} of {len(jobs)} runs are missing."] if gone else [])]
+        notes = [*f.reading, *measured_on(own, matrix), *letters_of(f.sources),
+                 *([f"{len(gone)} of {len(jobs)} runs are missing."] if gone else [])]
         strong = {i for i, row in enumerate(rows) if any(name in row["method"] for name in self.strong)}
-        return Table(self.name, self.title.format(preset=preset), pd.DataFrame(rows), notes, commands(gone, self.name, preset, out), self.keys, strong)
+        return Table(self.name, self.title.format(preset=preset), pd.DataFrame(rows), notes,
+                     commands(gone, self.name, preset, out), self.keys, strong)
 
 # %% ../nbs/12b_comparisons.ipynb #296f6484
 def by_seed(frame: pd.DataFrame, protocol: str, metric: str) -> pd.Series:
@@ -309,7 +335,8 @@ def beside(
 
 # %% ../nbs/12b_comparisons.ipynb #9eee78eb
 def setting_of(unified: bool, mode: str) -> str:
-    "The words of the published protocols for how a model was trained and tested; of a unified model with inferred category nothing is published."
+    """The words of the published protocols for how a model was trained and tested;
+    of a unified model with inferred category nothing is published."""
     return {"": "unified", "known": "unified; class known"}.get(mode, "none") if unified else "one-class"
 
 
@@ -324,8 +351,10 @@ def row_of(
 ) -> tuple[dict[str, str], bool, bool]:
     "The cells under each metric; whether anything was measured, and whether anything is published."
     data, category = place
-    rows, own = published_as(method=variant["title"], setting=setting_of(unified, mode)), only(own, data=data, category=category)
-    wanted = [backbone_name(b) for b in (*own["backbone"].iloc[:1], PRESETS[variant["method"]]["paper"]["backbone"]["name"])]
+    rows, own = (published_as(method=variant["title"], setting=setting_of(unified, mode)),
+                 only(own, data=data, category=category))
+    wanted = [backbone_name(b)
+              for b in (*own["backbone"].iloc[:1], PRESETS[variant["method"]]["paper"]["backbone"]["name"])]
     known = {m: reference(rows, data, category, m, wanted) for m in HEADLINE}
     cells = {k: v for m in HEADLINE for k, v in beside(own, m, known[m], len(rows) > 0, sources, otherwise).items()}
     return cells, len(own) > 0, any(known.values())
@@ -338,7 +367,8 @@ def titled(matrix: dict, variant: str, mode: str) -> str:
 
 def lacking(own: pd.DataFrame, jobs: list[Job], variant: str, data: str, category: str) -> str:
     "What a row says that has no number: missing, or how many of the categories of a mean are there."
-    wanted = {j.parameters["category"] for j in jobs if j.variant == variant and data_name(sets_of(j.parameters)) == data} - {"all"}
+    own_jobs = [j.parameters for j in jobs if j.variant == variant and data_name(sets_of(j.parameters)) == data]
+    wanted = {p["category"] for p in own_jobs} - {"all"}
     have = set(only(own, data=data)["category"]) & wanted
     return f"{len(have)} of {len(wanted)} categories" if category == "mean" and have and have != wanted else MISSING
 
@@ -357,16 +387,20 @@ def comparison_rows(f: Findings) -> list[dict]:
             have = only(of, data=data, category=category)["seed"].nunique()
             otherwise = lacking(of, f.jobs, name, data, category) if ours else "not run"
             for mode in modes_of(variant, of):
-                cells, seen, known = row_of(only(of, mode=mode), variant, (data, category), unified, mode, f.sources, otherwise)
+                cells, seen, known = row_of(only(of, mode=mode), variant, (data, category), unified, mode, f.sources,
+                                            otherwise)
                 if seen or known or (ours and (not unified or category == "mean")):
                     count = NOTHING if not seen else f"{have} of {seeds}" if have < seeds else str(have)
-                    rows.append({"data": data, "category": category, "method": titled(f.matrix, name, mode), "seeds": count} | cells)
+                    rows.append({"data": data, "category": category, "method": titled(f.matrix, name, mode),
+                                 "seeds": count} | cells)
     return rows
 
 # %% ../nbs/12b_comparisons.ipynb #ff2054e8
 def wobble(history: pd.DataFrame, metric: str) -> float:
-    "Standard deviation of a metric over the evaluations in the second half of a run's epochs, from its `history.csv`; NaN for fewer than two."
-    values = history.loc[history["epoch"] > history["epoch"].max() / 2, metric].dropna() if metric in history else pd.Series(dtype=float)
+    """Standard deviation of a metric over the evaluations in the second half of a run's epochs, from its `history.csv`;
+    NaN for fewer than two."""
+    values = (history.loc[history["epoch"] > history["epoch"].max() / 2, metric].dropna() if metric in history
+              else pd.Series(dtype=float))
     return float(values.std()) if len(values) > 1 else np.nan
 
 
@@ -378,7 +412,8 @@ def steadiness(runs: list[dict]) -> pd.DataFrame:
         history = pd.read_csv(Path(run["path"]) / "history.csv")
         pick = lambda protocol, m: np.nan if (v := run["results"][protocol][category][m]) is None else v
         about = dict(data=data_name(sets_of(c)), category=category, variant=variant_of(run), seed=c["seed"])
-        rows += [about | dict(metric=m, last=pick("last", m), best=pick("best", m), wobble=wobble(history, m)) for m in HEADLINE]
+        rows += [about | dict(metric=m, last=pick("last", m), best=pick("best", m), wobble=wobble(history, m))
+                 for m in HEADLINE]
     return pd.DataFrame(rows, columns=["data", "category", "variant", "seed", "metric", "last", "best", "wobble"])
 
 # %% ../nbs/12b_comparisons.ipynb #e4b41b69
@@ -389,7 +424,8 @@ def stability_row(own: pd.DataFrame) -> dict[str, str]:
         r = only(own, metric=metric).set_index("seed").sort_index()
         texts = [MISSING] + [NOTHING] * 4
         if len(r):
-            texts = [percent(r["last"].mean(skipna=False)), percent(r["best"].mean(skipna=False)), points((r["best"] - r["last"]).mean(skipna=False), 2),
+            texts = [percent(r["last"].mean(skipna=False)), percent(r["best"].mean(skipna=False)),
+                     points((r["best"] - r["last"]).mean(skipna=False), 2),
                      percent(r["wobble"].mean()), percent(r["last"].std()) if len(r) > 1 else NOTHING]
         cells |= under(metric, ("last", "best on test", "best − last", "± evaluations", "± seeds"), texts)
     return cells
@@ -402,12 +438,14 @@ def stability_rows(f: Findings) -> list[dict]:
         for category in (c for c in names if c != "mean"):
             for variant in f.output["variants"]:
                 own = only(frame, data=data, category=category, variant=variant)
-                rows.append({"data": data, "category": category, "method": title_of(f.matrix, variant), "seeds": str(own["seed"].nunique() or NOTHING)} | stability_row(own))
+                rows.append({"data": data, "category": category, "method": title_of(f.matrix, variant),
+                             "seeds": str(own["seed"].nunique() or NOTHING)} | stability_row(own))
     return rows
 
 # %% ../nbs/12b_comparisons.ipynb #93b76968
 def paired(own: pd.Series, other: pd.Series) -> str:
-    "Mean difference of two series by seed in percentage points, over the seeds that both have, with its deviation; '–' for none."
+    """Mean difference of two series by seed in percentage points, over the seeds that both have, with its deviation;
+    '–' for none."""
     step = (own - other).dropna()
     if step.empty:
         return NOTHING
@@ -415,18 +453,21 @@ def paired(own: pd.Series, other: pd.Series) -> str:
 
 
 def changed_row(frame: pd.DataFrame, variant: str, against: str, mode: str) -> dict[str, str]:
-    "The cells under each metric of a variant beside those of another one; `frame` holds rows of `measured` of one data set and category."
+    """The cells under each metric of a variant beside those of another one;
+    `frame` holds rows of `measured` of one data set and category."""
     own, other, cells = only(frame, variant=variant, mode=mode), only(frame, variant=against), {}
     other = other[other["mode"].isin([mode, ""])]
     for metric in HEADLINE:
         last, best, base = by_seed(own, "last", metric), by_seed(own, "best", metric), by_seed(other, "last", metric)
-        texts = [spread(last), spread(best) if len(best) else NOTHING, NOTHING if variant == against else paired(last, base)] if len(last) else [MISSING, NOTHING, NOTHING]
+        texts = ([spread(last), spread(best) if len(best) else NOTHING,
+                  NOTHING if variant == against else paired(last, base)] if len(last) else [MISSING, NOTHING, NOTHING])
         cells |= under(metric, ("last", "best on test", "change"), texts)
     return cells
 
 
 def ablation_rows(f: Findings, against: str) -> list[dict]:
-    "A row for each data set, variant and class mode, beside the variant called `against`: of its category, or of the mean over them."
+    """A row for each data set, variant and class mode, beside the variant called `against`:
+    of its category, or of the mean over them."""
     f.reading.append(f"change: last epoch against {title_of(f.matrix, against)}, seed by seed, in percentage points.")
     rows = []
     for data, names in f.places.items():
@@ -436,11 +477,13 @@ def ablation_rows(f: Findings, against: str) -> list[dict]:
             for mode in modes_of(f.matrix["variants"][variant], of):
                 title = titled(f.matrix, variant, mode) + " (reference)" * (variant == against)
                 count = only(of, mode=mode)["seed"].nunique()
-                rows.append({"data": data, "category": names[-1], "method": title, "seeds": str(count or NOTHING)} | changed_row(here, variant, against, mode))
+                rows.append({"data": data, "category": names[-1], "method": title, "seeds": str(count or NOTHING)}
+                            | changed_row(here, variant, against, mode))
     return rows
 
 # %% ../nbs/12b_comparisons.ipynb #736878e6
-FORMS = {"likelihood": "likelihood", "entropy": "entropy", "product": "likelihood × entropy", "published (hgad)": "as the public code"}
+FORMS = {"likelihood": "likelihood", "entropy": "entropy", "product": "likelihood × entropy",
+         "published (hgad)": "as the public code"}
 
 
 def form_rows(runs: list[dict]) -> list[dict]:
@@ -453,32 +496,42 @@ def form_rows(runs: list[dict]) -> list[dict]:
             frames.append(means.assign(data=data_name(sets_of(run["config"])), seed=run["config"]["seed"]))
     for (data, form), own in pd.concat(frames).groupby(["data", "score"], sort=False) if frames else ():
         if form in FORMS:
-            cells = {k: v for m in HEADLINE for k, v in under(m, ("last", "best on test", "change"), (spread(own[m]), NOTHING, NOTHING)).items()}
-            rows.append({"data": data, "category": "mean", "method": f"HGAD, score: {FORMS[form]}", "seeds": str(own["seed"].nunique())} | cells)
+            cells = {k: v for m in HEADLINE
+                     for k, v in under(m, ("last", "best on test", "change"),
+                                       (spread(own[m]), NOTHING, NOTHING)).items()}
+            rows.append({"data": data, "category": "mean", "method": f"HGAD, score: {FORMS[form]}",
+                         "seeds": str(own["seed"].nunique())} | cells)
     return rows
 
 
 def component_rows(f: Findings) -> list[dict]:
     "The rows of T7, and in its notes what is known of the paper's own table."
     rows = ablation_rows(f, "hgad-single") + form_rows(f.runs)
-    known = ", ".join(f"{METRICS[r.metric]} {as_published(r.digits)}" for r in published("HGAD", table="Table 3").itertuples())
-    f.reading += ["score rows: the finished HGAD, one forward pass, maps and image scores made in each form; class inferred. The form of the runs themselves is in the row HGAD, class inferred.",
+    known = ", ".join(f"{METRICS[r.metric]} {as_published(r.digits)}"
+                      for r in published("HGAD", table="Table 3").itertuples())
+    f.reading += ["score rows: the finished HGAD, one forward pass, maps and image scores made in each form; "
+                  "class inferred. The form of the runs themselves is in the row HGAD, class inferred.",
                   f"HGAD's Table 3 (full model): {known} on MVTec AD; its other rows are not known."]
     return rows
 
 # %% ../nbs/12b_comparisons.ipynb #f101bfbe
 def anchor_rows(sources: dict[str, str]) -> list[dict]:
-    "A row for each published mean: data, setting, method, backbone, epoch, the metrics of `HEADLINE` and the letter of its source; the best image AUROC first."
+    """A row for each published mean:
+    data, setting, method, backbone, epoch, the metrics of `HEADLINE` and the letter of its source; the best image
+    AUROC first."""
     rows = published_as(category="mean")
     rows = rows[rows["data"].isin([*OFFICIAL, "union"]) & rows["metric"].isin(HEADLINE)]
     by = ["data", "setting", "method", "backbone", "epoch", "paper", "table"]
-    wide = rows.pivot_table(index=by, columns="metric", values="digits", aggfunc="first").reindex(columns=HEADLINE).reset_index()
+    wide = rows.pivot_table(index=by, columns="metric", values="digits",
+                            aggfunc="first").reindex(columns=HEADLINE).reset_index()
     place = wide["data"].map([*OFFICIAL, "union"].index)
     best = {m: -wide[m].astype(float) for m in ("image_auroc", "pixel_auroc")}  # the highest first
     wide = wide.loc[wide.assign(data=place, **best).sort_values(["data", "setting", *best]).index]
     text = lambda v: as_published(v) if isinstance(v, str) else NOTHING
-    return [{"data": r.data, "setting": r.setting, "method": r.method, "backbone": r.backbone or "not stated", "epoch": r.epoch}
-            | {METRICS[m]: text(getattr(r, m)) for m in HEADLINE} | {"source": f"[{letter(sources, f'{r.paper}, {r.table}')}]"} for r in wide.itertuples()]
+    return [{"data": r.data, "setting": r.setting, "method": r.method, "backbone": r.backbone or "not stated",
+             "epoch": r.epoch}
+            | {METRICS[m]: text(getattr(r, m)) for m in HEADLINE}
+            | {"source": f"[{letter(sources, f'{r.paper}, {r.table}')}]"} for r in wide.itertuples()]
 
 
 def method_rows(f: Findings) -> list[dict]:
@@ -488,34 +541,50 @@ def method_rows(f: Findings) -> list[dict]:
         for mode in modes_of(f.matrix["variants"]["hgad"], means):
             own = only(means, data=data, mode=mode)
             if len(own):
-                about = {"data": data, "setting": f"unified; class {mode}", "method": "HGAD, measured here", "backbone": own["backbone"].iloc[0], "epoch": PROTOCOLS["last"]}
-                rows.append(about | {METRICS[m]: spread(by_seed(own, "last", m)) for m in HEADLINE} | {"source": NOTHING})
+                about = {"data": data, "setting": f"unified; class {mode}", "method": "HGAD, measured here",
+                         "backbone": own["backbone"].iloc[0], "epoch": PROTOCOLS["last"]}
+                rows.append(about | {METRICS[m]: spread(by_seed(own, "last", m)) for m in HEADLINE}
+                            | {"source": NOTHING})
     return rows + anchor_rows(f.sources)
 
 # %% ../nbs/12b_comparisons.ipynb #2892f5b2
-READING = ("Percent. last: the last epoch of a schedule fixed beforehand, the headline. best on test: the best evaluated epoch, chosen with the test images metric by metric, "
+READING = ("Percent. last: the last epoch of a schedule fixed beforehand, the headline. best on test: "
+           "the best evaluated epoch, chosen with the test images metric by metric, "
            "as the papers report. ± is the standard deviation over seeds.")
-COMPARED = ("difference: measured minus published in percentage points, last / best on test. other data, other backbone: not comparable with the published number. "
+COMPARED = ("difference: measured minus published in percentage points, last / best on test. other data, "
+            "other backbone: not comparable with the published number. "
             "A ? follows where the paper does not state its backbone.")
-CLASSES = ("class inferred: the category of a test image is not told to the model. class known: it is, as HGAD is published. Best on test was evaluated "
+CLASSES = ("class inferred: the category of a test image is not told to the model. class known: "
+           "it is, as HGAD is published. Best on test was evaluated "
            "in one of the two only, the one that the run was configured with.")
-SPREADS = ("best − last: what choosing the epoch with the test images would have gained, in percentage points. ± evaluations: standard deviation over the evaluations "
-           "in the second half of the training, mean over seeds. ± seeds: standard deviation of the last epoch over seeds.")
-RANKED = ("Percent; ± is the standard deviation over seeds. epoch: last epoch, of ours, and last are the end of a schedule fixed beforehand; best on test was chosen with the test images, "
-          "metric by metric; early stopping on test ended where a metric of the test images no longer rose; unknown epoch: the source does not say. Rows of another epoch, setting or "
+SPREADS = ("best − last: what choosing the epoch with the test images would have gained, in percentage points. "
+           "± evaluations: standard deviation over the evaluations "
+           "in the second half of the training, mean over seeds. ± seeds: "
+           "standard deviation of the last epoch over seeds.")
+RANKED = ("Percent; ± is the standard deviation over seeds. epoch: last epoch, of ours, and last are the end of a "
+          "schedule fixed beforehand; best on test was chosen with the test images, "
+          "metric by metric; early stopping on test ended where a metric of the test images no longer rose; "
+          "unknown epoch: the source does not say. Rows of another epoch, setting or "
           "backbone do not rank with each other.")
 
 # %% ../nbs/12b_comparisons.ipynb #dbeb0605
 TABLES = {r.name: r for r in (
-    Recipe("T1", "FastFlow and CFLOW-AD with and without AltUB, one model a category (preset {preset}; the paper: MVTec AD)", comparison_rows, (READING, COMPARED)),
-    Recipe("T2", "FastFlow and CFLOW-AD with and without AltUB on a second data set (preset {preset}; the paper: BTAD)", comparison_rows, (READING, COMPARED)),
-    Recipe("T3", "Stability of the test scores over the training and over seeds (preset {preset})", stability_rows, (READING, SPREADS)),
-    Recipe("T4", "FastFlow + AltUB, one thing changed (preset {preset})", partial(ablation_rows, against="fastflow-altub"), (READING,)),
-    Recipe("T5", "One model for all categories (preset {preset}; the paper: MVTec AD)", comparison_rows, (READING, COMPARED, CLASSES)),
-    Recipe("T6", "One model for all categories, further data sets (preset {preset}; the paper: BTAD, VisA, MVTec 3D-AD, union)", comparison_rows, (READING, COMPARED, CLASSES)),
+    Recipe("T1", "FastFlow and CFLOW-AD with and without AltUB, one model a category (preset {preset}; "
+                 "the paper: MVTec AD)", comparison_rows, (READING, COMPARED)),
+    Recipe("T2", "FastFlow and CFLOW-AD with and without AltUB on a second data set (preset {preset}; the paper: BTAD)",
+           comparison_rows, (READING, COMPARED)),
+    Recipe("T3", "Stability of the test scores over the training and over seeds (preset {preset})", stability_rows,
+           (READING, SPREADS)),
+    Recipe("T4", "FastFlow + AltUB, one thing changed (preset {preset})",
+           partial(ablation_rows, against="fastflow-altub"), (READING,)),
+    Recipe("T5", "One model for all categories (preset {preset}; the paper: MVTec AD)", comparison_rows,
+           (READING, COMPARED, CLASSES)),
+    Recipe("T6", "One model for all categories, further data sets (preset {preset}; the paper: "
+                 "BTAD, VisA, MVTec 3D-AD, union)", comparison_rows, (READING, COMPARED, CLASSES)),
     Recipe("T7", "HGAD, one component after the other (preset {preset})", component_rows, (READING,)),
     Recipe("T8", "HGAD, one number changed (preset {preset})", partial(ablation_rows, against="hgad"), (READING,)),
-    Recipe("T9", "Published means of flows and of the strongest methods (measured: preset {preset})", method_rows, (RANKED,), keys=2, strong=("AltUB", "HGAD")),
+    Recipe("T9", "Published means of flows and of the strongest methods (measured: preset {preset})", method_rows,
+           (RANKED,), keys=2, strong=("AltUB", "HGAD")),
 )}
 
 # %% ../nbs/12b_comparisons.ipynb #be51de02
@@ -524,7 +593,8 @@ def of_other_seeds(folder: str | Path) -> list[dict]:
     kind = lambda run: {k: v for k, v in run["config"].items() if k not in ("seed", "out_dir", "device")}
     own, like = read_run(Path(folder).absolute()), {}
     for path in sorted(p.parent for p in Path(folder).absolute().parent.glob("*/metrics.json")):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # it may be about to be made anew, or be no run of ours
+        # it may be about to be made anew, or be no run of ours
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             if kind(run := read_run(path)) == kind(own):
                 like[run["config"]["seed"]] = run
     return [run for _, run in sorted((like | {own["config"]["seed"]: own}).items())]
@@ -535,11 +605,13 @@ def setting_note(runs: list[dict]) -> str:
     c, seeds = runs[0]["config"], sorted({r["config"]["seed"] for r in runs})
     other = ", ".join([f"preset {c['preset']}"] * (c["preset"] != "paper") + changed_settings(c))
     return (f"Backbone {c['settings']['backbone']['name']}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-            + (f"; not the published setting ({other})." if other else "; the published setting, as preset paper has it."))
+            + (f"; not the published setting ({other})." if other
+               else "; the published setting, as preset paper has it."))
 
 
 def telling(frame: pd.DataFrame) -> pd.DataFrame:
-    "The columns that say something: of the metrics that are published, or what was measured of all of them, where none is; keys that are not empty."
+    """The columns that say something:
+    of the metrics that are published, or what was measured of all of them, where none is; keys that are not empty."""
     known = [METRICS[m] for m in HEADLINE if any(frame[f"{METRICS[m]}: published"] != NOTHING)]
     keep = []
     for column in frame:
@@ -550,17 +622,22 @@ def telling(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def beside_papers(runs: list[dict]) -> Table:
-    "Runs of one method and setting on one data set, with their deviation over seeds, beside what papers report: of the metrics that one reports, or of all, where none does, what was measured."
+    """Runs of one method and setting on one data set, with their deviation over seeds, beside what papers report:
+    of the metrics that one reports, or of all, where none does, what was measured."""
     c = runs[0]["config"]
     method, data, unified = method_name(c), data_name(sets_of(c)), c["category"] == "all"
     jobs = [Job("", c["preset"], r["config"]["seed"], r["config"]) for r in runs]
-    whole = {j.parameters["category"] for j in jobs} >= set(OFFICIAL.get(data, ()))  # the mean over fewer categories would be another number
+    # the mean over fewer categories would be another number
+    whole = {j.parameters["category"] for j in jobs} >= set(OFFICIAL.get(data, ()))
     frame, sources, rows = with_means(measured(runs), jobs if whole else []), {}, []
     for category in dict.fromkeys([*frame["category"], "mean"]):
         for mode in dict.fromkeys(frame["mode"]):
             own = only(frame, mode=mode)
-            cells, seen, known = row_of(own, {"title": method, "method": c["method"]}, (data, category), unified, mode, sources, "not run")
+            cells, seen, known = row_of(own, {"title": method, "method": c["method"]}, (data, category), unified, mode,
+                                        sources, "not run")
             if seen or known:
-                rows.append({"category": category, "category of a test image": mode, "seeds": only(own, category=category)["seed"].nunique()} | cells)
-    notes = [READING, COMPARED if sources else f"No paper that is known here reports numbers of {method} on {data}.", setting_note(runs), *letters_of(sources)]
+                rows.append({"category": category, "category of a test image": mode,
+                             "seeds": only(own, category=category)["seed"].nunique()} | cells)
+    notes = [READING, COMPARED if sources else f"No paper that is known here reports numbers of {method} on {data}.",
+             setting_note(runs), *letters_of(sources)]
     return Table("Beside the papers", f"{method} on {data}", telling(pd.DataFrame(rows)), notes, keys=1)

@@ -51,7 +51,8 @@ class Record:
 
 # %% ../nbs/00_data.ipynb #2a455f08
 def open_image(path: Path | Image.Image) -> Image.Image:
-    "Decode a file, or an image that Pillow has opened, completely to 8-bit RGB. `DataError` if it is missing, unreadable, truncated, or has more than 8 bits."
+    """Decode a file, or an image that Pillow has opened, completely to 8-bit RGB.
+    `DataError` if it is missing, unreadable, truncated, or has more than 8 bits."""
     return _decode(path).convert("RGB")
 
 def _absent(path: Path) -> str:
@@ -63,18 +64,22 @@ def _decode(path: Path | Image.Image, keep: str = "") -> Image.Image:
     if opened: path = getattr(opened, "filename", None) or f"PIL image of {opened.width}×{opened.height}"
     try:
         with nullcontext(opened) if opened else Image.open(path) as im:
-            deep = im.mode[0] in "IF" or im.format in ("PNG", "TIFF") and ";16" in str(im.tile)      # Pillow makes 8 bits of 16 in color
+            # Pillow makes 8 bits of 16 in color
+            deep = im.mode[0] in "IF" or im.format in ("PNG", "TIFF") and ";16" in str(im.tile)
             if not deep or im.mode[0] in keep: im = im.copy()                                        # which decodes it
     except FileNotFoundError:
         raise DataError(f"{path}: the file is {_absent(path)}; restore it or read the data set again") from None
     except Exception as e:
-        raise DataError(f"{path}: cannot be decoded, unreadable or truncated ({e}); restore this file from the original archive") from e
-    if deep and im.mode[0] not in keep: raise DataError(f"{path}: {im.mode} image with more than 8 bits per channel; convert it to 8 bits per channel")
+        raise DataError(f"{path}: cannot be decoded, unreadable or truncated ({e}); "
+                        "restore this file from the original archive") from e
+    if deep and im.mode[0] not in keep:
+        raise DataError(f"{path}: {im.mode} image with more than 8 bits per channel; convert it to 8 bits per channel")
     return im
 
 # %% ../nbs/00_data.ipynb #62a3befb
 def open_mask(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
-    "The mask as an 8-bit image of 0 and 255. `size` = (width, height) that it must have; `DataError` if it has another."
+    """The mask as an 8-bit image of 0 and 255.
+    `size` = (width, height) that it must have; `DataError` if it has another."""
     im = _decode(path, keep="IF")
     if size is not None and im.size != tuple(size):
         raise DataError(_size_message(path, im.size, size))
@@ -94,12 +99,14 @@ def open_out(folder: str | Path) -> Path:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OSError(f"{folder}: nothing can be written there ({error.strerror}); give a folder where you may write") from error
+        raise OSError(f"{folder}: nothing can be written there ({error.strerror}); "
+                      "give a folder where you may write") from error
     return Path(folder)
 
 
 def open_file(path: str | Path) -> Path:
-    "The file of an output, in a folder made for it; OSError if it is a folder itself, or if nothing can be written there."
+    """The file of an output, in a folder made for it;
+    OSError if it is a folder itself, or if nothing can be written there."""
     if Path(path).is_dir():
         raise OSError(f"{path}: is a folder; give a file in it")
     return open_out(Path(path).parent) / Path(path).name
@@ -130,7 +137,8 @@ class Transform:
         "A random angle in degrees."
         return (2*torch.rand((), generator=generator).item() - 1)*self.rotate if self.random else 0.0
 
-    def image(self, im: Image.Image, angle: float | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
+    def image(self, im: Image.Image, angle: float | None = None,
+              generator: torch.Generator | None = None) -> torch.Tensor:
         "RGB image to uint8 (3, size, size). `angle` None: drawn."
         im = fit_square(im, self.size, self.policy, self.interpolation)
         angle = self.angle(generator) if angle is None else angle
@@ -144,7 +152,8 @@ class Transform:
         return torch.from_numpy(np.array(im) > 0)
 
 # %% ../nbs/00_data.ipynb #aa43b319
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "lanczos": Image.Resampling.LANCZOS, "nearest": Image.Resampling.NEAREST}
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "lanczos": Image.Resampling.LANCZOS,
+            "nearest": Image.Resampling.NEAREST}
 
 def fit_square(im: Image.Image, size: int, policy: str, interpolation: str) -> Image.Image:
     "Resize to a square of side `size` by `policy`."
@@ -201,7 +210,8 @@ class Dataset(torch.utils.data.Dataset):
         out = np.zeros((len(self), side, side), bool)
         for i, r in enumerate(self.records):
             if (m := read_mask(r, self.transform)) is None:
-                raise DataError(f"{r.image}: anomalous without a mask, so pixel metrics are not available; add masks, or use image metrics only")
+                raise DataError(f"{r.image}: anomalous without a mask, so pixel metrics are not available; "
+                                "add masks, or use image metrics only")
             out[i] = m.numpy()
         _warn_lost(self, [r for r, m in zip(self.records, out) if r.label and not m.any()], side)
         return out
@@ -214,20 +224,26 @@ def read_mask(r: Record, t: Transform, size: tuple[int, int] | None = None, angl
         return None if r.label else torch.zeros(side, side, dtype=torch.bool)
     m = open_mask(r.mask, size or _header(r.image))
     if not r.label and m.getbbox():
-        raise DataError(f"{r.mask}: marks a defect, but {r.image} is labeled normal; empty the mask or move the image to its defect")
+        raise DataError(f"{r.mask}: marks a defect, but {r.image} is labeled normal; "
+                        "empty the mask or move the image to its defect")
     return t.mask(m, angle)
 
 def _header(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as im: return im.size
     except FileNotFoundError: raise DataError(f"{path}: the file is {_absent(path)}; restore it") from None
-    except Exception as e: raise DataError(f"{path}: not a readable image ({e}); restore this file from the original archive") from e
+    except Exception as e:
+        raise DataError(f"{path}: not a readable image ({e}); restore this file from the original archive") from e
 
 def _warn_lost(ds: Dataset, lost: list[Record], side: int) -> None:
     empty = [r for r in lost if not open_mask(r.mask).getbbox()]
     for rs, why in ((empty, "a mask that is empty in its file; restore the mask or correct the label"),
-                    ([r for r in lost if r not in empty], f"no defect pixel left after policy {ds.transform.policy!r} to {side} px; see cropped_defects, or use another policy or size")):
-        if rs: warnings.warn(f"{len(rs)} of {int(ds.labels.sum())} anomalous images, first {rs[0].image}, have {why}", stacklevel=3)
+                    ([r for r in lost if r not in empty], f"no defect pixel left after policy {ds.transform.policy!r} "
+                                                          f"to {side} px; see cropped_defects, "
+                                                          "or use another policy or size")):
+        if rs:
+            warnings.warn(f"{len(rs)} of {int(ds.labels.sum())} anomalous images, first {rs[0].image}, have {why}",
+                          stacklevel=3)
 
 # %% ../nbs/00_data.ipynb #a7436edb
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -247,7 +263,8 @@ def images_in(folder: Path, fail: Fail = stop) -> list[Path]:
         if is_image(p): out.append(p)
         elif p.is_dir(): fail(f"{p}: a folder where only images are expected; move its images up or remove it")
         elif p.suffix.lower() not in _NOTES:
-            fail(f"{p}: not an image format that is read ({' '.join(EXTENSIONS)}); convert or remove it" if p.exists() else _dead(p))
+            fail(f"{p}: not an image format that is read ({' '.join(EXTENSIONS)}); convert or remove it" if p.exists()
+                 else _dead(p))
     if not out: fail(f"{folder}: no images in this folder; restore them, or remove the folder" if folder.is_dir()
                      else f"{folder}: this folder is {_absent(folder)}; restore it from the original archive")
     return out
@@ -255,16 +272,21 @@ def images_in(folder: Path, fail: Fail = stop) -> list[Path]:
 def folders_in(folder: Path, fail: Fail = stop) -> list[Path]:
     "The subfolders of `folder`; an image beside them has no label, which is a problem, and so is a broken link."
     for p in visible(folder):
-        if is_image(p): fail(f"{p}: an image without a label, since it lies outside of the expected folders; move it into the folder of normal images or of its defect, or remove it")
+        if is_image(p):
+            fail(f"{p}: an image without a label, since it lies outside of the expected folders; "
+                 "move it into the folder of normal images or of its defect, or remove it")
         elif p.suffix.lower() not in _NOTES and not p.exists(): fail(_dead(p))
     return [p for p in visible(folder) if p.is_dir()]
 
 def only_in(folder: Path, names: Iterable[str], fail: Fail = stop) -> None:
     "An image of `folder` outside of its subfolders `names` would be left out, which is a problem."
     for p in folders_in(folder, fail):
-        if p.name not in names and _holds_images(p): fail(f"{p}: its images are not read, only those in {', '.join(names)} are; rename, move or remove this folder")
+        if p.name not in names and _holds_images(p):
+            fail(f"{p}: its images are not read, only those in {', '.join(names)} are; "
+                 "rename, move or remove this folder")
 
-def _holds_images(folder: Path) -> bool: return any(_holds_images(p) if p.is_dir() else is_image(p) for p in visible(folder))
+def _holds_images(folder: Path) -> bool:
+    return any(_holds_images(p) if p.is_dir() else is_image(p) for p in visible(folder))
 
 def _dead(p: Path) -> str: return f"{p}: {_absent(p)}; restore its target or remove the link"
 
@@ -273,17 +295,22 @@ def pair_masks(images: list[Path], folder: Path, fail: Fail = stop, required: bo
     "image → mask for those of `images` that have one in `folder`."
     found, pairs, stems = {}, {}, {}
     for p in (images_in(folder, fail) if folder.is_dir() else []):
-        if p.suffix.lower() in (".jpg", ".jpeg"): fail(f"{p}: a JPEG mask, whose compression makes stray values above 0; save it as PNG")
-        if p.stem.removesuffix("_mask") in found: fail(f"{p}: two masks for one image, the other is {found[p.stem.removesuffix('_mask')]}; remove one")
+        if p.suffix.lower() in (".jpg", ".jpeg"):
+            fail(f"{p}: a JPEG mask, whose compression makes stray values above 0; save it as PNG")
+        if p.stem.removesuffix("_mask") in found:
+            fail(f"{p}: two masks for one image, the other is {found[p.stem.removesuffix('_mask')]}; remove one")
         found[p.stem.removesuffix("_mask")] = p
     for p in images:
-        if p.stem in stems: fail(f"{p}: same name as {stems[p.stem]} but for the extension, so its mask is not unique; rename one")
+        if p.stem in stems:
+            fail(f"{p}: same name as {stems[p.stem]} but for the extension, so its mask is not unique; rename one")
         stems[p.stem] = p
         m = found.get(p.stem, found.get(p.stem.removesuffix("_mask")))
         if m is not None:
             pairs[p] = m
             _same_size(p, m, fail)
-        elif required: fail(f"{p}: its mask is missing, expected {folder/(p.stem + '_mask.png')} (or without _mask, or .bmp); restore the mask")
+        elif required:
+            fail(f"{p}: its mask is missing, expected {folder/(p.stem + '_mask.png')} (or without _mask, or .bmp); "
+                 "restore the mask")
     for m in sorted(set(found.values()) - set(pairs.values())):
         fail(f"{m}: a mask without an image; restore the image or remove the mask")
     return pairs
@@ -295,13 +322,17 @@ def _same_size(image: Path, mask: Path, fail: Fail) -> None:
 
 # %% ../nbs/00_data.ipynb #23841ae5
 def find_categories(root: Path, dataset: str, looks: Callable[[Path], bool], shape: str) -> list[Path]:
-    "The category folders below `root`. `looks` tells whether a folder is a category; `shape` describes the layout in messages."
-    if not root.is_dir(): raise DataError(f"{root}: no such folder; give the folder that holds the categories ({shape})")
+    """The category folders below `root`.
+    `looks` tells whether a folder is a category; `shape` describes the layout in messages."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; give the folder that holds the categories ({shape})")
     subs = [p for p in visible(root) if p.is_dir()]
     if any(map(looks, subs)) and not looks(root): return subs
     full = root.resolve()
     for p in (full, *list(full.parents)[:3]):
-        if looks(p): raise DataError(f"{root}: one level too low or more for {dataset}, which expects {shape}; use root {p.parent} (with category={p.name} for this one alone)")
+        if looks(p):
+            raise DataError(f"{root}: one level too low or more for {dataset}, which expects {shape}; "
+                            f"use root {p.parent} (with category={p.name} for this one alone)")
     for p in subs:
         if any(looks(q) for q in visible(p) if q.is_dir()):
             raise DataError(f"{root}: one level too high for {dataset}, which expects {shape}; use root {p}")
@@ -317,8 +348,10 @@ def choose(found: Iterable[str], category, where: str) -> list[str]:
     return want
 
 # %% ../nbs/00_data.ipynb #73411add
-def read_split(folder: Path, category: str, fail: Fail = stop, good: str = "good", masks: Path | None = None) -> list[Record]:
-    "One category with `train/GOOD`, `test/GOOD`, `test/DEFECT` and `ground_truth/DEFECT`. `masks`: the folder of somebody's own, who need have neither masks nor test images."
+def read_split(folder: Path, category: str, fail: Fail = stop, good: str = "good",
+               masks: Path | None = None) -> list[Record]:
+    """One category with `train/GOOD`, `test/GOOD`, `test/DEFECT` and `ground_truth/DEFECT`.
+    `masks`: the folder of somebody's own, who need have neither masks nor test images."""
     out, gt, own = [], masks or folder/"ground_truth", masks is not None
     need = not own or gt.is_dir()
     if any((folder/s/good/"rgb").is_dir() for s in ("train", "test")):
@@ -328,17 +361,22 @@ def read_split(folder: Path, category: str, fail: Fail = stop, good: str = "good
         if p.name != good: fail(f"{p}: training takes normal images in {good} only; move this folder to test")
     out += [Record(p, 0, None, category, "good", "train") for p in images_in(folder/"train"/good, fail)]
     tests = sorted(folders_in(folder/"test", fail), key=lambda p: p.name != good)           # normal images first
-    for needed, ok in ((folder/"test"/good, any(p.name == good for p in tests)), (folder/"test"/"DEFECT", any(p.name != good for p in tests))):
-        if not (ok or own): fail(f"{needed}: this folder is missing, so {category} cannot be evaluated; restore it from the original archive")
+    for needed, ok in ((folder/"test"/good, any(p.name == good for p in tests)),
+                       (folder/"test"/"DEFECT", any(p.name != good for p in tests))):
+        if not (ok or own):
+            fail(f"{needed}: this folder is missing, so {category} cannot be evaluated; "
+                 "restore it from the original archive")
     for p in tests:
         label, images = int(p.name != good), images_in(p, fail)
         pairs = pair_masks(images, gt/p.name, fail, required=bool(label) and need)
         out += [Record(q, label, pairs.get(q), category, p.name if label else "good", "test") for q in images]
     for p in folders_in(gt, fail):
-        if p.name not in {q.name for q in tests}: fail(f"{p}: masks of a defect that test/ does not have; restore {folder/'test'/p.name}")
+        if p.name not in {q.name for q in tests}:
+            fail(f"{p}: masks of a defect that test/ does not have; restore {folder/'test'/p.name}")
     return out
 
-def read_mvtec(root: Path, category="all", fail: Fail = stop, dataset: str = "mvtec", good: str = "good") -> list[Record]:
+def read_mvtec(root: Path, category="all", fail: Fail = stop, dataset: str = "mvtec",
+               good: str = "good") -> list[Record]:
     "MVTec AD, and every data set in its layout. With `good='ok'`: BTAD."
     subs = find_categories(Path(root), dataset, lambda p: (p/"train"/good).is_dir() or (p/"test"/good).is_dir(),
                            f"ROOT/CATEGORY/train/{good} and ROOT/CATEGORY/test")
@@ -358,35 +396,50 @@ def read_visa(root: Path, category="all", fail: Fail = stop, split: str = "1cls"
         if row["object"] not in names: continue
         where, image = f"{root/'split_csv'/split}.csv line {row['line']}", root/row["image"]
         if row["label"] not in ("normal", "anomaly") or row["split"] not in ("train", "test") or not row["image"]:
-            fail(f"{where}: split {row['split']!r}, label {row['label']!r}, image {row['image']!r}; expected train/test, normal/anomaly and a file; restore the csv from the original archive"); continue
+            fail(f"{where}: split {row['split']!r}, label {row['label']!r}, image {row['image']!r}; "
+                 "expected train/test, normal/anomaly and a file; restore the csv from the original archive")
+            continue
         if image in listed: fail(f"{where}: {image} is listed already; remove one of the rows"); continue
         label, mask = int(row["label"] == "anomaly"), root/row["mask"] if row["mask"] else None
         listed |= {image, mask}
-        if label and row["split"] == "train": fail(f"{where}: {image} is anomalous and in train; use the one-class split 1cls.csv")
-        if not image.is_file(): fail(f"{image}: {_absent(image)}, though {where} lists it; restore it from the original archive"); continue
+        if label and row["split"] == "train":
+            fail(f"{where}: {image} is anomalous and in train; use the one-class split 1cls.csv")
+        if not image.is_file():
+            fail(f"{image}: {_absent(image)}, though {where} lists it; restore it from the original archive"); continue
         if label and (mask is None or not mask.is_file()):
-            fail(f"{image}: " + (f"its mask {mask} is {_absent(mask)} ({where}); restore the mask" if mask else f"{where} names no mask for it; restore the csv")); mask = None
+            fail(f"{image}: "
+                 + (f"its mask {mask} is {_absent(mask)} ({where}); restore the mask" if mask
+                    else f"{where} names no mask for it; restore the csv"))
+            mask = None
         if mask: _same_size(image, mask, fail)
         out.append(Record(image, label, mask, row["object"], "anomaly" if label else "good", row["split"]))
     for n in names:
         only_in(root/n, ("Data",), fail)
         only_in(root/n/"Data", ("Images", "Masks"), fail)
-        for m in (m for f in folders_in(root/n/"Data"/"Masks", fail) for m in visible(f) if is_image(m) and m not in listed):
-            fail(f"{m}: a mask without an image, since {split}.csv does not list it; restore the image and its row, or remove the mask")
+        for m in (m for f in folders_in(root/n/"Data"/"Masks", fail) for m in visible(f)
+                  if is_image(m) and m not in listed):
+            fail(f"{m}: a mask without an image, since {split}.csv does not list it; restore the image and its row, "
+                 "or remove the mask")
         for f in folders_in(root/n/"Data"/"Images", fail):
             for p in images_in(f, fail):
-                if p not in listed: fail(f"{p}: an image without a label, since {split}.csv does not list it; use the csv of the same release, or remove the image")
+                if p not in listed:
+                    fail(f"{p}: an image without a label, since {split}.csv does not list it; "
+                         "use the csv of the same release, or remove the image")
     return out
 
 # %% ../nbs/00_data.ipynb #5be0c7d1
 def _visa_table(root: Path, split: str, fail: Fail) -> tuple[list[dict], list[str]]:
     path, shape = root/"split_csv"/f"{split}.csv", f"ROOT/CATEGORY/Data/Images and ROOT/split_csv/{split}.csv"
-    if not root.is_dir(): raise DataError(f"{root}: no such folder; give the folder that holds the categories ({shape})")
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; give the folder that holds the categories ({shape})")
     if not path.is_file():
         full = root.resolve()
         for p in [*list(full.parents)[:3], *(p for p in visible(root) if p.is_dir())]:
-            if (p/"split_csv").is_dir(): raise DataError(f"{root}: one level too {'low' if p in full.parents else 'high'} for visa, which expects {shape}; use root {p}")
-        if any((p/"train").is_dir() for p in visible(root)): raise DataError(f"{root}: VisA converted to the layout of MVTec AD; read it with dataset mvtec")
+            if (p/"split_csv").is_dir():
+                raise DataError(f"{root}: one level too {'low' if p in full.parents else 'high'} for visa, "
+                                f"which expects {shape}; use root {p}")
+        if any((p/"train").is_dir() for p in visible(root)):
+            raise DataError(f"{root}: VisA converted to the layout of MVTec AD; read it with dataset mvtec")
         raise DataError(f"{path}: this file is missing, visa expects {shape}; restore it from the original archive")
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
         reader = csv.DictReader(f, restval="")
@@ -395,14 +448,17 @@ def _visa_table(root: Path, split: str, fail: Fail) -> tuple[list[dict], list[st
         raise DataError(f"{path}: expected columns object,split,label,image,mask; restore it from the original archive")
     have = [n for n in dict.fromkeys(r["object"] for r in rows) if (root/n).is_dir()]
     for p in visible(root):
-        if (p/"Data").is_dir() and p.name not in have: fail(f"{p}: images without labels, since {path} has no rows for {p.name}; use the csv of the same release")
+        if (p/"Data").is_dir() and p.name not in have:
+            fail(f"{p}: images without labels, since {path} has no rows for {p.name}; use the csv of the same release")
     if not have: raise DataError(f"{root}: none of the categories in {path} is here; restore their folders")
     return rows, have
 
 # %% ../nbs/00_data.ipynb #34198ef4
 def read_mvtec3d(root: Path, category="all", fail: Fail = stop, validation: bool = False) -> list[Record]:
     "The color images of MVTec 3D-AD. `validation`: its images train, instead of being of the split `validation`."
-    subs = find_categories(Path(root), "mvtec3d", lambda p: (p/"train"/"good"/"rgb").is_dir() or (p/"test"/"good"/"rgb").is_dir(), "ROOT/CATEGORY/train/good/rgb")
+    subs = find_categories(Path(root), "mvtec3d",
+                           lambda p: (p/"train"/"good"/"rgb").is_dir() or (p/"test"/"good"/"rgb").is_dir(),
+                           "ROOT/CATEGORY/train/good/rgb")
     folders_in(Path(root), fail)
     out = []
     for n in choose([p.name for p in subs], category, str(root)):
@@ -412,9 +468,11 @@ def read_mvtec3d(root: Path, category="all", fail: Fail = stop, validation: bool
             for p in folders_in(d/part, fail):
                 folders_in(p, fail)
                 if p.name != "good": fail(f"{p}: {part} takes normal images in good only; move this folder to test")
-            out += [Record(p, 0, None, n, "good", "train" if validation else part) for p in images_in(d/part/"good"/"rgb", fail)]
+            out += [Record(p, 0, None, n, "good", "train" if validation else part)
+                    for p in images_in(d/part/"good"/"rgb", fail)]
         tests = sorted(folders_in(d/"test", fail), key=lambda p: p.name != "good")
-        if len({p.name == "good" for p in tests}) < 2: fail(f"{d/'test'}: needs good and at least one defect; restore them from the original archive")
+        if len({p.name == "good" for p in tests}) < 2:
+            fail(f"{d/'test'}: needs good and at least one defect; restore them from the original archive")
         for p in tests:
             folders_in(p, fail)
             label, images = int(p.name != "good"), images_in(p/"rgb", fail)
@@ -432,23 +490,28 @@ def read_folder(root: Path, category="all", fail: Fail = stop) -> list[Record]:
     looks = lambda p: (p/"good").is_dir() or (p/"train"/"good").is_dir()
     if not looks(root) or root.name in ("train", "test") and looks(root.parent):
         for p in (root.parent, *(q for q in visible(root) if q.is_dir())):
-            if looks(p): raise DataError(f"{root}: one level too {'low' if p == root.parent else 'high'}; use root {p}" +
-                                         ("" if p == root.parent else " (for several categories at once, dataset mvtec)"))
+            if looks(p):
+                raise DataError(f"{root}: one level too {'low' if p == root.parent else 'high'}; use root {p}" +
+                                ("" if p == root.parent else " (for several categories at once, dataset mvtec)"))
         raise DataError(f"{root}: no folder good and no train/good in it; put the normal images there")
     choose([root.name], category, str(root))
     gt = next((root/n for n in ("ground_truth", "masks") if (root/n).is_dir()), root/"ground_truth")
     if (root/"train").is_dir(): return read_split(root, root.name, fail, masks=gt)
     subs = [p for p in folders_in(root, fail) if p.name not in ("ground_truth", "masks")]
     normal = images_in(root/"good", fail)
-    if len(normal) < HOLDOUT: fail(f"{root/'good'}: {len(normal)} images; at least {HOLDOUT} are needed to hold one out for testing; add some, or move them to train/good, which holds none out")
-    out = [Record(p, 0, None, root.name, "good", "test" if i % HOLDOUT == HOLDOUT - 1 else "train") for i, p in enumerate(normal)]
+    if len(normal) < HOLDOUT:
+        fail(f"{root/'good'}: {len(normal)} images; at least {HOLDOUT} are needed to hold one out for testing; "
+             "add some, or move them to train/good, which holds none out")
+    out = [Record(p, 0, None, root.name, "good", "test" if i % HOLDOUT == HOLDOUT - 1 else "train")
+           for i, p in enumerate(normal)]
     for p in subs:
         if p.name == "good": continue
         images = images_in(p, fail)
         pairs = pair_masks(images, gt/p.name, fail, required=gt.is_dir())
         out += [Record(q, 1, pairs.get(q), root.name, p.name, "test") for q in images]
     for p in folders_in(gt, fail):
-        if p.name not in {q.name for q in subs}: fail(f"{p}: masks of a defect that has no folder of images; restore {root/p.name}")
+        if p.name not in {q.name for q in subs}:
+            fail(f"{p}: masks of a defect that has no folder of images; restore {root/p.name}")
     return sorted(out, key=lambda r: r.split == "test")
 
 # %% ../nbs/00_data.ipynb #48ea2642
@@ -458,18 +521,21 @@ def union_roots(root) -> dict[str, str | Path | None]:
     else:
         pairs = [p.partition("=") for p in str(root or "").split(",") if p.strip()]
         if not pairs or any(not eq for _, eq, _ in pairs) or len({n.strip() for n, *_ in pairs}) < len(pairs):
-            raise DataError(f"root {root!r}: a union needs a different data set for each part, such as mvtec=PATH,visa=PATH")
+            raise DataError(f"root {root!r}: a union needs a different data set for each part, "
+                            "such as mvtec=PATH,visa=PATH")
         parts = {n.strip(): v.strip() or None for n, _, v in pairs}
     allowed = [n for n in READERS if n != "union"]
     for n in parts:
-        if n not in allowed: raise DataError(f"root {root!r}: unknown data set {n!r} in the union; allowed: {', '.join(allowed)}")
+        if n not in allowed:
+            raise DataError(f"root {root!r}: unknown data set {n!r} in the union; allowed: {', '.join(allowed)}")
     return parts
 
 def read_union(root, category="all", fail: Fail = stop) -> list[Record]:
     "Records of all parts; categories named `DATASET/CATEGORY`."
     out = []
     for n, path in union_roots(root).items():
-        if category == "all" or any(c.startswith(n + "/") for c in ([category] if isinstance(category, str) else category)):
+        if (category == "all"
+                or any(c.startswith(n + "/") for c in ([category] if isinstance(category, str) else category))):
             out += [replace(r, category=f"{n}/{r.category}") for r in read(n, path, fail=fail)]
     have = list(dict.fromkeys(r.category for r in out)) or [f"{n}/…" for n in union_roots(root)]
     want = set(choose(have, category, str(root)))
@@ -490,7 +556,8 @@ class Dice:
 def png(a: np.ndarray) -> bytes:
     "Uncompressed png of uint8 (h, w) or (h, w, 3)."
     h, w = a.shape[:2]
-    raw = np.concatenate([np.zeros((h, 1), np.uint8), a.reshape(h, -1)], 1).tobytes()       # filter type 0 before each row
+    # filter type 0 before each row
+    raw = np.concatenate([np.zeros((h, 1), np.uint8), a.reshape(h, -1)], 1).tobytes()
     cut = [raw[i:i + 65535] for i in range(0, len(raw), 65535)]
     body = b"".join(struct.pack("<BHH", c is cut[-1], len(c), 65535 - len(c)) + c for c in cut)
     chunk = lambda tag, data: struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
@@ -527,7 +594,8 @@ def walk(dice: Dice, x: int, y: int, step: int, n: int) -> list[tuple[int, int]]
     "A broken line of `n` pieces that keeps its direction roughly."
     dx, dy = [(3, 1), (1, 3), (-1, 3), (3, -1), (2, 2), (2, -2)][dice(0, 5)]
     out = [(x - n*dx*step//6, y - n*dy*step//6)]
-    for _ in range(n): out.append((out[-1][0] + dx*step//3 + dice(-step, step)//3, out[-1][1] + dy*step//3 + dice(-step, step)//3))
+    for _ in range(n):
+        out.append((out[-1][0] + dx*step//3 + dice(-step, step)//3, out[-1][1] + dy*step//3 + dice(-step, step)//3))
     return out
 
 def mix(a: np.ndarray, where: np.ndarray, color, alpha: int) -> None:
@@ -586,9 +654,11 @@ def draw_bolt(pose: Dice, n: int, kind: str | None, flaw: Dice | None) -> tuple[
     "The hexagonal head of a bolt on its washer. Flaws: a scratch, rust, a nick in an edge."
     u = lambda v: v*n//256
     x, y = grid(n, pose(-8, 8), n//2 + u(pose(-12, 12)), n//2 + u(pose(-12, 12)))
-    a = np.array([58, 60, 64]) + pose(-6, 6, 3) + np.repeat(np.repeat(pose(-7, 7, (n//2 + 1, n//2 + 1)), 2, 0), 2, 1)[:n, :n, None]
+    a = (np.array([58, 60, 64]) + pose(-6, 6, 3)
+         + np.repeat(np.repeat(pose(-7, 7, (n//2 + 1, n//2 + 1)), 2, 0), 2, 1)[:n, :n, None])
     metal, region = np.array([138, 140, 142]) + pose(-10, 10, 3), np.zeros((n, n), bool)
-    side = np.stack([abs(y)*1000, abs(866*x + 500*y), abs(866*x - 500*y)])     # distance to the three pairs of sides, × 1000
+    # distance to the three pairs of sides, × 1000
+    side = np.stack([abs(y)*1000, abs(866*x + 500*y), abs(866*x - 500*y)])
     hexa, r2 = side.max(0), x*x + y*y
     washer, head, cap = r2 <= u(100)**2, hexa <= 1000*u(66), r2 <= u(54)**2
     a[washer] = metal - 30 + (r2[washer]*24//u(100)**2)[:, None]
@@ -623,7 +693,8 @@ def draw_biscuit(pose: Dice, n: int, kind: str | None, flaw: Dice | None) -> tup
     a[body] = dough[body]
     for i in range(-2, 3):
         for j in range(-2, 3):
-            if abs(i) + abs(j) < 4: mix(a, disc(x, y, u(26*i + pose(-1, 1)), u(26*j + pose(-1, 1)), u(4)), (112, 76, 40), 220)
+            if abs(i) + abs(j) < 4:
+                mix(a, disc(x, y, u(26*i + pose(-1, 1)), u(26*j + pose(-1, 1)), u(4)), (112, 76, 40), 220)
     cx, cy = (u(flaw(-46, 46)), u(flaw(-46, 46))) if flaw else (0, 0)
     if kind == "crack":
         region = stroke(x, y, walk(flaw, cx, cy, u(16), flaw(2, 5)), max(1, u(1))) & body
@@ -651,7 +722,8 @@ def shoot(a: np.ndarray, dice: Dice) -> np.ndarray:
     a = a.reshape(n//2, 2, n//2, 2, 3).sum((1, 3))//4
     return np.clip(a + dice(-3, 3, a.shape) + dice(-3, 3, a.shape), 0, 255).astype(np.uint8)
 
-def toy_image(category: str, defect: str, index: int, seed: int = 0, size: int = 128, split: str = "test") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def toy_image(category: str, defect: str, index: int, seed: int = 0, size: int = 128,
+              split: str = "test") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "image uint8 (size, size, 3), its flawless twin, and the mask bool (size, size) of the pixels in which they differ."
     draw, kinds = TOY[category]
     key, two = (TOY_VERSION, seed, category, split, defect, index), []
@@ -667,22 +739,30 @@ def toy_image(category: str, defect: str, index: int, seed: int = 0, size: int =
     return image, twin, mask
 
 # %% ../nbs/00_data.ipynb #61f7da69
-def make_toy(folder, seed: int = 0, size: int = 128, n_train: int = 40, n_test_good: int = 12, n_per_defect: int = 8) -> Path:
-    "Write the toy data set to `folder` and return it. A folder that already holds the same set is left; another non-empty one is a `DataError`."
-    folder, note = Path(folder), dict(version=TOY_VERSION, seed=seed, size=size, n_train=n_train, n_test_good=n_test_good, n_per_defect=n_per_defect)
+def make_toy(folder, seed: int = 0, size: int = 128, n_train: int = 40, n_test_good: int = 12,
+             n_per_defect: int = 8) -> Path:
+    """Write the toy data set to `folder` and return it.
+    A folder that already holds the same set is left; another non-empty one is a `DataError`."""
+    folder, note = (Path(folder),
+                    dict(version=TOY_VERSION, seed=seed, size=size, n_train=n_train, n_test_good=n_test_good,
+                         n_per_defect=n_per_defect))
     if _holds(folder, note): return folder
-    if folder.is_file() or visible(folder): raise DataError(f"{folder}: exists and is not this toy data set, or not all of it; give an empty or a new folder, or remove this one")
+    if folder.is_file() or visible(folder):
+        raise DataError(f"{folder}: exists and is not this toy data set, or not all of it; "
+                        "give an empty or a new folder, or remove this one")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=".toy-", dir=folder.absolute().parent))
     try:
         for c, (_, kinds) in TOY.items():
-            for split, k, n in [("train", "good", n_train), ("test", "good", n_test_good), *(("test", k, n_per_defect) for k in kinds)]:
+            for split, k, n in [("train", "good", n_train), ("test", "good", n_test_good),
+                                *(("test", k, n_per_defect) for k in kinds)]:
                 (tmp/c/split/k).mkdir(parents=True)
                 if k != "good": (tmp/c/"ground_truth"/k).mkdir(parents=True)
                 for i in range(n):
                     image, _, mask = toy_image(c, k, i, seed, size, split)
                     (tmp/c/split/k/f"{i:03}.png").write_bytes(png(image))
-                    if k != "good": (tmp/c/"ground_truth"/k/f"{i:03}_mask.png").write_bytes(png(mask.astype(np.uint8)*255))
+                    if k != "good":
+                        (tmp/c/"ground_truth"/k/f"{i:03}_mask.png").write_bytes(png(mask.astype(np.uint8)*255))
         (tmp/"toy.json").write_text(json.dumps(note))
         tmp.chmod(0o755)
         try: os.replace(tmp, folder)                     # replaces an empty folder, fails on a non-empty one
@@ -703,13 +783,19 @@ def toy_root(seed: int = 0) -> Path:
     "The toy data set in the cache (`$FLOWREPRO_CACHE`, default `~/.cache/flowrepro`), drawn at first use."
     folder = Path(os.environ.get("FLOWREPRO_CACHE") or Path.home()/".cache"/"flowrepro")/f"toy-{TOY_VERSION}-{seed}"
     try: return make_toy(folder, seed)
-    except OSError as e: raise DataError(f"{folder}: the toy data set cannot be written ({e}); set FLOWREPRO_CACHE to a writable folder") from e
+    except OSError as e:
+        raise DataError(f"{folder}: the toy data set cannot be written ({e}); "
+                        "set FLOWREPRO_CACHE to a writable folder") from e
 
 def read_toy(root: Path | None = None, category="all", fail: Fail = stop) -> list[Record]:
     "The toy data set at `root`, or in the cache if None."
-    if root is not None and not Path(root).is_dir(): raise DataError(f"{root}: no such folder; draw it with `flowrepro data toy {root}`, or give no root to use the cache")
+    if root is not None and not Path(root).is_dir():
+        raise DataError(f"{root}: no such folder; draw it with `flowrepro data toy {root}`, "
+                        "or give no root to use the cache")
     root = toy_root() if root is None else Path(root)
-    if (root/"toy.json").is_file() and not _holds(root): fail(f"{root}: not all images that toy.json promises; remove this folder and draw it again with `flowrepro data toy {root}`")
+    if (root/"toy.json").is_file() and not _holds(root):
+        fail(f"{root}: not all images that toy.json promises; remove this folder and draw it again with `flowrepro "
+             f"data toy {root}`")
     return read_mvtec(root, category, fail, "toy")
 
 # %% ../nbs/00_data.ipynb #0039d0b7
@@ -717,7 +803,7 @@ READERS = {"toy": read_toy, "mvtec": read_mvtec, "btad": partial(read_mvtec, dat
            "visa": read_visa, "mvtec3d": read_mvtec3d, "folder": read_folder, "union": read_union}
 
 def read(dataset: str,             # toy mvtec btad visa mvtec3d folder union
-         root=None,                # the folder of the data set; union: "mvtec=PATH,visa=PATH" or a dict; toy: None is the cache
+         root=None,                # its folder; union: "mvtec=PATH,visa=PATH" or a dict; toy: None is the cache
          category="all",           # a name, a list of names, or all
          fail: Fail = stop,        # called with each problem
          **options,                # of the reader, such as validation=True of mvtec3d
@@ -726,30 +812,40 @@ def read(dataset: str,             # toy mvtec btad visa mvtec3d folder union
     try:
         if dataset not in READERS: raise DataError(f"unknown data set {dataset!r}; allowed: {', '.join(READERS)}")
         if dataset != "union" and isinstance(root, str): root = Path(root).expanduser() if root.strip() else None
-        if root is None and dataset not in ("toy", "union"): raise DataError(f"data set {dataset!r} needs a root, the folder that holds it; only toy works without one")
-        if isinstance(root, Path) and root.is_symlink() and not root.exists(): raise DataError(f"{root}: {_absent(root)}; restore its target or give another root")
+        if root is None and dataset not in ("toy", "union"):
+            raise DataError(f"data set {dataset!r} needs a root, the folder that holds it; only toy works without one")
+        if isinstance(root, Path) and root.is_symlink() and not root.exists():
+            raise DataError(f"{root}: {_absent(root)}; restore its target or give another root")
         return READERS[dataset](root, category, fail, **options)
     except DataError as e: fail(str(e)); return []
 
-def load(dataset: str, root=None, category="all", transform: Transform = Transform(), test: bool = True) -> tuple[Dataset, Dataset]:
-    "(train, test). A random rotation applies to the training images alone. `DataError` if there are none to train on, or to test on, which `test=False` lets pass."
+def load(dataset: str, root=None, category="all", transform: Transform = Transform(),
+         test: bool = True) -> tuple[Dataset, Dataset]:
+    """(train, test). A random rotation applies to the training images alone.
+    `DataError` if there are none to train on, or to test on, which `test=False` lets pass."""
     records, out = read(dataset, root, category), []
-    for split, t, remedy in (("train", transform, ""), ("test", replace(transform, rotate=0.0), ", or train without: flowrepro fit, or load(..., test=False)")):
+    for split, t, remedy in (("train", transform, ""),
+                             ("test", replace(transform, rotate=0.0),
+                              ", or train without: flowrepro fit, or load(..., test=False)")):
         out.append(Dataset([r for r in records if r.split == split], t))
         if not len(out[-1]) and (test or split == "train"):
-            raise DataError(f"{root}: no {split} images in {dataset}, category {category}; check the root and the category{remedy}")
+            raise DataError(f"{root}: no {split} images in {dataset}, category {category}; "
+                            f"check the root and the category{remedy}")
     return out[0], out[1]
 
 # %% ../nbs/00_data.ipynb #d266e968
 def contact_sheet(dataset: Dataset, n: int = 1, width: float = 1.1):
-    "Figure: a row per category; `n` images of each kind, evenly chosen, outlined by their mask. `width` of an image in inches."
+    """Figure: a row per category; `n` images of each kind, evenly chosen, outlined by their mask.
+    `width` of an image in inches."""
     from matplotlib import pyplot as plt
     rows = {}
     for i, r in enumerate(dataset.records): rows.setdefault(r.category, {}).setdefault(r.defect, []).append(i)
-    rows = {c: [k[j*len(k)//n] for k in (kinds[d] for d in sorted(kinds, key=lambda d: (d != "good", d))) for j in range(min(n, len(k)))]
+    rows = {c: [k[j*len(k)//n] for k in (kinds[d] for d in sorted(kinds, key=lambda d: (d != "good", d)))
+                for j in range(min(n, len(k)))]
             for c, kinds in sorted(rows.items())}
     cols = max(map(len, rows.values()), default=1)
-    fig, axes = plt.subplots(max(len(rows), 1), cols, figsize=(width*cols, 1.17*width*max(len(rows), 1)), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(max(len(rows), 1), cols, figsize=(width*cols, 1.17*width*max(len(rows), 1)), squeeze=False,
+                             layout="constrained")
     for ax in axes.flat: ax.set_axis_off()
     for (c, picks), line in zip(rows.items(), axes):
         for ax, i in zip(line, picks):
@@ -765,7 +861,8 @@ def contact_sheet(dataset: Dataset, n: int = 1, width: float = 1.1):
 
 # %% ../nbs/00_data.ipynb #9703709a
 def cropped_defects(dataset: Dataset | Iterable[Record], fail: Fail = stop) -> pd.DataFrame:
-    "Anomalous images whose defect the center crop cuts: path, category, defect, its pixels, share lost (0–1), wholly lost or not. `fail` is told of unreadable masks."
+    """Anomalous images whose defect the center crop cuts:
+    path, category, defect, its pixels, share lost (0–1), wholly lost or not. `fail` is told of unreadable masks."""
     rows = []
     for r in getattr(dataset, "records", dataset):
         if r.mask is None or not r.label: continue
@@ -783,18 +880,22 @@ def _official(text: str) -> dict[str, tuple[int, int, int]]:
     return {k: tuple(map(int, v.split("/"))) for k, v in (item.split(":") for item in text.split())}
 
 OFFICIAL = {
-    "mvtec": _official("bottle:209/20/63 cable:224/58/92 capsule:219/23/109 carpet:280/28/89 grid:264/21/57 hazelnut:391/40/70 "
-                       "leather:245/32/92 metal_nut:220/22/93 pill:267/26/141 screw:320/41/119 tile:230/33/84 toothbrush:60/12/30 "
+    "mvtec": _official("bottle:209/20/63 cable:224/58/92 capsule:219/23/109 carpet:280/28/89 grid:264/21/57 "
+                       "hazelnut:391/40/70 "
+                       "leather:245/32/92 metal_nut:220/22/93 pill:267/26/141 screw:320/41/119 tile:230/33/84 "
+                       "toothbrush:60/12/30 "
                        "transistor:213/60/40 wood:247/19/60 zipper:240/32/119"),
     "btad": _official("01:400/21/49 02:399/30/200 03:1000/400/41"),
     "visa": _official("candle:900/100/100 capsules:542/60/100 cashew:450/50/100 chewinggum:453/50/100 fryum:450/50/100 "
                       "macaroni1:900/100/100 macaroni2:900/100/100 pcb1:904/100/100 pcb2:901/100/100 pcb3:905/101/100 "
                       "pcb4:904/101/100 pipe_fryum:450/50/100"),
-    "mvtec3d": _official("bagel:244/22/88 cable_gland:223/21/87 carrot:286/27/132 cookie:210/28/103 dowel:288/26/104 foam:236/20/80 "
+    "mvtec3d": _official("bagel:244/22/88 cable_gland:223/21/87 carrot:286/27/132 cookie:210/28/103 dowel:288/26/104 "
+                         "foam:236/20/80 "
                          "peach:361/26/106 potato:300/22/92 rope:298/32/69 tire:210/25/87")}
 
 def official_categories(dataset: str, present: Iterable[str]) -> set[str]:
-    "The official categories of a data set, none without official counts; of a union those of the data sets that `present` has some of."
+    """The official categories of a data set, none without official counts;
+    of a union those of the data sets that `present` has some of."""
     if dataset != "union": return set(OFFICIAL.get(dataset, ()))
     return {f"{part}/{c}" for part in {p.partition("/")[0] for p in present} for c in OFFICIAL.get(part, ())}
 
@@ -804,11 +905,12 @@ def absent_categories(dataset: str, categories: Iterable[str]) -> list[str]:
 
 # %% ../nbs/00_data.ipynb #11be4134
 def check(root, dataset: str, progress: bool = True) -> tuple[pd.DataFrame, list[str]]:
-    "(counts, problems): images per category and split beside the official numbers (NaN if there are none), and every problem found."
+    "(counts, problems): images per category and split beside the official numbers (or NaN), and every problem found."
     problems = []
     return check_records(read(dataset, root, fail=problems.append), dataset, problems, progress)
 
-def check_records(records: list[Record], dataset: str, problems: list[str], progress: bool = True) -> tuple[pd.DataFrame, list[str]]:
+def check_records(records: list[Record], dataset: str, problems: list[str],
+                  progress: bool = True) -> tuple[pd.DataFrame, list[str]]:
     "The same of records that have been read, with the problems found then."
     for r in tqdm(records, desc=f"check {dataset}", unit="image", disable=not (progress and records)):
         problems += inspect_record(r)
@@ -820,9 +922,12 @@ def check_records(records: list[Record], dataset: str, problems: list[str], prog
             got = tuple(sum(r.category == c and r.split == split and r.label == y for r in records) for y in (0, 1))
             if split == "validation" and not any(got): continue
             rows.append((c, split, *got, *(want or (np.nan, np.nan))))
-            if want and got != want: problems.append(f"{c} {split}: {got[0]} normal and {got[1]} anomalous images, officially {want[0]} and {want[1]}; "
-                                                     "restore the data set from the original archive, or know that it is another split")
-    return pd.DataFrame(rows, columns=["category", "split", "normal", "anomalous", "official_normal", "official_anomalous"]), list(dict.fromkeys(problems))
+            if want and got != want:
+                problems.append(f"{c} {split}: {got[0]} normal and {got[1]} anomalous images, "
+                                f"officially {want[0]} and {want[1]}; "
+                                "restore the data set from the original archive, or know that it is another split")
+    columns = ["category", "split", "normal", "anomalous", "official_normal", "official_anomalous"]
+    return pd.DataFrame(rows, columns=columns), list(dict.fromkeys(problems))
 
 def inspect_record(r: Record) -> list[str]:
     "Decode image and mask: the problems found."
@@ -833,22 +938,29 @@ def inspect_record(r: Record) -> list[str]:
     try:
         marked = bool(open_mask(r.mask, size).getbbox())
         if marked != bool(r.label):
-            out.append(f"{r.mask}: " + ("marks a defect, but its image is labeled normal" if marked else "is empty, but its image is labeled anomalous") + "; correct the mask or the label")
+            out.append(f"{r.mask}: "
+                       + ("marks a defect, but its image is labeled normal" if marked
+                          else "is empty, but its image is labeled anomalous") + "; correct the mask or the label")
     except DataError as e: out.append(str(e))
     return out
 
 # %% ../nbs/00_data.ipynb #83797f49
 LISTED = 50   # problems that a report lists
 
-def check_report(counts: pd.DataFrame, problems: list[str], cropped: pd.DataFrame | None = None, dataset: str | None = None) -> str:
+def check_report(counts: pd.DataFrame, problems: list[str], cropped: pd.DataFrame | None = None,
+                 dataset: str | None = None) -> str:
     "What `flowrepro data check` prints. `cropped`: from `cropped_defects`, to report what a center crop would lose."
     table = counts.astype(object).where(counts.notna(), "-")
     lines = [table.to_string(index=False) if len(table) else "no images"]
     absent = absent_categories(dataset, counts.category)
-    if absent and len(counts): lines.append(f"not here: {', '.join(absent)} ({len(absent)} of {len(official_categories(dataset, counts.category))} official categories)")
+    if absent and len(counts):
+        lines.append(f"not here: {', '.join(absent)} ({len(absent)} of "
+                     f"{len(official_categories(dataset, counts.category))} official categories)")
     if cropped is not None:
-        lines.append(f"center crop: {len(cropped)} defect{'s' * (len(cropped) != 1)} cut, {int(cropped.wholly.sum())} of them wholly lost")
-        for c, g in cropped.groupby("category"): lines.append(f"  {c}: {len(g)} cut, {int(g.wholly.sum())} wholly, mean share lost {g.lost.mean():.1%}")
+        lines.append(f"center crop: {len(cropped)} defect{'s' * (len(cropped) != 1)} cut, {int(cropped.wholly.sum())} "
+                     "of them wholly lost")
+        for c, g in cropped.groupby("category"):
+            lines.append(f"  {c}: {len(g)} cut, {int(g.wholly.sum())} wholly, mean share lost {g.lost.mean():.1%}")
     lines.append(f"{len(problems)} problem{'s' * (len(problems) != 1)}" + (":" if problems else ""))
     more = [f"  and {len(problems) - LISTED} more; mend these first"]*(len(problems) > LISTED)
     return "\n".join(lines + [f"  {p}" for p in problems[:LISTED]] + more)

@@ -79,7 +79,8 @@ def normal_base(
 
 # %% ../nbs/07_detectors.ipynb #8334681f
 def image_files(images: str | Path | Iterable) -> list[Path]:
-    "The image files that one path, a folder (searched to the bottom) or several paths stand for; DataError if a folder holds none."
+    """The image files that one path, a folder (searched to the bottom) or several paths stand for;
+    DataError if a folder holds none."""
     if not isinstance(images, (str, Path)):
         return [Path(p) for p in images]
     if not Path(images).exists():
@@ -91,17 +92,22 @@ def image_files(images: str | Path | Iterable) -> list[Path]:
 
 
 def read_image(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
-    "An RGB image from its path, or from one that is open already: PIL's, or uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), whose alpha is ignored; DataError for anything else."
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size and (image.ndim == 2 or image.shape[2:] in ((1,), (3,), (4,))):
+    """An RGB image from its path, or from one that is open already:
+    PIL's, or uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), whose alpha is ignored; DataError for anything else."""
+    if (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size
+            and (image.ndim == 2 or image.shape[2:] in ((1,), (3,), (4,)))):
         image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
     if not isinstance(image, (str, Path, Image.Image)):
         what = f"{image.shape} of {image.dtype}" if hasattr(image, "dtype") else repr(image)
-        raise DataError(f"{what} ({type(image).__name__}): an image is a path, a PIL image, or an array uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+        raise DataError(f"{what} ({type(image).__name__}): an image is a path, a PIL image, or an array uint8 (H, W), "
+                        "(H, W, 1), (H, W, 3) or (H, W, 4)")
     return open_image(image)
 
 
 def open_images(images: Dataset | Tensor | str | Path | Iterable, transform: Transform) -> Iterable[Tensor]:
-    "Single images, uint8 (3, H, W) or float in [0, 1], from a `Dataset`, a tensor (N, 3, H, W), a folder, or what `read_image` takes, one or several; an array of more than three axes is several."
+    """Single images, uint8 (3, H, W) or float in [0, 1], one after the other.
+    From a `Dataset`, a tensor (N, 3, H, W), a folder, or what `read_image` takes, one or several; an array of more
+    than three axes is several."""
     if isinstance(images, Dataset):
         return (images[i].image for i in range(len(images)))
     if isinstance(images, Tensor):
@@ -115,30 +121,34 @@ def open_images(images: Dataset | Tensor | str | Path | Iterable, transform: Tra
 def check_images(images: Tensor, size: int) -> Tensor:
     "A batch as it is; DataError for another size, or for floats that do not lie in [0, 1]."
     if images.shape[1:] != (3, size, size):
-        raise DataError(f"images of {tuple(images.shape[1:])}: this detector takes (3, {size}, {size}); give files, which are made to fit, or resize them")
+        raise DataError(f"images of {tuple(images.shape[1:])}: this detector takes (3, {size}, {size}); "
+                        "give files, which are made to fit, or resize them")
     if images.is_floating_point() and not (images.min() >= -1e-3 and images.max() <= 1.001):  # NaN is refused, too
-        raise DataError(f"images as floats lie in [0, 1], these in [{images.min():.3g}, {images.max():.3g}]: divide by 255, or give uint8")
+        raise DataError(f"images as floats lie in [0, 1], these in [{images.min():.3g}, {images.max():.3g}]: "
+                        "divide by 255, or give uint8")
     return images
 
 # %% ../nbs/07_detectors.ipynb #9f970496
 class Detector(nn.Module):
-    "A frozen backbone and, for each level of its features, a norm, a flow and a base; a method fills in `losses` and `parts`."
+    "A frozen backbone, and a norm, a flow and a base for each of its levels; a method fills in `losses` and `parts`."
 
     method = ""
     labelled = False  # must the categories of training images be known?
     features = dict(levels=(2, 3, 4))  # of a backbone that is given by its name: strides 8, 16, 32
 
-    def __init__(self, backbone: Backbone, score: Score, config: dict, flow: Callable[[tuple], Flow], base: Callable[[tuple], Base]):
+    def __init__(self, backbone: Backbone, score: Score, config: dict, flow: Callable[[tuple], Flow],
+                 base: Callable[[tuple], Base]):
         super().__init__()
         self.backbone, self.score, self.config = backbone, score, config
-        self.transform: Transform | None = None  # of the images it was trained on, for `predict`; None: squashed to the backbone's size
+        self.transform: Transform | None = None  # of the training images, for `predict`; None: squashed to the size
         self.register_buffer("calibration", torch.full((len(backbone.shapes), 8), float("nan")))
         self.norms = nn.ModuleList(norm_layer(config["norm"], s) for s in backbone.shapes)
         self.flows = nn.ModuleList(map(flow, backbone.shapes))
         self.bases = nn.ModuleList(map(base, backbone.shapes))
 
-    def losses(self, features: list[Tensor], labels: Tensor | None = None, generator: torch.Generator | None = None) -> Iterator[Tensor]:
-        "The scalars to minimise for a batch, each with a step before the next is computed; features of each level (B, C, H, W), categories (B,)."
+    def losses(self, features: list[Tensor], labels: Tensor | None = None,
+               generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        "The scalars to minimise for features (B, C, H, W) a level and categories (B,), each with a step of its own."
         raise NotImplementedError(f"{type(self).__name__} defines no losses")
 
     def parts(self, features: list[Tensor], labels: Tensor | None = None) -> list[Parts]:
@@ -189,10 +199,12 @@ def all_parts(detector: Detector, bank: FeatureBank, labels: Tensor | None = Non
 
 @torch.no_grad()
 def calibrate(detector: Detector, bank: FeatureBank, labels: Tensor | None = None) -> None:
-    "Put the levels on one scale by their log-likelihoods on training images (`scores.calibration`); RuntimeError if they are not finite."
+    """Put the levels on one scale by their log-likelihoods on training images (`scores.calibration`);
+    RuntimeError if they are not finite."""
     stats = calibration(all_parts(detector, bank, labels))
     if not stats.isfinite().all():
-        raise RuntimeError("log-likelihoods of the training images are not finite: the training diverged in its last step; try a lower lr, or clip=1.0")
+        raise RuntimeError("log-likelihoods of the training images are not finite: "
+                           "the training diverged in its last step; try a lower lr, or clip=1.0")
     detector.calibration.copy_(stats)
 
 
@@ -206,7 +218,8 @@ Detector.all_parts, Detector.calibrate, Detector.score_parts = all_parts, calibr
 
 # %% ../nbs/07_detectors.ipynb #871daa73
 def fit(detector: Detector, dataset: Dataset, **settings) -> Detector:
-    "Train on the normal images of `dataset`; `settings` are the fields of `training.Schedule` and the arguments of `training.fit_dataset`."
+    """Train on the normal images of `dataset`;
+    `settings` are the fields of `training.Schedule` and the arguments of `training.fit_dataset`."""
     from flowrepro.training import fit_dataset
 
     fit_dataset(detector, dataset, **settings)
@@ -223,7 +236,8 @@ def predict(
 ) -> tuple[Tensor, Tensor]:  # anomaly maps (N, size, size) and image scores (N,), on the CPU
     "Anomaly maps and image scores; larger is more anomalous. No image's score depends on another's."
     if detector.score.normalise == "paper":
-        raise ValueError("normalise='paper' scores a whole test set at once, not single images: evaluate it with runs.evaluate_parts")
+        raise ValueError("normalise='paper' scores a whole test set at once, not single images: "
+                         "evaluate it with runs.evaluate_parts")
     if batch < 1:
         raise ValueError(f"batch {batch}: a whole number from 1")
     detector.eval()
@@ -233,7 +247,8 @@ def predict(
         own = None if labels is None else labels[seen:seen + len(chunk)].to(detector.device)
         if category is not None and detector.labelled:
             own = torch.full((len(chunk),), detector.number_of(category), device=detector.device)
-        parts = detector.parts(detector.backbone(check_images(torch.stack(chunk), detector.backbone.size).to(detector.device)), own)
+        features = detector.backbone(check_images(torch.stack(chunk), detector.backbone.size).to(detector.device))
+        parts = detector.parts(features, own)
         out.append([t.cpu() for t in detector.score_parts(parts)])
         seen += len(chunk)
     if not out:
@@ -245,7 +260,8 @@ Detector.fit, Detector.predict = fit, predict
 
 # %% ../nbs/07_detectors.ipynb #b233015c
 def weights_of(weight_id: str, path: str | Path) -> str:
-    "The `weights` argument that gives a backbone its weights back; DataError if they came from a file, which only the caller can name."
+    """The `weights` argument that gives a backbone its weights back;
+    DataError if they came from a file, which only the caller can name."""
     origin = weight_id.split(":")[0]
     if origin == "file":
         raise DataError(f"{path} was trained on backbone weights from a file ({weight_id}): pass that file as weights=")
@@ -253,15 +269,19 @@ def weights_of(weight_id: str, path: str | Path) -> str:
 
 # %% ../nbs/07_detectors.ipynb #eb91ced4
 def save(detector: Detector, path: str | Path) -> None:
-    "Write a detector to one safetensors file (the frozen backbone is named in it, not stored), in a folder that is made if need be."
+    """Write a detector to one safetensors file, in a folder that is made if need be.
+    The frozen backbone is named in it, not stored."""
     state = {k: v.contiguous().cpu() for k, v in detector.state_dict().items() if not k.startswith("backbone.")}
-    about = {"method": detector.method, "config": json.dumps(detector.config), "backbone": json.dumps(detector.backbone.config()),
-             "weight_id": detector.backbone.weight_id, "score": json.dumps(asdict(detector.score)), "transform": json.dumps(asdict(detector.seen_through()))}
+    about = {"method": detector.method, "config": json.dumps(detector.config),
+             "backbone": json.dumps(detector.backbone.config()),
+             "weight_id": detector.backbone.weight_id, "score": json.dumps(asdict(detector.score)),
+             "transform": json.dumps(asdict(detector.seen_through()))}
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file(state, str(path), metadata=about)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{path}: the detector cannot be written there ({error}); give a file in a folder where you may write") from error
+        raise OSError(f"{path}: the detector cannot be written there ({error}); "
+                      "give a file in a folder where you may write") from error
 
 # %% ../nbs/07_detectors.ipynb #9f8a54b0
 def read_saved(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
@@ -281,17 +301,22 @@ def read_saved(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
 def load(path: str | Path, weights: str | None = None, kind: type[Detector] = Detector) -> Detector:
     """The detector in a file that `save` wrote.
 
-    `weights` overrides where the backbone's weights come from; `kind` is the method that is expected. Raises DataError if the file is missing,
-    was not written by `save` or holds another method, and if the backbone found here has other weights than the one the detector was trained on.
+    `weights` overrides where the backbone's weights come from; `kind` is the method that is expected.
+    Raises DataError if the file is missing, was not written by `save` or holds another method, and if the backbone
+    found here has other weights than the one the detector was trained on.
     """
     about, state = read_saved(path)
     if not issubclass(DETECTORS[about["method"]], kind):
-        raise DataError(f"{path} holds method {about['method']}, not {kind.method}: use {DETECTORS[about['method']].__name__}.load, or Detector.load for any")
-    told = {k: v for k, v in json.loads(about["backbone"]).items() if k not in ("mean", "std", "weight_id")}  # these follow from the weights
+        raise DataError(f"{path} holds method {about['method']}, not {kind.method}: "
+                        f"use {DETECTORS[about['method']].__name__}.load, or Detector.load for any")
+    # these follow from the weights
+    told = {k: v for k, v in json.loads(about["backbone"]).items() if k not in ("mean", "std", "weight_id")}
     backbone = Backbone(**told, weights=weights or weights_of(about["weight_id"], path))
-    detector = DETECTORS[about["method"]](backbone=backbone, score=Score(**json.loads(about["score"])), **json.loads(about["config"]))
+    detector = DETECTORS[about["method"]](backbone=backbone, score=Score(**json.loads(about["score"])),
+                                          **json.loads(about["config"]))
     if detector.backbone.weight_id != about["weight_id"]:
-        raise DataError(f"{path} was trained on backbone weights {about['weight_id']}, here are {detector.backbone.weight_id}: pass weights=")
+        raise DataError(f"{path} was trained on backbone weights {about['weight_id']}, "
+                        f"here are {detector.backbone.weight_id}: pass weights=")
     detector.transform = Transform(**json.loads(about["transform"])) if "transform" in about else None
     load_state(detector, state, path)
     return detector
@@ -304,7 +329,8 @@ def load_state(detector: Detector, state: dict[str, Tensor], path: str | Path) -
     wrong = [f"{k} is {size(state[k].shape if k in state else None)} in the file, {size(wanted.get(k))} in the detector"
              for k in sorted(wanted.keys() | state.keys()) if k not in state or wanted.get(k) != state[k].shape]
     if wrong:
-        raise DataError(f"{path} does not fit: {'; '.join(wrong[:3])}" + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+        raise DataError(f"{path} does not fit: {'; '.join(wrong[:3])}"
+                        + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
     detector.load_state_dict(state, strict=False)
 
 
@@ -332,8 +358,10 @@ class FastFlow(Detector):
         scale: bool = True,  # of a diagonal base
         score: Score | None = None,  # default `Score()`; the public code's is scores.PUBLISHED["fastflow"]
     ):
-        config = dict(steps=steps, kernels=list(kernels), ratio=ratio, clamp=clamp, soft=soft, rule=rule, norm=norm, base=base, per=per, scale=scale)
-        super().__init__(Backbone(backbone, **self.features) if isinstance(backbone, str) else backbone, score or Score(), config,
+        config = dict(steps=steps, kernels=list(kernels), ratio=ratio, clamp=clamp, soft=soft, rule=rule, norm=norm,
+                      base=base, per=per, scale=scale)
+        super().__init__(Backbone(backbone, **self.features) if isinstance(backbone, str) else backbone,
+                         score or Score(), config,
                          lambda shape: conv_flow(shape[0], steps, tuple(kernels), ratio, clamp, soft=soft, rule=rule),
                          lambda shape: normal_base(base, shape, 1, per, scale))
 
@@ -345,7 +373,8 @@ class FastFlow(Detector):
             total = total - (z.shape[1] * base.per_dimension(z).flatten(1).sum(1) + logdet).mean()
         return total
 
-    def losses(self, features: list[Tensor], labels: Tensor | None = None, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    def losses(self, features: list[Tensor], labels: Tensor | None = None,
+               generator: torch.Generator | None = None) -> Iterator[Tensor]:
         yield self.loss(features)
 
     def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -354,7 +383,8 @@ class FastFlow(Detector):
             yield flow(norm(x), local=True)
 
     def parts(self, features: list[Tensor], labels: Tensor | None = None) -> list[Parts]:
-        return [Parts(base.per_dimension(z), logdet / z.shape[1]) for base, (z, logdet) in zip(self.bases, self.latents(features))]
+        return [Parts(base.per_dimension(z), logdet / z.shape[1])
+                for base, (z, logdet) in zip(self.bases, self.latents(features))]
 
 
 DETECTORS["fastflow"] = FastFlow
@@ -363,7 +393,8 @@ DETECTORS["fastflow"] = FastFlow
 FASTFLOW_PUBLISHED = {
     "resnet18.tv_in1k": dict(levels=(1, 2, 3), size=256, steps=8, kernels=(3,), ratio=1.0, norm="layer"),
     "wide_resnet50_2.racm_in1k": dict(levels=(1, 2, 3), size=256, steps=8, kernels=(3, 1), ratio=1.0, norm="layer"),
-    "deit_base_distilled_patch16_384.fb_in1k": dict(levels=(7,), size=384, steps=20, kernels=(3, 1), ratio=0.16, norm="none"),
+    "deit_base_distilled_patch16_384.fb_in1k": dict(levels=(7,), size=384, steps=20, kernels=(3, 1), ratio=0.16,
+                                                    norm="none"),
     "cait_m48_448.fb_dist_in1k": dict(levels=(40,), size=448, steps=20, kernels=(3, 1), ratio=0.16, norm="none"),
 }
 
@@ -373,7 +404,8 @@ class DenseDetector(Detector):
 
     def __init__(self, backbone: Backbone, score: Score, config: dict, base: Callable[[tuple], Base]):
         codes = [positional_code(config["code"], h, w).flatten(1).T.contiguous() for _, h, w in backbone.shapes]
-        flow = lambda shape: dense_flow(shape[0], config["steps"], config["code"], config["clamp"], config["soft"], rule=config["rule"])
+        flow = lambda shape: dense_flow(shape[0], config["steps"], config["code"], config["clamp"], config["soft"],
+                                        rule=config["rule"])
         super().__init__(backbone, score, config, flow, base)
         for l, code in enumerate(codes):
             self.register_buffer(f"code{l}", code, persistent=False)
@@ -385,7 +417,9 @@ class DenseDetector(Detector):
     def rows(self, level: int, x: Tensor) -> Tensor:
         "Features (B, C, H, W) of a level as rows (B, H·W, C), ready for the flow."
         if x.shape[1:] != self.backbone.shapes[level]:
-            raise ValueError(f"features of level {level} are {tuple(x.shape[1:])}, this detector's {tuple(self.backbone.shapes[level])}: give images of the size it was made for")
+            raise ValueError(f"features of level {level} are {tuple(x.shape[1:])}, "
+                             f"this detector's {tuple(self.backbone.shapes[level])}: "
+                             "give images of the size it was made for")
         return self.norms[level](x).flatten(2).transpose(1, 2).contiguous()
 
     def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -400,7 +434,8 @@ class FiberBatches(DenseDetector):
     def check_batch(self, images: int) -> None:
         rows = [h * w * images for _, h, w in self.backbone.shapes]
         if (n := self.config["fibers"]) is not None and n > min(rows):
-            raise ValueError(f"a fiber batch of {n} rows is larger than a batch of {images} images, which has {min(rows)} rows "
+            raise ValueError(f"a fiber batch of {n} rows is larger than a batch of {images} images, "
+                             f"which has {min(rows)} rows "
                              f"on level {rows.index(min(rows))}: lower fibers, or raise batch")
 
     def loss(self, level: int, rows: Tensor, cond: Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -408,7 +443,8 @@ class FiberBatches(DenseDetector):
         z, logdet = self.flows[level](rows, cond)
         return -F.logsigmoid((self.bases[level].log_prob(z) + logdet) / z.shape[-1]).mean()
 
-    def losses(self, features: list[Tensor], labels: Tensor | None = None, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    def losses(self, features: list[Tensor], labels: Tensor | None = None,
+               generator: torch.Generator | None = None) -> Iterator[Tensor]:
         for l, x in enumerate(features):
             rows, positions, n = self.rows(l, x), len(self.code(l)), self.config["fibers"]
             if n is None:  # all rows at once: their order is of no account, and images share their codes
@@ -437,7 +473,7 @@ class CFlow(FiberBatches):
         backbone: str | Backbone = "tf_efficientnet_lite0",  # a timm name, or a `Backbone` with its levels and size
         steps: int = 8,  # couplings of a level's flow
         code: int = 128,  # channels of the position code
-        fibers: int | None = None,  # rows of a fiber batch, each with a step (public code: 256); None: all rows of a level at once
+        fibers: int | None = None,  # rows of a fiber batch, a step each (public code: 256); None: all of a level
         clamp: float = 1.9,
         soft: bool = True,  # rotations
         rule: str = "published",
@@ -451,18 +487,22 @@ class CFlow(FiberBatches):
             raise ValueError("per='position': CFLOW-AD's fiber batches mix positions; use per='channel' or 'scalar'")
         if fibers is not None and (not isinstance(fibers, int) or fibers < 1):
             raise ValueError(f"fibers {fibers!r}: a whole number from 1, or None for all rows of a level")
-        config = dict(steps=steps, code=code, fibers=fibers, clamp=clamp, soft=soft, rule=rule, norm=norm, base=base, per=per, scale=scale)
-        super().__init__(Backbone(backbone, **self.features) if isinstance(backbone, str) else backbone, score or Score(), config,
-                         lambda shape: normal_base(base, shape, -1, per, scale))
+        config = dict(steps=steps, code=code, fibers=fibers, clamp=clamp, soft=soft, rule=rule, norm=norm, base=base,
+                      per=per, scale=scale)
+        super().__init__(Backbone(backbone, **self.features) if isinstance(backbone, str) else backbone,
+                         score or Score(), config, lambda shape: normal_base(base, shape, -1, per, scale))
 
 
 DETECTORS["cflow"] = CFlow
-CFLOW_SIZES = {"bottle": 512, "cable": 256, "capsule": 256, "carpet": 512, "grid": 512, "hazelnut": 256, "leather": 512, "metal_nut": 256,
-               "pill": 256, "screw": 512, "tile": 512, "toothbrush": 512, "transistor": 128, "wood": 512, "zipper": 512}  # MVTec AD, public commands
+# MVTec AD, public commands
+CFLOW_SIZES = {"bottle": 512, "cable": 256, "capsule": 256, "carpet": 512, "grid": 512, "hazelnut": 256, "leather": 512,
+               "metal_nut": 256,
+               "pill": 256, "screw": 512, "tile": 512, "toothbrush": 512, "transistor": 128, "wood": 512, "zipper": 512}
 
 # %% ../nbs/07_detectors.ipynb #0d3e7b30
 CLASS_MODES = ("known", "inferred", "inferred-top")
-BASES = {"hierarchical": HierarchicalMixture, "classes": ClassMixture, "standard": StandardNormal, "diagonal": DiagonalNormal}
+BASES = {"hierarchical": HierarchicalMixture, "classes": ClassMixture, "standard": StandardNormal,
+         "diagonal": DiagonalNormal}
 
 
 class OverCategories(DenseDetector):
@@ -479,7 +519,8 @@ class OverCategories(DenseDetector):
         if len(names) == 1:  # the entropy over one category is zero, and so is the published product
             self.score = replace(self.score, criterion="likelihood", image_criterion="likelihood")
         sizes = {"hierarchical": {k: self.config[k] for k in ("centres", "spread")}, "classes": {}}.get(kind)
-        made = [normal_base(kind, s, -1) if sizes is None else BASES[kind](len(names), s[0], **sizes) for s in self.backbone.shapes]
+        made = [normal_base(kind, s, -1) if sizes is None else BASES[kind](len(names), s[0], **sizes)
+                for s in self.backbone.shapes]
         self.bases = nn.ModuleList(made).to(self.device)
 
     def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -491,7 +532,8 @@ class OverCategories(DenseDetector):
         "The number of a category; DataError if the model was not trained on it."
         names = self.config["categories"] or []
         if category not in names:
-            raise DataError(f"category {category!r}: this model knows {', '.join(names) or 'none yet'}; train it on that category, too")
+            raise DataError(f"category {category!r}: this model knows {', '.join(names) or 'none yet'}; "
+                            "train it on that category, too")
         return names.index(category)
 
     def labels_of(self, dataset: Dataset) -> Tensor:
@@ -511,20 +553,23 @@ class HGADLosses(OverCategories):
         named = dict(self.bases.named_parameters())
         centres = [p for n, p in named.items() if n.endswith(("mu", "delta"))]
         rest = [p for n, p in named.items() if not n.endswith(("mu", "delta"))]
-        groups = ({"params": flows, "weight_decay": weight_decay}, {"params": centres, "weight_decay": 0.0, "rate": self.config["centre_rate"]},
+        groups = ({"params": flows, "weight_decay": weight_decay},
+                  {"params": centres, "weight_decay": 0.0, "rate": self.config["centre_rate"]},
                   {"params": rest, "weight_decay": 0.0})
         return [g for g in groups if g["params"]]
 
     def level_loss(self, level: int, z: Tensor, logdet: Tensor, labels: Tensor | None) -> Tensor:
-        "HGAD's loss of a level's latent, or the negative log-likelihood per dimension where the base is a single normal."
+        "HGAD's loss of a level's latent; where the base is a single normal, the negative log-likelihood a dimension."
         base, c = self.bases[level], self.config
         if not self.mixture:
             return -(base.per_dimension(z) + logdet / z.shape[-1]).mean()
         if labels is None:
             raise ValueError("HGAD is trained with the category of each image: pass labels")
-        return hgad_loss(hgad_terms(z, logdet, labels, base, self.intra, c["smoothing"]), c["lambda1"], c["lambda2"], c["lambda_e"])
+        return hgad_loss(hgad_terms(z, logdet, labels, base, self.intra, c["smoothing"]), c["lambda1"], c["lambda2"],
+                         c["lambda_e"])
 
-    def losses(self, features: list[Tensor], labels: Tensor | None = None, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    def losses(self, features: list[Tensor], labels: Tensor | None = None,
+               generator: torch.Generator | None = None) -> Iterator[Tensor]:
         each = (self.level_loss(l, z, logdet, labels) for l, (z, logdet) in enumerate(self.latents(features)))
         if self.config["joint"]:
             yield sum(each)
@@ -548,31 +593,33 @@ class HGADParts(HGADLosses):
         return out
 
     def categories_for(self, latents: list[tuple[Tensor, Tensor]], labels: Tensor | None, mode: str) -> Tensor | None:
-        "The category whose likelihood counts, of each image, (B,); None for the marginal over all. ValueError if it must be known and is not."
+        """The category whose likelihood counts, of each image, (B,); None for the marginal over all.
+        ValueError if it must be known and is not."""
         if mode not in CLASS_MODES:
             raise ValueError(f"class_mode {mode!r}: one of {', '.join(CLASS_MODES)}")
         if mode == "known" and labels is None:
-            raise ValueError("class_mode='known': the category of each image must be given (a Dataset, category=..., or labels); without it use class_mode='inferred'")
+            raise ValueError("class_mode='known': the category of each image must be given (a Dataset, category=..., "
+                             "or labels); without it use class_mode='inferred'")
         if mode == "inferred-top":
             return sum(base.class_log_prob(z).sum(1) for base, (z, _) in zip(self.bases, latents)).argmax(-1)
         return labels if mode == "known" else None
 
 # %% ../nbs/07_detectors.ipynb #ad36542b
 class HGAD(HGADParts):
-    "HGAD (Yao et al. 2024): one conditional dense flow a level for all categories, against a hierarchical Gaussian mixture."
+    "HGAD (Yao et al. 2024): a conditional dense flow a level for all categories, against a hierarchical mixture."
 
     method = "hgad"
     features = dict(levels=(3,), pyramid=(1.0, 0.5, 0.25))  # stride 16 of three sizes
 
     def __init__(
         self,
-        backbone: str | Backbone = "tf_efficientnet_lite0",  # a timm name, or a `Backbone` with its level, pyramid and size
+        backbone: str | Backbone = "tf_efficientnet_lite0",  # a timm name, or a `Backbone` with level, pyramid and size
         categories: Iterable[str] | None = None,  # that the mixture is over; None: those of the data set in `fit`
         steps: int = 12,  # couplings of a level's flow
         code: int = 256,  # channels of the position code
         centres: int = 10,  # M, of each category
-        spread: float = 1.0,  # deviation of their first offsets from the main one; 1 is published, and leaves them out of reach (`bases`)
-        base: str = "hierarchical",  # 'classes': without the centres inside a category; 'standard': a single Gaussian; 'diagonal': a learnable one
+        spread: float = 1.0,  # deviation of their first offsets from the main one; published: 1, out of reach
+        base: str = "hierarchical",  # or 'classes' (one centre each), 'standard' (one Gaussian), 'diagonal'
         lambda1: float = 1.0,
         lambda2: float = 1.0,  # public code: 100
         lambda_e: float = 1.0,
@@ -580,24 +627,29 @@ class HGAD(HGADParts):
         stage_one: float = 0.08,  # share of the training without the losses inside categories
         joint: bool = False,  # one step for all levels together, instead of one a level
         centre_rate: float = 1.0,  # multiple of the learning rate for centres; public code declares 3, which never acts
-        class_mode: str = "inferred",  # 'known', 'inferred' (marginal) or 'inferred-top' (most probable category of the image)
+        class_mode: str = "inferred",  # 'known', 'inferred' (marginal) or 'inferred-top' (the image's most probable)
         clamp: float = 1.9,
         soft: bool = True,
         rule: str = "published",
         norm: str = "standard",
-        score: Score | None = None,  # default: pixels by likelihood, images by the product; the public code's is scores.PUBLISHED["hgad"]
+        score: Score | None = None,  # default: pixels by likelihood, images by product; public: PUBLISHED["hgad"]
     ):
         for name, given, allowed in (("base", base, BASES), ("class_mode", class_mode, CLASS_MODES)):
             if given not in allowed:
                 raise ValueError(f"{name} {given!r}: one of {', '.join(allowed)}")
-        if not (0 <= stage_one <= 1 and 0 <= smoothing < 1 and centre_rate > 0 and min(lambda1, lambda2, lambda_e) >= 0):
-            raise ValueError(f"stage_one {stage_one} in [0, 1], smoothing {smoothing} in [0, 1), centre_rate {centre_rate} positive, weights not negative")
+        weights = (lambda1, lambda2, lambda_e)
+        if not (0 <= stage_one <= 1 and 0 <= smoothing < 1 and centre_rate > 0 and min(weights) >= 0):
+            raise ValueError(f"stage_one {stage_one} in [0, 1], smoothing {smoothing} in [0, 1), "
+                             f"centre_rate {centre_rate} positive, weights not negative")
         if isinstance(backbone, str):
             backbone = Backbone(backbone, **self.features)
-        config = dict(categories=None, steps=steps, code=code, centres=centres, spread=spread, base=base, lambda1=lambda1, lambda2=lambda2, lambda_e=lambda_e, smoothing=smoothing,
-                      stage_one=stage_one, joint=joint, centre_rate=centre_rate, class_mode=class_mode, clamp=clamp, soft=soft, rule=rule, norm=norm)
+        config = dict(categories=None, steps=steps, code=code, centres=centres, spread=spread, base=base,
+                      lambda1=lambda1, lambda2=lambda2, lambda_e=lambda_e, smoothing=smoothing,
+                      stage_one=stage_one, joint=joint, centre_rate=centre_rate, class_mode=class_mode, clamp=clamp,
+                      soft=soft, rule=rule, norm=norm)
         self.mixture, self.intra = base in ("hierarchical", "classes"), base == "hierarchical"
-        super().__init__(backbone, score or (Score(image_criterion="product") if self.mixture else Score()), config, lambda shape: nn.Identity())
+        super().__init__(backbone, score or (Score(image_criterion="product") if self.mixture else Score()), config,
+                         lambda shape: nn.Identity())
         if categories is not None:
             self.adopt(categories)
 
@@ -609,20 +661,24 @@ OFFICIAL = {"mus": "mu", "mu_deltas": "delta", "phi_inters": "phi", "phi_intras"
 
 
 def check_official(detector: HGAD) -> None:
-    "DataError if the detector is none that HGAD's public code could hold: it has no norm, one form of the clamp, one base."
+    """DataError if the detector is none that HGAD's public code could hold:
+    it has no norm, one form of the clamp, one base."""
     c = detector.config
     if c["norm"] != "none" or c["rule"] != "published":
-        raise DataError(f"HGAD's public code has neither norm={c['norm']!r} nor rule={c['rule']!r}, and its numbers would mean something else: "
+        raise DataError(f"HGAD's public code has neither norm={c['norm']!r} nor rule={c['rule']!r}, "
+                        "and its numbers would mean something else: "
                         "build the detector with norm='none' and rule='published'")
     if c["base"] != "hierarchical" or c["categories"] is None:
-        raise DataError(f"HGAD's public code holds a hierarchical mixture over known categories; this detector has base={c['base']!r} "
+        raise DataError("HGAD's public code holds a hierarchical mixture over known categories; "
+                        f"this detector has base={c['base']!r} "
                         f"and categories {c['categories']}: build it with base='hierarchical' and categories=[...]")
 
-
+# %% ../nbs/07_detectors.ipynb #a6d955f7
 def to_official(detector: HGAD) -> dict:
     "The checkpoint that HGAD's public code would have written for these weights; DataError if it could not."
     check_official(detector)
-    lists = {theirs: {str(l): getattr(b, ours).detach() for l, b in enumerate(detector.bases)} for theirs, ours in OFFICIAL.items()}
+    lists = {theirs: {str(l): getattr(b, ours).detach() for l, b in enumerate(detector.bases)}
+             for theirs, ours in OFFICIAL.items()}
     return {"nfs": [to_freia(flow) for flow in detector.flows], **lists}
 
 
@@ -630,23 +686,28 @@ def from_official(detector: HGAD, state: dict) -> HGAD:
     "Load a checkpoint of HGAD's public code in place; DataError naming what does not fit, with both sizes."
     check_official(detector)
     if missing := [k for k in ("nfs", *OFFICIAL) if k not in state]:
-        raise DataError(f"{', '.join(missing)} missing: not a checkpoint of HGAD's public code, which has nfs, {', '.join(OFFICIAL)}")
+        raise DataError(f"{', '.join(missing)} missing: not a checkpoint of HGAD's public code, which has nfs, "
+                        f"{', '.join(OFFICIAL)}")
     for name in ("nfs", *OFFICIAL):
         if len(state[name]) != len(detector.flows):
-            raise DataError(f"{name}: the checkpoint has {len(state[name])} levels, the detector {len(detector.flows)}: give the backbone as many")
+            raise DataError(f"{name}: the checkpoint has {len(state[name])} levels, "
+                            f"the detector {len(detector.flows)}: give the backbone as many")
     flows, read = copy.deepcopy(detector.flows), {}  # nothing is changed unless all of it fits
     for l, (flow, own) in enumerate(zip(flows, state["nfs"])):
         try:
             from_freia(flow, own)
         except ValueError as error:
-            raise DataError(f"flow of level {l}: {error}; build the detector with the checkpoint's steps, code and backbone") from error
+            raise DataError(f"flow of level {l}: {error}; build the detector with the checkpoint's steps, "
+                            "code and backbone") from error
     for theirs, ours in OFFICIAL.items():
         values = state[theirs]
         for l, base in enumerate(detector.bases):
             value, parameter = values[str(l)] if isinstance(values, dict) else values[l], getattr(base, ours)
             if value.shape != parameter.shape:
-                raise DataError(f"{theirs} of level {l} is {tuple(value.shape)} in the checkpoint, {tuple(parameter.shape)} in the detector "
-                                f"({base.classes} categories, {base.centres} centres, {base.channels} channels): build it with the checkpoint's numbers")
+                raise DataError(f"{theirs} of level {l} is {tuple(value.shape)} in the checkpoint, "
+                                f"{tuple(parameter.shape)} in the detector "
+                                f"({base.classes} categories, {base.centres} centres, {base.channels} channels): "
+                                "build it with the checkpoint's numbers")
             read[f"{l}.{ours}"] = value
     detector.flows.load_state_dict(flows.state_dict())
     detector.bases.load_state_dict(read)

@@ -40,7 +40,8 @@ def latent_rows(detector: Detector, features: list[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def latent_moments(detector: Detector, bank: FeatureBank, images: np.ndarray, batch: int = 32) -> list[tuple[Tensor, Tensor]]:
+def latent_moments(detector: Detector, bank: FeatureBank, images: np.ndarray,
+                   batch: int = 32) -> list[tuple[Tensor, Tensor]]:
     "Mean and variance (C,) of the latents of some images, over images and positions; level by level."
     sums = [torch.zeros(3, s[0], dtype=torch.float64, device=detector.device) for s in detector.backbone.shapes]
     for part in torch.as_tensor(images).split(batch):
@@ -61,8 +62,10 @@ def position_labels(dataset: Dataset, i: int, size: tuple[int, int]) -> np.ndarr
     return np.where(share.numpy() > 0.5, 1, -1)
 
 # %% ../nbs/10a_diagnostics.ipynb #9da81e18
-def positions_to_sample(dataset: Dataset, size: tuple[int, int], rows: int, seed: int = 0) -> list[tuple[int, int, int]]:
-    "(image, position, label) of about `rows` positions: the same number from each category, half of them defective where there are as many."
+def positions_to_sample(dataset: Dataset, size: tuple[int, int], rows: int,
+                        seed: int = 0) -> list[tuple[int, int, int]]:
+    """(image, position, label) of about `rows` positions:
+    the same number from each category, half of them defective where there are as many."""
     draw, chosen = np.random.default_rng(seed), []
     each = max(1, rows // (2 * len(dataset.categories)))
     for category in dataset.categories:
@@ -76,24 +79,31 @@ def positions_to_sample(dataset: Dataset, size: tuple[int, int], rows: int, seed
 
 # %% ../nbs/10a_diagnostics.ipynb #20e5af58
 @torch.no_grad()
-def latent_sample(detector: Detector, bank: FeatureBank, dataset: Dataset, level: int, rows: int = 1024) -> dict[str, np.ndarray]:
+def latent_sample(detector: Detector, bank: FeatureBank, dataset: Dataset, level: int,
+                  rows: int = 1024) -> dict[str, np.ndarray]:
     "Latents z (n, C) of sampled test positions of a level, with `category` and `defective` (n,)."
     chosen = np.array(positions_to_sample(dataset, detector.backbone.shapes[level][1:], rows)).reshape(-1, 3)
-    z = [latent_rows(detector, bank[torch.tensor([i])])[level][0, chosen[chosen[:, 0] == i, 1]].half().cpu() for i in np.unique(chosen[:, 0])]
+    z = [latent_rows(detector, bank[torch.tensor([i])])[level][0, chosen[chosen[:, 0] == i, 1]].half().cpu()
+         for i in np.unique(chosen[:, 0])]
     categories = np.array([dataset.records[i].category for i in chosen[:, 0]])
     return {"z": torch.cat(z).numpy(), "category": categories, "defective": chosen[:, 2] == 1}
 
 # %% ../nbs/10a_diagnostics.ipynb #b0721526
-def latents_file(path: Path, detector: Detector, bank: FeatureBank, dataset: Dataset, trace: dict[str, np.ndarray]) -> None:
-    "Write `latents.npz`: `mean{l}`, `var{l}` (C,) of normal test images, the sample of the middle level and its `centres` (K, M, C), and `trace/...` of the base."
+def latents_file(path: Path, detector: Detector, bank: FeatureBank, dataset: Dataset,
+                 trace: dict[str, np.ndarray]) -> None:
+    """Write `latents.npz`, what figures need of the latents and the base.
+    `mean{l}`, `var{l}` (C,) of normal test images, the sample of the middle level and its `centres` (K, M, C), and
+    `trace/...` of the base."""
     detector.eval()
     level = len(detector.bases) // 2
     moments = latent_moments(detector, bank, np.flatnonzero(dataset.labels == 0))
-    arrays = {f"{name}{l}": v.cpu().numpy().astype(np.float32) for l, pair in enumerate(moments) for name, v in zip(("mean", "var"), pair)}
+    arrays = {f"{name}{l}": v.cpu().numpy().astype(np.float32) for l, pair in enumerate(moments)
+              for name, v in zip(("mean", "var"), pair)}
     if hasattr(base := detector.bases[level], "mu"):
         centres = base.all_centres() if hasattr(base, "all_centres") else base.mu[:, None]
         arrays |= {"centres": centres.detach().half().cpu().numpy(), "classes": np.array(detector.config["categories"])}
-    np.savez_compressed(path, level=level, **arrays, **latent_sample(detector, bank, dataset, level), **{f"trace/{k}": v for k, v in trace.items()})
+    np.savez_compressed(path, level=level, **arrays, **latent_sample(detector, bank, dataset, level),
+                        **{f"trace/{k}": v for k, v in trace.items()})
 
 # %% ../nbs/10a_diagnostics.ipynb #ec447554
 def picture_rows(dataset: Dataset, each: int = 4) -> list[int]:
@@ -110,7 +120,9 @@ def picture_rows(dataset: Dataset, each: int = 4) -> list[int]:
 
 # %% ../nbs/10a_diagnostics.ipynb #29b8b0a5
 def pictures_file(path: Path, dataset: Dataset, maps: np.ndarray, side: int = 128) -> None:
-    "Write `pictures.npz`: `image` (n, side, side, 3) uint8, `mask` (bool) and `map` (float16), what they show, and each category's colour range, `low` and `high`."
+    """Write `pictures.npz`, some images with their masks and maps.
+    `image` (n, side, side, 3) uint8, `mask` (bool) and `map` (float16), what they show, and each category's colour
+    range, `low` and `high`."""
     rows, categories = picture_rows(dataset), np.array([r.category for r in dataset.records])
     small = lambda t, mode: torch.nn.functional.interpolate(t.float()[None], (side, side), mode=mode)[0]
     samples = [dataset[i] for i in rows]

@@ -26,12 +26,13 @@ from .scores import score_batch
 
 # %% ../nbs/10b_export.ipynb #98af28a1
 class Program(nn.Module):
-    "Images (B, 3, size, size), RGB in [0, 1], to anomaly maps (B, size, size) and image scores (B,), as `Detector.predict` gives them."
+    "Images (B, 3, size, size), RGB in [0, 1], to anomaly maps and scores, as `Detector.predict` gives them."
 
     def __init__(self, detector: Detector, category: str | None = None):
         super().__init__()
         if detector.score.normalise == "paper":
-            raise ValueError("normalise='paper' scores a whole test set at once, which no exported program sees: use normalise='train'")
+            raise ValueError("normalise='paper' scores a whole test set at once, which no exported program sees: "
+                             "use normalise='train'")
         if detector.score.normalise == "train" and detector.calibration.isnan().any():
             raise ValueError("this detector has not been trained: call fit, or load one that was")
         self.detector = copy.deepcopy(detector).cpu().eval().requires_grad_(False)
@@ -45,12 +46,14 @@ class Program(nn.Module):
 # %% ../nbs/10b_export.ipynb #d5f9a7c7
 def write_pt2(program: Program, images: Tensor, path: Path, about: dict) -> None:
     "A `torch.export` program; what it is, is in its extra file `flowrepro.json`."
-    torch.export.save(torch.export.export(program, (images,), dynamic_shapes=OPEN), path, extra_files={"flowrepro.json": json.dumps(about)})
+    torch.export.save(torch.export.export(program, (images,), dynamic_shapes=OPEN), path,
+                      extra_files={"flowrepro.json": json.dumps(about)})
 
 
 def write_onnx(program: Program, images: Tensor, path: Path, about: dict) -> None:
     "An ONNX model, weights inside; what it is, is in its metadata."
-    made = torch.onnx.export(program, (images,), dynamo=True, dynamic_shapes=OPEN, input_names=["images"], output_names=["maps", "scores"], verbose=False)
+    made = torch.onnx.export(program, (images,), dynamo=True, dynamic_shapes=OPEN, input_names=["images"],
+                             output_names=["maps", "scores"], verbose=False)
     made.model.metadata_props.update({k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()})
     made.save(path, external_data=False)
 
@@ -78,12 +81,15 @@ FORMATS: dict[str, tuple[Callable, Callable, tuple[str, ...]]] = {  # writer, re
 
 # %% ../nbs/10b_export.ipynb #0bf923fb
 def check_written(run: Callable, path: Path, program: Program, images: Tensor, tolerance: float = 1e-3) -> float:
-    "How far the file is from the detector, on all images and on one alone, relative to the largest output; above `tolerance` it is removed, RuntimeError."
+    """How far the file is from the detector, on all images and on one alone, relative to the largest output;
+    above `tolerance` it is removed, RuntimeError."""
     pairs = [pair for x in (images, images[:1]) for pair in zip(program(x), run(path, x))]
-    worst = float(torch.stack([(ours - written).abs().max() / ours.abs().max().clamp_min(1e-30) for ours, written in pairs]).max())
+    errors = [(ours - written).abs().max() / ours.abs().max().clamp_min(1e-30) for ours, written in pairs]
+    worst = float(torch.stack(errors).max())
     if not worst <= tolerance:  # NaN is refused, too
         path.unlink()
-        raise RuntimeError(f"{path}: what was written differs from the detector by {worst:.1e} of its largest output, more than {tolerance:g}, and was removed: report this with the versions of torch and onnx")
+        raise RuntimeError(f"{path}: what was written differs from the detector by {worst:.1e} of its largest output, "
+                           f"more than {tolerance:g}, and was removed: report this with the versions of torch and onnx")
     return worst
 
 # %% ../nbs/10b_export.ipynb #7603b375
@@ -91,21 +97,26 @@ def check_written(run: Callable, path: Path, program: Program, images: Tensor, t
 def export(
     detector: Detector,
     path: str | Path,  # ends in .onnx or .pt2
-    images: Dataset | Tensor | str | Path | Iterable,  # two or more of the detector's own, anything that `predict` takes; the first four are compared
+    images: Dataset | Tensor | str | Path | Iterable,  # two or more, as `predict` takes them; four are compared
     category: str | None = None,  # of all images, for an HGAD with class_mode='known'
 ) -> float:  # the largest relative difference from the detector that was seen
-    "Write a trained detector as one program, run it, and compare; ValueError for another ending, a missing package, or a detector that cannot be exported."
+    """Write a trained detector as one program, run it, and compare;
+    ValueError for another ending, a missing package, or a detector that cannot be exported."""
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: the file's ending says its kind, one of {', '.join(FORMATS)}")
     write, run, packages = FORMATS[path.suffix]
     if missing := [p for p in packages if find_spec(p) is None]:
-        raise ValueError(f"{path}: ONNX needs {', '.join(missing)}: pip install 'flowrepro[onnx]', or write a .pt2 file")
+        raise ValueError(f"{path}: ONNX needs {', '.join(missing)}: pip install 'flowrepro[onnx]', "
+                         "or write a .pt2 file")
     program = Program(detector, category)
-    compared = check_images(torch.stack(list(islice(open_images(images, detector.seen_through()), 4))), detector.backbone.size)
+    compared = check_images(torch.stack(list(islice(open_images(images, detector.seen_through()), 4))),
+                            detector.backbone.size)
     compared = compared.float() if compared.is_floating_point() else compared / 255
-    if len(compared) < 2 or any(t.max() == t.min() for t in program(compared)):  # the detector's own complaints come here, too
-        raise ValueError(f"{path}: the detector says the same of all images to compare on: give two or more of its own, that differ")
+    # the detector's own complaints come here, too
+    if len(compared) < 2 or any(t.max() == t.min() for t in program(compared)):
+        raise ValueError(f"{path}: the detector says the same of all images to compare on: "
+                         "give two or more of its own, that differ")
     path.parent.mkdir(parents=True, exist_ok=True)
     write(program, compared[:2], path, about(detector, category))
     return check_written(run, path, program, compared)
@@ -114,6 +125,9 @@ def export(
 def about(detector: Detector, category: str | None) -> dict:
     "What the file says of itself."
     size = detector.backbone.size
-    return {"flowrepro": __version__, "method": detector.method, "category": category or "", "weight_id": detector.backbone.weight_id,
-            "input": f"images (B, 3, {size}, {size}), float32, RGB in [0, 1], made square as flowrepro.data.{detector.seen_through()} does",
-            "output": f"maps (B, {size}, {size}) and scores (B,), float32, larger is more anomalous", "score": asdict(detector.score)}
+    return {"flowrepro": __version__, "method": detector.method, "category": category or "",
+            "weight_id": detector.backbone.weight_id,
+            "input": f"images (B, 3, {size}, {size}), float32, RGB in [0, 1], "
+                     f"made square as flowrepro.data.{detector.seen_through()} does",
+            "output": f"maps (B, {size}, {size}) and scores (B,), float32, larger is more anomalous",
+            "score": asdict(detector.score)}

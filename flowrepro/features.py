@@ -45,8 +45,10 @@ def images_hash(paths: list[Path]) -> str:
 
 def bank_key(dataset, backbone, dtype: str, copies: int = 1, seed: int = 0) -> str:
     "Hex key of everything that decides the numbers in a bank."
-    parts = dict(format=FORMAT, images=images_hash([r.image for r in dataset.records]), transform=repr(dataset.transform),
-                 backbone=backbone.config(), dtype=dtype, copies=copies, seed=seed if copies > 1 or dataset.transform.random else 0)
+    parts = dict(format=FORMAT, images=images_hash([r.image for r in dataset.records]),
+                 transform=repr(dataset.transform),
+                 backbone=backbone.config(), dtype=dtype, copies=copies,
+                 seed=seed if copies > 1 or dataset.transform.random else 0)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/02_features.ipynb #514a859d
@@ -65,16 +67,20 @@ SHARE = 0.5                                                           # of free 
 def free_ram() -> int:
     "Bytes of RAM available to this process, by the kernel's estimate and the limits of its control groups."
     free = os.sysconf("SC_AVPHYS_PAGES")*os.sysconf("SC_PAGE_SIZE")
-    try: free = next(int(l.split()[1])*1024 for l in Path("/proc/meminfo").read_text().splitlines() if l.startswith("MemAvailable"))
+    try:
+        free = next(int(l.split()[1])*1024 for l in Path("/proc/meminfo").read_text().splitlines()
+                    if l.startswith("MemAvailable"))
     except (OSError, StopIteration): pass
     return max(min([free, *group_free()]), 0)
 
 def group_free(own: Path = Path("/proc/self/cgroup"), top: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    "Bytes that the control groups of this process, such as that of a Slurm job, and those around them still allow; cached files count as free."
+    """Bytes that the control groups of this process, such as that of a Slurm job, and those around them still allow;
+    cached files count as free."""
     out, lines = [], own.read_text().splitlines() if own.exists() else []
     for names, path in (line.split(":", 2)[1:] for line in lines):
         old = "memory" in names.split(",")                            # version 1 has a tree for each kind of resource
-        limit, used, cached = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") if old else ("memory.max", "memory.current", "inactive_file")
+        limit, used, cached = (("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") if old
+                               else ("memory.max", "memory.current", "inactive_file"))
         folder = (tree := top/"memory" if old else top)/path.strip("/")
         for group in (g for g in (folder, *folder.parents) if g.is_relative_to(tree) and (old or not names)):
             try:
@@ -85,13 +91,15 @@ def group_free(own: Path = Path("/proc/self/cgroup"), top: Path = Path("/sys/fs/
 
 def choose_place(nbytes: int, where: str, device: torch.device) -> str:
     "`device`, `ram` or `disk`. `MemoryError` if a place chosen by name is too small."
-    if where not in ("auto", "device", "ram", "disk"): raise ValueError(f"where={where!r}; allowed: auto, device, ram, disk")
+    if where not in ("auto", "device", "ram", "disk"):
+        raise ValueError(f"where={where!r}; allowed: auto, device, ram, disk")
     if where == "disk": return where
     cuda = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" and where != "ram" else 0
     if where == "auto": return "device" if nbytes < SHARE*cuda else "ram" if nbytes < SHARE*free_ram() else "disk"
     if device.type != "cuda": where = "ram"
     if nbytes > (free := cuda if where == "device" else free_ram()):
-        raise MemoryError(f"features need {nbytes/2**20:.0f} MiB, the {where} has {free/2**20:.0f} MiB free; use where='disk', or a smaller dtype or size")
+        raise MemoryError(f"features need {nbytes/2**20:.0f} MiB, the {where} has {free/2**20:.0f} MiB free; "
+                          "use where='disk', or a smaller dtype or size")
     return where
 
 # %% ../nbs/02_features.ipynb #599c1530
@@ -111,20 +119,25 @@ def fixed_image(dataset, i: int, copy_: int, seed: int) -> torch.Tensor:
     d = copy.copy(dataset)
     if getattr(d, "generator", None) is not None: d.generator = None  # so that the seed below decides
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed},{copy_},{i}".encode()).digest()[:8], "big") >> 1)
+        torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed},{copy_},{i}".encode()).digest()[:8],
+                                                           "big") >> 1)
         return d[i].image
 
 def check_transform(dataset, copies: int) -> None:
     "`ValueError` for a random transform without copies, or copies without a random transform."
     if copies < 1: raise ValueError(f"copies={copies}: give 1 or more")
     if dataset.transform.random and copies == 1:
-        raise ValueError(f"{dataset.transform!r} is random, so its features cannot be computed once; use LiveFeatures(dataset, backbone), "
+        raise ValueError(f"{dataset.transform!r} is random, so its features cannot be computed once; "
+                         "use LiveFeatures(dataset, backbone), "
                          "or a fixed set of k variants of each image: FeatureBank(..., copies=k, seed=s) with k > 1")
-    if copies > 1 and not dataset.transform.random: raise ValueError(f"copies={copies} of the same image: the transform is not random; use copies=1")
+    if copies > 1 and not dataset.transform.random:
+        raise ValueError(f"copies={copies} of the same image: the transform is not random; use copies=1")
 
 # %% ../nbs/02_features.ipynb #9609e76d
-def fill(flat: torch.Tensor, dataset, backbone, copies: int, seed: int, device: torch.device, batch: int, progress: bool) -> None:
-    "Write the features of all images (all copies of them) into `flat`. `ValueError` where one is not finite in its storage type."
+def fill(flat: torch.Tensor, dataset, backbone, copies: int, seed: int, device: torch.device, batch: int,
+         progress: bool) -> None:
+    """Write the features of all images (all copies of them) into `flat`.
+    `ValueError` where one is not finite in its storage type."""
     n, N = len(dataset), len(dataset)*copies
     levels = split_levels(flat, N, backbone.shapes)
     random = dataset.transform.random
@@ -136,11 +149,15 @@ def fill(flat: torch.Tensor, dataset, backbone, copies: int, seed: int, device: 
             x = torch.stack([next(images) for _ in range(min(batch, N - start))])
             for level, y in zip(levels, backbone(x.to(device))):
                 if y.shape[1:] != level.shape[1:]:
-                    raise ValueError(f"images of {tuple(x.shape[1:])} give features {tuple(y.shape[1:])} instead of {tuple(level.shape[1:])}; make the backbone with the size of the transform: Backbone(size={x.shape[-1]})")
+                    raise ValueError(f"images of {tuple(x.shape[1:])} give features {tuple(y.shape[1:])} instead of "
+                                     f"{tuple(level.shape[1:])}; make the backbone with the size of the transform: "
+                                     f"Backbone(size={x.shape[-1]})")
                 y = y.to(level.dtype)
                 if not y.isfinite().all():
                     bad = start + int((~y.flatten(1).isfinite().all(1)).nonzero()[0])
-                    raise ValueError(f"{dataset.records[bad % n].image}: features not finite in {str(level.dtype)[6:]}; use dtype='bfloat16' or 'float32', and check the weights")
+                    raise ValueError(f"{dataset.records[bad % n].image}: "
+                                     f"features not finite in {str(level.dtype)[6:]}; "
+                                     "use dtype='bfloat16' or 'float32', and check the weights")
                 level[start:start + len(x)] = y.to(level.device)
             bar.update(len(x))
 
@@ -149,7 +166,8 @@ def sample_digest(path: Path, blocks: int = 256, size: int = 4096) -> str:
     "SHA-256 over evenly spread blocks of a file; over all of it if it is small."
     total, h = path.stat().st_size, hashlib.sha256()
     with open(path, "rb") as f:
-        starts = range(0, total, size) if total <= blocks*size else np.linspace(0, total - size, blocks).astype(np.int64).tolist()
+        starts = (range(0, total, size) if total <= blocks*size
+                  else np.linspace(0, total - size, blocks).astype(np.int64).tolist())
         for s in starts:
             f.seek(s); h.update(f.read(size))
     return h.hexdigest()
@@ -170,7 +188,8 @@ def is_complete(base: Path, header: dict) -> bool:
 
 # %% ../nbs/02_features.ipynb #6d505631
 class Lock:
-    "Exclusive advisory lock on a file, as a context manager. With `wait=False`, entering gives False if another holds it."
+    """Exclusive advisory lock on a file, as a context manager.
+    With `wait=False`, entering gives False if another holds it."""
     def __init__(self, path: Path, wait: bool = True, say: str = ""): self.path, self.wait, self.say = path, wait, say
 
     def __enter__(self) -> bool:
@@ -198,10 +217,12 @@ def map_file(path: Path, nbytes: int, dtype: str, write: bool = False) -> torch.
     return torch.from_file(str(path), shared=write, size=nbytes//DTYPES[dtype].itemsize, dtype=DTYPES[dtype])
 
 def reserve(path: Path, nbytes: int) -> None:
-    "Create a file of `nbytes` with its blocks reserved. `OSError` (ENOSPC) with needed and free bytes if they do not fit."
+    """Create a file of `nbytes` with its blocks reserved.
+    `OSError` (ENOSPC) with needed and free bytes if they do not fit."""
     path.unlink(missing_ok=True)
     free = shutil.disk_usage(path.parent).free
-    full = OSError(errno.ENOSPC, f"features need {nbytes/2**20:.1f} MiB, {free/2**20:.1f} MiB are free; free some, give another cache=DIR, or use a smaller dtype or size", str(path.parent))
+    full = OSError(errno.ENOSPC, f"features need {nbytes/2**20:.1f} MiB, {free/2**20:.1f} MiB are free; "
+                                 "free some, give another cache=DIR, or use a smaller dtype or size", str(path.parent))
     if nbytes > free: raise full
     with open(path, "wb") as f:
         try: os.posix_fallocate(f.fileno(), 0, nbytes)
@@ -214,7 +235,8 @@ def find_or_fill(base: Path, header: dict, write: Callable[[torch.Tensor], None]
     "Make `base`.bin and .json hold a complete bank, by `write(flat)` if there is none. True if it was found."
     if is_complete(base, header): return True
     sweep(base.parent)
-    with Lock(base.with_suffix(".lock"), say=f"{base.with_suffix('.bin')}: another process computes these features; waiting for it"):
+    with Lock(base.with_suffix(".lock"), say=f"{base.with_suffix('.bin')}: another process computes these features; "
+                                             "waiting for it"):
         if is_complete(base, header): return True
         tmp, head = base.with_suffix(".bin.tmp"), base.with_suffix(".json")
         head.unlink(missing_ok=True)
@@ -228,15 +250,19 @@ def find_or_fill(base: Path, header: dict, write: Callable[[torch.Tensor], None]
 
 # %% ../nbs/02_features.ipynb #50103b60
 def as_index(idx, n: int) -> torch.Tensor:
-    "An int, slice, list, array or tensor of indices (or a bool mask) as int64 (B,), each in [0, n). `IndexError` outside of [−n, n)."
-    if isinstance(idx, slice): return torch.arange(n)[idx] if (idx.step or 1) > 0 else torch.tensor(range(n)[idx], dtype=torch.int64)
+    """An int, slice, list, array or tensor of indices (or a bool mask) as int64 (B,), each in [0, n).
+    `IndexError` outside of [−n, n)."""
+    if isinstance(idx, slice):
+        return torch.arange(n)[idx] if (idx.step or 1) > 0 else torch.tensor(range(n)[idx], dtype=torch.int64)
     i = torch.as_tensor(idx)
     if i.dtype == torch.bool:
         if i.shape != (n,): raise IndexError(f"bool index of shape {tuple(i.shape)} for {n} images")
         i = i.nonzero()[:, 0]
-    if i.numel() and (i.is_floating_point() or i.is_complex()): raise IndexError(f"indices must be whole numbers, not {i.dtype}")
+    if i.numel() and (i.is_floating_point() or i.is_complex()):
+        raise IndexError(f"indices must be whole numbers, not {i.dtype}")
     i = i.to(torch.int64).reshape(-1)
-    if i.numel() and not -n <= int(i.min()) <= int(i.max()) < n: raise IndexError(f"index {int(i.min())}…{int(i.max())} outside of the {n} images")
+    if i.numel() and not -n <= int(i.min()) <= int(i.max()) < n:
+        raise IndexError(f"index {int(i.min())}…{int(i.max())} outside of the {n} images")
     return torch.where(i < 0, i + n, i)
 
 def take(level: torch.Tensor, i: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -245,9 +271,11 @@ def take(level: torch.Tensor, i: torch.Tensor, device: torch.device) -> torch.Te
 
 # %% ../nbs/02_features.ipynb #7c053e41
 class FeatureBank:
-    """Features of all images of `dataset`, computed once. `bank[idx]` is a list of float32 (B, C, h, w) on `device`, one for each level.
+    """Features of all images of `dataset`, computed once. `bank[idx]` is a list of float32 (B, C, h, w) on `device`,
+    one for each level.
 
-    Attributes: `key` (hex), `place` (`device`, `ram` or `disk`), `found` (in the cache), `seconds` (to fill; 0.0 if found), `nbytes`, `shapes` (C, h, w), `copies`."""
+    Attributes: `key` (hex), `place` (`device`, `ram` or `disk`), `found` (in the cache),
+    `seconds` (to fill; 0.0 if found), `nbytes`, `shapes` (C, h, w), `copies`."""
     def __init__(self, dataset,                        # len, [i].image, .transform, .records[i].image
                  backbone,                             # moved to `device` for the fill
                  where: str = "auto",                  # auto, device, ram or disk
@@ -280,10 +308,12 @@ class FeatureBank:
         return [take(l, rows, torch.device("cpu"))[back].to(self.device) for l in self.levels]
 
     def __repr__(self) -> str:
-        return f"FeatureBank({self.n} images, {self.shapes}, {self.dtype}, {self.nbytes/2**20:.1f} MiB on {self.place}, {'found' if self.found else f'{self.seconds:.1f} s'})"
+        return (f"FeatureBank({self.n} images, {self.shapes}, {self.dtype}, {self.nbytes/2**20:.1f} MiB on "
+                f"{self.place}, {'found' if self.found else f'{self.seconds:.1f} s'})")
 
 # %% ../nbs/02_features.ipynb #8a1a6581
-def make_flat(bank: FeatureBank, cache: str | Path | None, write: Callable[[torch.Tensor], None]) -> tuple[torch.Tensor, bool]:
+def make_flat(bank: FeatureBank, cache: str | Path | None,
+              write: Callable[[torch.Tensor], None]) -> tuple[torch.Tensor, bool]:
     "The flat tensor of `bank` at its place, filled by `write` or found in `cache`; and whether it was found."
     dtype, device = DTYPES[bank.dtype], bank.device if bank.place == "device" else torch.device("cpu")
     if cache is None and bank.place != "disk":
@@ -294,14 +324,16 @@ def make_flat(bank: FeatureBank, cache: str | Path | None, write: Callable[[torc
     if cache is None: weakref.finalize(bank, shutil.rmtree, folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     base = folder/bank.key[:32]
-    header = dict(format=FORMAT, key=bank.key, images=bank.n, shapes=[list(s) for s in bank.shapes], dtype=bank.dtype, nbytes=bank.nbytes)
+    header = dict(format=FORMAT, key=bank.key, images=bank.n, shapes=[list(s) for s in bank.shapes], dtype=bank.dtype,
+                  nbytes=bank.nbytes)
     found = find_or_fill(base, header, write)
     flat = map_file(base.with_suffix(".bin"), bank.nbytes, bank.dtype)
     return (flat if bank.place == "disk" else flat.clone() if device.type == "cpu" else flat.to(device)), found
 
 # %% ../nbs/02_features.ipynb #17aeb76c
 class LiveFeatures:
-    "The interface of `FeatureBank` without a store: each access reads the images and runs the backbone, so a random transform is drawn anew."
+    """The interface of `FeatureBank` without a store:
+    each access reads the images and runs the backbone, so a random transform is drawn anew."""
     key, place, found, seconds, nbytes, copies = "", "live", False, 0.0, 0, 1
 
     def __init__(self, dataset, backbone, device: str | torch.device = "cpu", batch: int = 16):
@@ -313,12 +345,14 @@ class LiveFeatures:
     def __getitem__(self, idx) -> list[torch.Tensor]:
         i = as_index(idx, self.n).tolist()
         if not i: return [torch.zeros(0, *s, device=self.device) for s in self.shapes]
-        parts = [self.backbone(torch.stack([self.dataset[j].image for j in i[s:s + self.batch]]).to(self.device)) for s in range(0, len(i), self.batch)]
+        parts = [self.backbone(torch.stack([self.dataset[j].image for j in i[s:s + self.batch]]).to(self.device))
+                 for s in range(0, len(i), self.batch)]
         return [torch.cat(level) for level in zip(*parts)]
 
 # %% ../nbs/02_features.ipynb #41044465
 def channel_stats(bank, idx=None, chunk: int = 32) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    "Mean and population standard deviation per channel, float32 (C,) on the bank's device, for each level; over `idx` only if given."
+    """Mean and population standard deviation per channel, float32 (C,) on the bank's device, for each level;
+    over `idx` only if given."""
     i = as_index(slice(None) if idx is None else idx, len(bank))
     if not len(i): raise ValueError("no images to take statistics of")
     s1, s2 = ([torch.zeros(s[0], dtype=torch.float64, device=bank.device) for s in bank.shapes] for _ in range(2))

@@ -48,9 +48,12 @@ def house() -> Iterator[None]:
     with matplotlib.rc_context():
         style()
         matplotlib.rcParams.update({
-            "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
-            "figure.dpi": 110, "savefig.bbox": None, "axes.linewidth": 0.6, "grid.linewidth": 0.5, "lines.linewidth": 1.2, "lines.markersize": 3.5,
-            "hatch.linewidth": 0.5, "legend.frameon": False, "axes.titlepad": 4, "svg.hashsalt": "flowrepro", "xtick.major.size": 3, "ytick.major.size": 3})
+            "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
+            "legend.fontsize": 7,
+            "figure.dpi": 110, "savefig.bbox": None, "axes.linewidth": 0.6, "grid.linewidth": 0.5,
+            "lines.linewidth": 1.2, "lines.markersize": 3.5,
+            "hatch.linewidth": 0.5, "legend.frameon": False, "axes.titlepad": 4, "svg.hashsalt": "flowrepro",
+            "xtick.major.size": 3, "ytick.major.size": 3})
         yield
 
 
@@ -95,7 +98,8 @@ class Figure:
         display(Markdown(self.caption))
 
 # %% ../nbs/12c_figures.ipynb #66861c08
-DATA = {"toy": "toy data (drawn in code)", "mvtec": "MVTec AD", "btad": "BTAD", "visa": "VisA", "mvtec3d": "MVTec 3D-AD (RGB)", "folder": "own images"}
+DATA = {"toy": "toy data (drawn in code)", "mvtec": "MVTec AD", "btad": "BTAD", "visa": "VisA",
+        "mvtec3d": "MVTec 3D-AD (RGB)", "folder": "own images"}
 
 
 def by_variant(runs: list[dict]) -> dict[str, list[dict]]:
@@ -111,7 +115,8 @@ def agree(runs: list[dict], matrix: dict, value: Callable[[dict], str]) -> str:
     found: dict[str, list[str]] = {}
     for run in runs:
         found.setdefault(value(run["config"]), []).append(title_of(matrix, variant_of(run)))
-    return next(iter(found)) if len(found) == 1 else "; ".join(f"{text} ({', '.join(dict.fromkeys(names))})" for text, names in found.items())
+    return (next(iter(found)) if len(found) == 1
+            else "; ".join(f"{text} ({', '.join(dict.fromkeys(names))})" for text, names in found.items()))
 
 # %% ../nbs/12c_figures.ipynb #8478c2b0
 def data_words(config: dict) -> str:
@@ -126,11 +131,15 @@ def about(runs: list[dict], matrix: dict, preset: str) -> str:
     for run in runs:
         own = several.setdefault(data_words(run["config"]), [])
         own += [c for c in [run["config"]["category"]] if c != "all" and c not in own]
-    data = "; ".join(f"{name}: {', '.join(own) if len(own) <= 6 else f'{len(own)} categories'}" if own else name for name, own in several.items())
-    backbone = agree(runs, matrix, lambda c: f"{c['settings']['backbone']['name']} at {c['settings']['transform']['size']} px")
-    length = agree(runs, matrix, lambda c: f"{c['settings']['schedule']['epochs']} epochs, batch {c['settings']['schedule']['batch']}")
+    data = "; ".join(f"{name}: {', '.join(own) if len(own) <= 6 else f'{len(own)} categories'}" if own else name
+                     for name, own in several.items())
+    backbone = agree(runs, matrix, lambda c: f"{c['settings']['backbone']['name']} at "
+                                             f"{c['settings']['transform']['size']} px")
+    length = agree(runs, matrix, lambda c: f"{c['settings']['schedule']['epochs']} epochs, "
+                                           f"batch {c['settings']['schedule']['batch']}")
     seeds, planned = sorted({r["config"]["seed"] for r in runs}), matrix["presets"][preset]["seeds"]
-    drawn = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" + (f" of {planned} planned" if len(seeds) < planned else "")
+    drawn = (f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+             + (f" of {planned} planned" if len(seeds) < planned else ""))
     own = ", ".join(dict.fromkeys(r["config"]["preset"] for r in runs))
     setting = f"preset {own}" + ("" if own == "paper" else ", which is not the papers' setting")
     return f"Data: {data}. Backbone: {backbone}, frozen. Training: {length}; {drawn}; {setting}."
@@ -151,7 +160,8 @@ def missing_words(jobs: list[Job], most: int = 4) -> str:
     return f"Missing here: {', '.join(j.name for j in jobs[:most])}{rest}."
 
 # %% ../nbs/12c_figures.ipynb #828e5c67
-def nothing(name: str, question: str, matrix: dict, preset: str, out: str = "runs/reproduce", skipped: str = "", most: int = 2) -> Figure:
+def nothing(name: str, question: str, matrix: dict, preset: str, out: str = "runs/reproduce", skipped: str = "",
+            most: int = 2) -> Figure:
     "A figure without a drawing, whose caption names the runs to make in a folder, with the commands of the first ones."
     jobs = missing_jobs([], matrix, preset, name)
     head = f"**{name}. {question}** Not drawn at preset {preset}: "
@@ -160,10 +170,12 @@ def nothing(name: str, question: str, matrix: dict, preset: str, out: str = "run
     lines = "\n".join(command_of(j, out) for j in jobs[:most])
     rest = f"\n# and {len(jobs) - most} more" if len(jobs) > most else ""
     where = ", `DATA` being the folder of the data sets" if "DATA/" in lines else ""
-    return Figure(name, None, head + f"none of its runs ({len(jobs)} a seed) is there. They are made by the following{where}.\n\n```bash\n{lines}{rest}\n```")
+    return Figure(name, None, head + f"none of its runs ({len(jobs)} a seed) is there. "
+                                     f"They are made by the following{where}.\n\n```bash\n{lines}{rest}\n```")
 
 # %% ../nbs/12c_figures.ipynb #66915153
-FIGURES: dict[str, Callable[..., Figure]] = {}  # name: (runs, matrix, preset, the folder that runs are made in), as in `tables.TABLES`
+# name: (runs, matrix, preset, the folder that runs are made in), as in `tables.TABLES`
+FIGURES: dict[str, Callable[..., Figure]] = {}
 
 
 def opened(runs: list[dict], file: str) -> list[dict]:
@@ -173,21 +185,24 @@ def opened(runs: list[dict], file: str) -> list[dict]:
 
 
 def figure(name: str, question: str, file: str, array: str = "") -> Callable:
-    "Register a recipe `(runs, matrix) -> (drawing, what it shows)` as a figure that needs a file of each of its runs, and perhaps an array in it."
+    """Register a recipe `(runs, matrix) -> (drawing, what it shows)` as a figure.
+    It needs a file of each of its runs, and perhaps an array in it."""
     def register(recipe: Callable) -> Callable:
         def make(runs: list[dict], matrix: dict, preset: str, out: str = "runs/reproduce") -> Figure:
             own = select(runs, matrix, preset, name)
             held = [r for r in opened(own, file) if not array or array in r["file"]]
             without = [Path(r["path"]).name for r in own if r["path"] not in [h["path"] for h in held]]
             what = f"{file} with {array}" if array else file
-            skipped = f"Left out, for they hold no {what}: {', '.join(without[:4])}{' and more' if len(without) > 4 else ''}." if without else ""
+            skipped = (f"Left out, for they hold no {what}: "
+                       f"{', '.join(without[:4])}{' and more' if len(without) > 4 else ''}." if without else "")
             if not held:
                 return nothing(name, question, matrix, preset, out, skipped)
             with house():
                 drawing, shown = recipe(held, matrix)
                 drawing.draw_without_rendering()
                 drawing.set_layout_engine("none")  # laid out once: the places stay
-            words = [f"**{name}. {question}**", shown, about(held, matrix, preset), missing_words(missing_jobs(own, matrix, preset, name)), skipped]
+            words = [f"**{name}. {question}**", shown, about(held, matrix, preset),
+                     missing_words(missing_jobs(own, matrix, preset, name)), skipped]
             return Figure(name, drawing, " ".join(filter(None, words)))
 
         FIGURES[name] = make
@@ -204,8 +219,11 @@ def panels_of(runs: list[dict], most: int = 4) -> dict[str, list[dict]]:
 
 
 def curves(runs: list[dict], metric: str) -> pd.DataFrame:
-    "A metric in [0, 1] at the evaluated epochs (rows), one column a seed; the mean over the categories where there are several."
-    columns = {(r["config"]["seed"], r["config"]["category"]): r["file"].dropna(subset=[metric]).set_index("epoch")[metric] for r in runs}
+    """A metric in [0, 1] at the evaluated epochs (rows), one column a seed;
+    the mean over the categories where there are several."""
+    columns = {
+        (r["config"]["seed"], r["config"]["category"]): r["file"].dropna(subset=[metric]).set_index("epoch")[metric]
+        for r in runs}
     return pd.DataFrame(columns).T.groupby(level=0).mean().T.sort_index()
 
 # %% ../nbs/12c_figures.ipynb #abcc7577
@@ -217,9 +235,11 @@ def draw_curves(ax: Axes, frame: pd.DataFrame, look: dict, gid: str) -> None:
         ax.plot(line.idxmax(), line.max(), marker="*", ms=6, mfc="white", mec=look["color"], mew=0.7, ls="", zorder=4)
     mean = frame.mean(axis=1)
     ax.plot(mean.index, mean, color=look["color"], ls=look["ls"], lw=1.6, zorder=3, gid=f"{gid}-mean")
-    ax.plot(mean.index[-1], mean.iloc[-1], marker=look["marker"], ms=5, color=look["color"], ls="", zorder=5, clip_on=False)
+    ax.plot(mean.index[-1], mean.iloc[-1], marker=look["marker"], ms=5, color=look["color"], ls="", zorder=5,
+            clip_on=False)
     if frame.shape[1] == 1:
-        ax.plot(mean.idxmax(), mean.max(), marker="*", ms=8, mfc="white", mec=look["color"], mew=0.9, ls="", zorder=6, clip_on=False)
+        ax.plot(mean.idxmax(), mean.max(), marker="*", ms=8, mfc="white", mec=look["color"], mew=0.9, ls="", zorder=6,
+                clip_on=False)
 
 
 def gap(frame: pd.DataFrame) -> float:
@@ -234,7 +254,8 @@ def draw_gaps(ax: Axes, frames: list[pd.DataFrame]) -> None:
         ax.plot([i, i], [best, last], color=look["color"], lw=1.2, ls=look["ls"], gid=f"gap-{i}")
         ax.plot(i, last, marker=look["marker"], ms=5, color=look["color"], ls="")
         ax.plot(i, best, marker="*", ms=8, mfc="white", mec=look["color"], mew=0.9, ls="")
-        ax.annotate(signed(gap(frame)), (i, (best + last) / 2), (6, 0), textcoords="offset points", va="center", fontsize=7)
+        ax.annotate(signed(gap(frame)), (i, (best + last) / 2), (6, 0), textcoords="offset points", va="center",
+                    fontsize=7)
     ax.set(xlim=(-0.2, len(frames) - 0.25), xticks=[])
     ax.tick_params(labelleft=False)
     ax.grid(False, axis="x")
@@ -266,9 +287,11 @@ def stability(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
             main.set(ylabel=METRICS[metric], xlabel="epoch" if n == len(groups) - 1 else "")
             main.set_title(category.replace("_", " "), loc="left")
             main.xaxis.get_major_locator().set_params(integer=True)
-    lines = [Line2D([], [], color=k["color"], ls=k["ls"], marker=k["marker"], label=title_of(matrix, v)) for k, v in zip(LOOKS, variants)]
+    lines = [Line2D([], [], color=k["color"], ls=k["ls"], marker=k["marker"], label=title_of(matrix, v))
+             for k, v in zip(LOOKS, variants)]
     star = Line2D([], [], color=GREY, marker="*", ms=8, mfc="white", ls="", label="best on test")
-    fig.legend(handles=[*lines, star, Line2D([], [], color=GREY, marker="o", ls="", label="last epoch")], loc="outside lower center", ncols=4)
+    fig.legend(handles=[*lines, star, Line2D([], [], color=GREY, marker="o", ls="", label="last epoch")],
+               loc="outside lower center", ncols=4)
     several = "Thin lines: seeds; thick: their mean. " if len({r["config"]["seed"] for r in runs}) > 1 else ""
     return fig, (f"AUROC on the test images at each evaluation, image level left, pixel level right. {several}"
                  "Filled markers: last epoch, the protocol of all headline numbers; "
@@ -296,7 +319,8 @@ def learned_base(arrays: dict, level: int) -> tuple[np.ndarray, np.ndarray] | No
 
 
 def divergence(mean: np.ndarray, var: np.ndarray, base: tuple | None = None) -> np.ndarray:
-    "KL divergence in nats (C,) of Gaussians with these moments from the base, (mean, variance); from N(0, 1) without one."
+    """KL divergence in nats (C,) of Gaussians with these moments from the base, (mean, variance);
+    from N(0, 1) without one."""
     m, s2 = base if base is not None else (0.0, 1.0)
     v = np.maximum(np.asarray(var, float), 1e-8)
     return 0.5 * (np.log(s2 / v) + (v + (mean - m) ** 2) / s2 - 1)
@@ -316,7 +340,8 @@ def draw_moments(ax: Axes, arrays: dict) -> None:
 
     for l, marker in zip(levels_of(arrays), "o^sDv"):
         look = dict(marker=marker, s=7, lw=0.4)
-        ax.scatter(arrays[f"mean{l}"], np.maximum(arrays[f"var{l}"], 1e-8), color="C0", alpha=0.55, edgecolors="none", gid=f"latent-{l}", **(look | {"lw": 0}))
+        ax.scatter(arrays[f"mean{l}"], np.maximum(arrays[f"var{l}"], 1e-8), color="C0", alpha=0.55, edgecolors="none",
+                   gid=f"latent-{l}", **(look | {"lw": 0}))
         if (base := learned_base(arrays, l)) is not None:
             ax.scatter(*base, facecolors="none", edgecolors="C1", alpha=0.7, gid=f"base-{l}", **look)
     ax.plot(0, 1, marker="+", ms=11, mew=1.6, color="black", ls="", zorder=5)
@@ -327,7 +352,7 @@ def draw_moments(ax: Axes, arrays: dict) -> None:
 
 # %% ../nbs/12c_figures.ipynb #89dc0b73
 def draw_ridges(ax: Axes, arrays: dict) -> None:
-    "Histograms of three channels of the sampled normal latents, by their distance from N(0, 1), with both bases over them."
+    "Histograms of three channels of sampled normal latents, by distance from N(0, 1), with both bases over them."
     level = int(arrays["level"])
     z = arrays["z"][~arrays["defective"]].astype(float)
     order, base = np.argsort(divergence(z.mean(0), z.var(0))), learned_base(arrays, level)
@@ -346,24 +371,29 @@ def draw_ridges(ax: Axes, arrays: dict) -> None:
 
 # %% ../nbs/12c_figures.ipynb #a8a64cb2
 def mean_divergence(arrays: dict, learned: bool) -> float:
-    "Divergence of a run's latents from N(0, I) or its learned base, averaged over the channels of all levels; nats a channel."
-    parts = [divergence(arrays[f"mean{l}"], arrays[f"var{l}"], learned_base(arrays, l) if learned else None) for l in levels_of(arrays)]
+    """Divergence of a run's latents from N(0, I) or its learned base, averaged over the channels of all levels;
+    nats a channel."""
+    parts = [divergence(arrays[f"mean{l}"], arrays[f"var{l}"], learned_base(arrays, l) if learned else None)
+             for l in levels_of(arrays)]
     return float(np.concatenate(parts).mean())
 
 
 def draw_divergence(ax: Axes, groups: dict[str, list[dict]], matrix: dict) -> None:
     "A bar a method and base: the mean over its runs, stated at the right; the runs are dots, their marker by category."
-    rows = [(v, learned) for v, own in groups.items() for learned in (False, True) if not learned or learned_base(own[0]["file"], 0) is not None]
+    rows = [(v, learned) for v, own in groups.items() for learned in (False, True)
+            if not learned or learned_base(own[0]["file"], 0) is not None]
     categories = list(dict.fromkeys(r["config"]["category"] for own in groups.values() for r in own))
     for y, (variant, learned) in enumerate(rows):
         values = [mean_divergence(r["file"], learned) for r in groups[variant]]
-        ax.barh(y, np.mean(values), 0.72, color="C1" if learned else "0.78", hatch="////" if learned else "", edgecolor="white", gid=f"bar-{y}")
+        ax.barh(y, np.mean(values), 0.72, color="C1" if learned else "0.78", hatch="////" if learned else "",
+                edgecolor="white", gid=f"bar-{y}")
         ax.text(1.02, y, f"{np.mean(values):.3f}", va="center", fontsize=7, transform=ax.get_yaxis_transform())
         for run, value in zip(groups[variant], values):
             marker = MARKERS[categories.index(run["config"]["category"]) % len(MARKERS)]
             ax.plot(value, y, marker=marker, ms=3.5, mfc="white", mec="black", mew=0.6, ls="")
-    ax.set(yticks=range(len(rows)), yticklabels=[f"{title_of(matrix, v)}, {'learned base' if b else 'N(0, I)'}" for v, b in rows], ylim=(len(rows) - 0.4, -0.6),
-           xlabel="divergence of the latent from the base (nats a channel)")
+    ax.set(yticks=range(len(rows)),
+           yticklabels=[f"{title_of(matrix, v)}, {'learned base' if b else 'N(0, I)'}" for v, b in rows],
+           ylim=(len(rows) - 0.4, -0.6), xlabel="divergence of the latent from the base (nats a channel)")
     ax.text(1.02, 1.0, "mean", va="bottom", fontsize=7, transform=ax.transAxes)
     ax.grid(False, axis="y")
     ax.margins(x=0.05)
@@ -386,23 +416,31 @@ def latent_normality(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
     axes[0][0].set_ylabel("variance of a channel")
     axes[1][0].set_ylabel("density of a channel")
     draw_divergence(lower.subplots(), groups, matrix)
-    levels = [Line2D([], [], color="C0", marker=m, ls="", label=f"latent, level {l + 1}") for l, m in zip(levels_of(runs[0]["file"]), "o^sDv")]
+    levels = [Line2D([], [], color="C0", marker=m, ls="", label=f"latent, level {l + 1}")
+              for l, m in zip(levels_of(runs[0]["file"]), "o^sDv")]
     bases = [Line2D([], [], color="black", marker="+", ms=8, mew=1.4, label="N(0, I)"),
              Line2D([], [], color="C1", marker="o", mfc="none", ls="--", label="learned base")]
-    upper.legend(handles=[*levels, Patch(color="0.78", label="sampled latents"), *bases], loc="outside lower center", ncols=6)
+    upper.legend(handles=[*levels, Patch(color="0.78", label="sampled latents"), *bases], loc="outside lower center",
+                 ncols=6)
     one, categories = next(iter(shown.values()))["config"], list(dict.fromkeys(r["config"]["category"] for r in runs))
-    dots = [Line2D([], [], color="black", marker=m, mfc="white", mew=0.6, ls="", label=f"a run, {c.replace('_', ' ')}") for c, m in zip(categories, MARKERS)]
-    lower.legend(handles=[Patch(color="0.78", label="mean, N(0, I)"), Patch(fc="C1", ec="white", hatch="////", label="mean, learned base"),
+    dots = [Line2D([], [], color="black", marker=m, mfc="white", mew=0.6, ls="", label=f"a run, {c.replace('_', ' ')}")
+            for c, m in zip(categories, MARKERS)]
+    lower.legend(handles=[Patch(color="0.78", label="mean, N(0, I)"),
+                          Patch(fc="C1", ec="white", hatch="////", label="mean, learned base"),
                           *(dots if len(categories) <= len(MARKERS) else [])], loc="outside lower center", ncols=6)
-    return fig, (f"Top: mean and variance of every channel over the normal test images and all positions, and those of the learned base; "
+    return fig, ("Top: mean and variance of every channel over the normal test images and all positions, "
+                 "and those of the learned base; "
                  f"{one['category']}, seed {one['seed']}. "
-                 "Middle: densities of the channels of the middle level that are closest to N(0, 1), in the middle, and furthest, "
+                 "Middle: densities of the channels of the middle level that are closest to N(0, 1), "
+                 "in the middle, and furthest, "
                  "values beyond ±4.5 in the outer bins. "
-                 f"Bottom: divergence from N(0, I) and from the learned base, bars and the numbers at the right the mean over all runs, dots the runs. Protocol: last epoch.")
+                 "Bottom: divergence from N(0, I) and from the learned base, bars and the numbers at the right the "
+                 "mean over all runs, dots the runs. Protocol: last epoch.")
 
 # %% ../nbs/12c_figures.ipynb #5dd5f061
 def pictures_of(runs: list[dict]) -> dict[tuple, tuple[dict, int]]:
-    "The pictures of a variant's runs, (category, defect, number) -> (arrays, row); the first seed's where there are several."
+    """The pictures of a variant's runs, (category, defect, number) -> (arrays, row);
+    the first seed's where there are several."""
     found: dict[tuple, tuple[dict, int]] = {}
     for run in runs:
         seen = Counter()
@@ -432,7 +470,8 @@ def draw_picture(ax: Axes, kind: str, arrays: dict, i: int, x: float, y: float, 
 
     box = dict(extent=(x, x + side, y + side, y), aspect="auto")
     if kind == "map":
-        ax.imshow(arrays["map"][i].astype(np.float32), cmap="inferno", vmin=arrays["low"][i], vmax=arrays["high"][i], **box).set_gid("map")
+        ax.imshow(arrays["map"][i].astype(np.float32), cmap="inferno", vmin=arrays["low"][i], vmax=arrays["high"][i],
+                  **box).set_gid("map")
     else:
         ax.imshow(arrays["image"][i], **box).set_gid(kind)
     mask = np.pad(arrays["mask"][i], 1)
@@ -459,7 +498,8 @@ def picture_words(runs: list[dict], keys: list[tuple], every: list[tuple]) -> st
     seeds = sorted({own[0]["config"]["seed"] for own in by_variant(runs).values()})
     return (f"{len(keys)} test images{some}, the first of a defect type or a normal one, the same for every method; "
             "none was picked by its map. The outline is that of the mask. "
-            f"Maps: one colour range for each category and method. Maps of seed {', '.join(map(str, seeds))}; protocol: last epoch.")
+            f"Maps: one colour range for each category and method. Maps of seed {', '.join(map(str, seeds))}; "
+            "protocol: last epoch.")
 
 # %% ../nbs/12c_figures.ipynb #ce35b581
 @figure("F3", "What do the maps of one-category models show?", "pictures.npz")
@@ -482,10 +522,12 @@ def montage(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
     ax = fig.add_axes((0, 0, 1, 1))
     for n, key in enumerate(keys):
         x0, y = n // rows * (left + columns * (side + gap)), top + n % rows * (side + gap)
-        ax.text(x0 + left / 2, y + side / 2, "\n".join(key[:2]).replace("_", " "), rotation=90, ha="center", va="center", fontsize=7)
+        ax.text(x0 + left / 2, y + side / 2, "\n".join(key[:2]).replace("_", " "), rotation=90, ha="center",
+                va="center", fontsize=7)
         for k, kind in enumerate(["image", "mask"] + ["map"] * len(groups)):
             x = x0 + left + k * (side + gap)
-            found = [list(groups.values())[k - 2]] if kind == "map" else groups.values()  # a map is of its method, image and mask are of any
+            # a map is of its method, image and mask are of any
+            found = [list(groups.values())[k - 2]] if kind == "map" else groups.values()
             held = next((pictures[key] for pictures in found if key in pictures), None)
             if held:
                 draw_picture(ax, kind, *held, x, y, side)
@@ -500,21 +542,24 @@ def montage(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
 
 # %% ../nbs/12c_figures.ipynb #c8e59611
 def base_log_prob(arrays: dict) -> np.ndarray:
-    "Log-density (n,) of the sampled latents in nats a channel: under N(0, I), or the mixture of all centres where there are centres."
+    """Log-density (n,) of the sampled latents in nats a channel:
+    under N(0, I), or the mixture of all centres where there are centres."""
     from scipy.special import log_softmax, logsumexp
 
     z = arrays["z"].astype(float)
     centres = arrays["centres"].astype(float) if "centres" in arrays else np.zeros((1, 1, z.shape[1]))
     k, m, c = centres.shape
     phi = arrays.get(f"trace/{int(arrays['level'])}.phi")
-    weights = np.repeat(log_softmax(phi[-1].astype(float)) if phi is not None and len(centres) > 1 else np.full(k, -np.log(k)), m) - np.log(m)
+    weights = (np.repeat(log_softmax(phi[-1].astype(float)) if phi is not None and len(centres) > 1
+                         else np.full(k, -np.log(k)), m) - np.log(m))
     flat = centres.reshape(-1, c)
     square = (z**2).sum(1)[:, None] + (flat**2).sum(1) - 2 * z @ flat.T
     return (logsumexp(-square / 2 + weights, axis=1) - c / 2 * np.log(2 * np.pi)) / c
 
 
 def shares(values: np.ndarray, labels: np.ndarray, bins: int = 30) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Histograms of normal and anomalous values, each summing to 1, and their edges; the outer 0.5 % of either side lie in the outer bins."
+    """Histograms of normal and anomalous values, each summing to 1, and their edges;
+    the outer 0.5 % of either side lie in the outer bins."""
     edges = np.linspace(*np.quantile(values, (0.005, 0.995)), bins + 1)
     edges = edges if edges[-1] > edges[0] else np.linspace(edges[0] - 0.5, edges[0] + 0.5, bins + 1)
     own = [np.histogram(np.clip(values[labels == k], edges[0], edges[-1]), edges)[0] for k in (0, 1)]
@@ -522,46 +567,60 @@ def shares(values: np.ndarray, labels: np.ndarray, bins: int = 30) -> tuple[np.n
 
 # %% ../nbs/12c_figures.ipynb #93a1ef5c
 def separation(table: pd.DataFrame) -> pd.Series:
-    "AUROC of each category (index) that has both kinds, the mean over its seeds; of a table with value (higher is more anomalous), label, category, seed."
-    found = {key: auroc(own["value"], own["label"]) for key, own in table.groupby(["category", "seed"], sort=False) if own["label"].nunique() == 2}
+    """AUROC of each category (index) that has both kinds, the mean over its seeds;
+    of a table with value (higher is more anomalous), label, category, seed."""
+    found = {key: auroc(own["value"], own["label"]) for key, own in table.groupby(["category", "seed"], sort=False)
+             if own["label"].nunique() == 2}
     return pd.Series(found, dtype=float).groupby(level=0).mean() if found else pd.Series(dtype=float)
 
 
 def score_values(runs: list[dict]) -> pd.DataFrame:
     "Image scores: value, label, category, seed."
-    return pd.concat([r["file"].rename(columns={"score": "value"})[["value", "label", "category"]].assign(seed=r["config"]["seed"]) for r in runs])
+    return pd.concat(
+        [r["file"].rename(columns={"score": "value"})[["value", "label", "category"]].assign(seed=r["config"]["seed"])
+         for r in runs])
 
 
 def likelihood_values(runs: list[dict]) -> pd.DataFrame | None:
-    "Log-likelihoods of the sampled positions, negative so that higher is more anomalous: value, label, category, seed. None if no run kept its latents."
-    parts = [pd.DataFrame({"value": -base_log_prob(a), "label": a["defective"].astype(int), "category": a["category"]}).assign(seed=r["config"]["seed"])
+    """Log-likelihoods of the sampled positions, negative so that higher is more anomalous:
+    value, label, category, seed. None if no run kept its latents."""
+    parts = [
+        pd.DataFrame({"value": -base_log_prob(a), "label": a["defective"].astype(int),
+                      "category": a["category"]}).assign(seed=r["config"]["seed"])
              for r in opened(runs, "latents.npz") for a in [r["file"]]]
     return pd.concat(parts) if parts else None
 
 # %% ../nbs/12c_figures.ipynb #60efa921
 def draw_shares(ax: Axes, table: pd.DataFrame, sign: int = 1) -> None:
-    "Normal against anomalous, as shares, with their numbers in the panel, overlap and AUROC above; `sign` −1 draws the negative of the values."
+    """Normal against anomalous, as shares, with their numbers in the panel, overlap and AUROC above;
+    `sign` −1 draws the negative of the values."""
     normal, anomalous, edges = shares(sign * table["value"].to_numpy(float), table["label"].to_numpy())
     ax.stairs(normal, edges, fill=True, color="C0", alpha=0.45, gid="normal", label="normal")
     ax.stairs(normal, edges, color="C0", lw=0.9)
-    ax.stairs(anomalous, edges, fill=False, color="C3", hatch="////", lw=1.1, ls="--", gid="anomalous", label="anomalous")
+    ax.stairs(anomalous, edges, fill=False, color="C3", hatch="////", lw=1.1, ls="--", gid="anomalous",
+              label="anomalous")
     pooled, each = separation(table.assign(category="all")), separation(table)
-    told = f"overlap {np.minimum(normal, anomalous).sum():.2f}, AUROC {pooled.iloc[0]:.3f}" if len(pooled) else "one kind only: no AUROC"
+    told = (f"overlap {np.minimum(normal, anomalous).sum():.2f}, AUROC {pooled.iloc[0]:.3f}" if len(pooled)
+            else "one kind only: no AUROC")
     ax.set_title(told + (f"; mean of categories {each.mean():.3f}" if len(each) > 1 else ""), fontsize=7, loc="left")
-    count, at = np.bincount(table["label"], minlength=2), 0.98 if sign > 0 else 0.02  # where the tail of the anomalous ones is
-    ax.text(at, 0.95, f"{count[0]} normal\n{count[1]} anomalous", transform=ax.transAxes, ha="right" if sign > 0 else "left", va="top", fontsize=7)
+    # where the tail of the anomalous ones is
+    count, at = np.bincount(table["label"], minlength=2), 0.98 if sign > 0 else 0.02
+    ax.text(at, 0.95, f"{count[0]} normal\n{count[1]} anomalous", transform=ax.transAxes,
+            ha="right" if sign > 0 else "left", va="top", fontsize=7)
 
 
 def draw_categories(ax: Axes, each: dict[str, pd.Series], categories: list[str], matrix: dict) -> None:
-    "AUROC of each category, one mark a method, joined by a line; an empty place, which says so, for a category that lacks a kind."
+    """AUROC of each category, one mark a method, joined by a line;
+    an empty place, which says so, for a category that lacks a kind."""
     table = pd.DataFrame(each, index=categories)
     for k in np.flatnonzero(table.isna().all(axis=1)):
-        ax.text(k, 0.5, "one kind only", transform=ax.get_xaxis_transform(), rotation=90, ha="center", va="center", color=GREY, fontsize=7)
+        ax.text(k, 0.5, "one kind only", transform=ax.get_xaxis_transform(), rotation=90, ha="center", va="center",
+                color=GREY, fontsize=7)
     x = np.arange(len(table))
     ax.vlines(x, table.min(axis=1), table.max(axis=1), color="0.7", lw=1.2, zorder=1)
     for variant, look in zip(table, LOOKS):
-        ax.plot(x, table[variant], marker=look["marker"], ms=4.5, ls="", color=look["color"], label=title_of(matrix, variant),
-                gid=f"auroc-{variant}", clip_on=False)
+        ax.plot(x, table[variant], marker=look["marker"], ms=4.5, ls="", color=look["color"],
+                label=title_of(matrix, variant), gid=f"auroc-{variant}", clip_on=False)
     ax.axhline(0.5, color=GREY, lw=0.7, ls=":")
     names = [str(c).replace("_", " ").replace("/", "/\n") for c in table.index]
     longest = max((len(part) for name in names for part in name.split("\n")))
@@ -582,7 +641,9 @@ def homogeneous_mapping(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
     axes = upper.subplots(1 + kept, len(groups), squeeze=False, sharey="row")
     bottom = lower.subplots(1, 1 + kept, squeeze=False, sharey=True)[0]
     categories = sorted({str(c) for own in found.values() for t in own if t is not None for c in t["category"]})
-    for n, (row, below, name, unit) in enumerate(zip(axes, bottom, ("image score", "log-likelihood of a position"), ("", " (nats a channel)"))):
+    for n, (row, below, name,
+            unit) in enumerate(zip(axes, bottom, ("image score", "log-likelihood of a position"),
+                                   ("", " (nats a channel)"))):
         for ax, (variant, tables) in zip(row, found.items()):
             if tables[n] is None:
                 ax.set_axis_off()
@@ -602,11 +663,16 @@ def homogeneous_words(runs: list[dict], kept: bool) -> str:
     "What F4 shows, and from what."
     modes = dict.fromkeys(m for r in runs if (m := r["config"]["settings"]["detector"].get("class_mode")))
     told = f" Category of a test image: {', '.join(modes)}." if modes else ""
-    middle = (" Middle: log-likelihood of sampled positions of the middle level under the base alone (N(0, I), or the mixture of all centres), "
-              "without log-determinant: normal ones from normal images, anomalous ones where the mask covers most of the position."
+    middle = (" Middle: log-likelihood of sampled positions of the middle level under the base alone (N(0, I), "
+              "or the mixture of all centres), "
+              "without log-determinant: normal ones from normal images, anomalous ones where the mask covers most "
+              "of the position."
               ) if kept else " No run kept its latents: log-likelihoods are not shown."
-    return (f"Top: image scores of all categories together, as shares of the normal and of the anomalous images.{middle} Overlap: what two histograms share. "
-            f"Bottom: AUROC of each category by itself; the place of one without a normal or an anomalous {'position' if kept else 'image'} stays empty.{told} Histograms pool the seeds, AUROCs are means over them; protocol: last epoch.")
+    return ("Top: image scores of all categories together, as shares of the normal and of the anomalous "
+            f"images.{middle} Overlap: what two histograms share. "
+            "Bottom: AUROC of each category by itself; the place of one without a normal or an anomalous "
+            f"{'position' if kept else 'image'} stays empty.{told} Histograms pool the seeds, "
+            "AUROCs are means over them; protocol: last epoch.")
 
 # %% ../nbs/12c_figures.ipynb #95e3178d
 def pca(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -627,11 +693,13 @@ def embed(x: np.ndarray, seed: int = 0) -> tuple[np.ndarray, str]:
     if len(x) < 12:
         return pca(x)[0], "PCA (few points)"
     perplexity = min(30, (len(x) - 1) // 3)
-    return TSNE(2, perplexity=perplexity, init="pca", random_state=seed, max_iter=500).fit_transform(x), f"t-SNE, perplexity {perplexity}, seed {seed}"
+    return (TSNE(2, perplexity=perplexity, init="pca", random_state=seed, max_iter=500).fit_transform(x),
+            f"t-SNE, perplexity {perplexity}, seed {seed}")
 
-
+# %% ../nbs/12c_figures.ipynb #a1bc5afe
 def anchors(arrays: dict) -> tuple[np.ndarray, list[str]]:
-    "Where the categories are: the main centres (K, C), or the means of the normal latents where there are none; and their names."
+    """Where the categories are: the main centres (K, C), or the means of the normal latents where there are none;
+    and their names."""
     if "centres" in arrays and "classes" in arrays:
         return arrays["centres"][:, 0].astype(float), [str(c) for c in arrays["classes"]]
     normal, category = arrays["z"][~arrays["defective"]].astype(float), arrays["category"][~arrays["defective"]]
@@ -651,22 +719,26 @@ def nearest_own(arrays: dict) -> float:
 
 
 def within_span(x: np.ndarray, main: np.ndarray) -> np.ndarray:
-    "Coordinates (n, K − 1) of rows within the span of K points, orthonormal, from their mean; at least two, the further ones from the rows."
+    """Coordinates (n, K − 1) of rows within the span of K points, orthonormal, from their mean;
+    at least two, the further ones from the rows."""
     _, s, v = np.linalg.svd(main - main.mean(0), full_matrices=False)
     axes = v[s > 1e-6 * max(s.max(), 1e-12)]
     if len(axes) < 2:
         rest = x - x.mean(0)
-        axes = np.concatenate([axes, np.linalg.svd(rest - rest @ axes.T @ axes, full_matrices=False)[2][: 2 - len(axes)]])
+        axes = np.concatenate(
+            [axes, np.linalg.svd(rest - rest @ axes.T @ axes, full_matrices=False)[2][: 2 - len(axes)]])
     return (x - main.mean(0)) @ axes.T
 
 # %% ../nbs/12c_figures.ipynb #16a7f073
 def look_of(categories: list[str]) -> dict[str, tuple[str, str]]:
-    "Colour and marker of each category, the same in every figure of a data set; markers repeat after 12, colours after 10, pairs after 60."
+    """Colour and marker of each category, the same in every figure of a data set;
+    markers repeat after 12, colours after 10, pairs after 60."""
     return {c: (f"C{i % 10}", MARKERS[i % len(MARKERS)]) for i, c in enumerate(sorted(categories))}
 
 
 def draw_latents(ax: Axes, arrays: dict, looks: dict, most: int = 500) -> str:
-    "Latents and centres of a run in one plane: normal ones filled, defective ones hollow, centres outlined; returns how it was made."
+    """Latents and centres of a run in one plane: normal ones filled, defective ones hollow, centres outlined;
+    returns how it was made."""
     keep = np.unique(np.linspace(0, len(arrays["z"]) - 1, most).astype(int))
     z, category, defective = (arrays[k][keep] for k in ("z", "category", "defective"))
     main, names = anchors(arrays)
@@ -676,12 +748,15 @@ def draw_latents(ax: Axes, arrays: dict, looks: dict, most: int = 500) -> str:
     points, middle = xy[: len(z)], xy[len(z):].reshape(*centres.shape[:2], 2)
     for c, (color, marker) in looks.items():
         own = category == c
-        ax.scatter(*points[own & ~defective].T, s=9, marker=marker, color=color, alpha=0.7, lw=0, zorder=2, gid=f"normal-{c}")
-        ax.scatter(*points[own & defective].T, s=12, marker=marker, facecolors="none", edgecolors=color, lw=0.7, zorder=2, gid=f"defective-{c}")
+        ax.scatter(*points[own & ~defective].T, s=9, marker=marker, color=color, alpha=0.7, lw=0, zorder=2,
+                   gid=f"normal-{c}")
+        ax.scatter(*points[own & defective].T, s=12, marker=marker, facecolors="none", edgecolors=color, lw=0.7,
+                   zorder=2, gid=f"defective-{c}")
     for c, own in zip(names, middle):
         color, marker = looks.get(c, ("white", "*"))
         ax.scatter(*own[1:].T, s=20, marker=marker, color=color, edgecolors="black", lw=0.8, zorder=3, gid=f"inner-{c}")
-        ax.scatter(*own[0], s=90, marker=marker, color=color if "centres" in arrays else "white", edgecolors="black", lw=1.3, zorder=4, gid=f"main-{c}")
+        ax.scatter(*own[0], s=90, marker=marker, color=color if "centres" in arrays else "white", edgecolors="black",
+                   lw=1.3, zorder=4, gid=f"main-{c}")
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set(visible=True, color="0.7")
     ax.grid(False)
@@ -705,7 +780,8 @@ def latents_and_centres(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
     mark = lambda label, **k: Line2D([], [], ls="", label=label, **k)
     kinds = [mark("normal", color=GREY, marker="o", ms=4), mark("defective", color=GREY, marker="o", mfc="none", ms=4)]
     if any("centres" in r["file"] for r in shown.values()):
-        kinds += [mark("main centre", marker="o", mfc="0.7", mec="black", mew=1.2, ms=8), mark("inner centre", marker="o", mfc="0.7", mec="black", ms=4.5)]
+        kinds += [mark("main centre", marker="o", mfc="0.7", mec="black", mew=1.2, ms=8),
+                  mark("inner centre", marker="o", mfc="0.7", mec="black", ms=4.5)]
     if any("centres" not in r["file"] for r in shown.values()):
         kinds += [mark("mean of a category", marker="o", mfc="white", mec="black", mew=1.2, ms=8)]
     names = [mark(c.replace("_", " "), color=color, marker=marker, ms=4.5) for c, (color, marker) in looks.items()]
@@ -716,7 +792,8 @@ def latents_and_centres(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
 def latent_words(shown: dict[str, dict], how: list[str]) -> str:
     "What F5 shows, and how the plane was made."
     k = len(anchors(next(iter(shown.values()))["file"])[1])
-    return (f"Sampled positions of test images, middle level, within the span of the {k} main centres ({max(k - 1, 2)} dimensions), "
+    return (f"Sampled positions of test images, middle level, within the span of the {k} main centres "
+            f"({max(k - 1, 2)} dimensions), "
             f"or of the categories' means for one Gaussian, "
             f"drawn by {'; '.join(dict.fromkeys(how))}: neighbours are kept, distances between groups are not. "
             "Colour and marker: category; hollow: defective. Percentage: normal latents "
@@ -736,7 +813,7 @@ def pair_distances(mu: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/12c_figures.ipynb #fbe8b1f2
 def magnify(planes: list[np.ndarray], most: float = 0.3) -> int:
-    "The factor, of 1, 2, 5, 10, ..., 100, that makes the longest of some paths (E, K, 2) at most a share of the space the starts take."
+    "The factor (1, 2, 5, 10, ..., 100) that makes the longest of paths (E, K, 2) at most a share of their starts' space."
     starts = np.concatenate([p[0] for p in planes])
     longest = max(np.linalg.norm(p - p[0], axis=-1).max() for p in planes)
     space = np.linalg.norm(starts.max(0) - starts.min(0))
@@ -744,7 +821,8 @@ def magnify(planes: list[np.ndarray], most: float = 0.3) -> int:
 
 
 def draw_paths(ax: Axes, plane: np.ndarray, looks: dict, factor: int = 1) -> None:
-    "Paths (E, K, 2) of the centres, longer by a factor: hollow at the start, filled at the end, a dot at each evaluation."
+    """Paths (E, K, 2) of the centres, longer by a factor:
+    hollow at the start, filled at the end, a dot at each evaluation."""
     plane = plane[:1] + factor * (plane - plane[:1])
     for k, (name, (color, marker)) in enumerate(looks.items()):
         x, y = plane[:, k].T
@@ -775,7 +853,8 @@ def moving_centres(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
     groups, shown = by_variant(runs), representative(runs)
     mus = [centre_paths(r["file"])[1] for r in shown.values()]
     xy, share = pca(np.concatenate([m.reshape(-1, m.shape[-1]) for m in mus]))
-    planes = [part.reshape(*m.shape[:2], 2) for m, part in zip(mus, np.split(xy, np.cumsum([m.shape[0] * m.shape[1] for m in mus])[:-1]))]
+    planes = [part.reshape(*m.shape[:2], 2)
+              for m, part in zip(mus, np.split(xy, np.cumsum([m.shape[0] * m.shape[1] for m in mus])[:-1]))]
     factor, names = magnify(planes), [str(c) for c in next(iter(shown.values()))["file"]["classes"]]
     looks, columns = look_of(names), min(6, len(names) + 2)
     fig = canvas(0.5 + 2.1 * len(shown) + 0.15 * (-(-(len(names) + 4) // columns)))
@@ -790,7 +869,8 @@ def moving_centres(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
     axes[-1][1].set_xlabel("epoch")
     axes[-1][1].xaxis.get_major_locator().set_params(integer=True)
     mark = lambda label, **k: Line2D([], [], label=label, **k)
-    kinds = [mark("start", ls="", marker="o", mfc="white", mec=GREY), mark("last epoch", ls="", marker="o", mfc=GREY, mec="black"),
+    kinds = [mark("start", ls="", marker="o", mfc="white", mec=GREY),
+             mark("last epoch", ls="", marker="o", mfc=GREY, mec="black"),
              mark("a pair", color="0.6", lw=0.8), mark("mean of pairs", color="C0", marker="o", lw=1.6)]
     marks = [mark(c.replace("_", " "), ls="", color=k, marker=m, ms=5) for c, (k, m) in looks.items()]
     fig.legend(handles=[*marks, *kinds], loc="outside lower center", ncols=columns)
@@ -803,10 +883,12 @@ def moving_words(groups: dict, shown: dict, mus: list[np.ndarray], factor: int) 
     several = "; means of pairs over all seeds" if any(len(own) > 1 for own in groups.values()) else ""
     moved = [np.linalg.norm(m[-1] - m[0], axis=-1).mean() for m in mus]
     longer = f" Movements are drawn {factor} times as long as they are." if factor > 1 else ""
-    return ("Left: main centres of the middle level at each evaluation, from the initial ones (hollow) to those of the last epoch (filled), "
+    return ("Left: main centres of the middle level at each evaluation, from the initial ones (hollow) to those of the "
+            "last epoch (filled), "
             "in the first two principal components of all of them."
             f"{longer} Right: distances of every pair in the whole space. "
-            f"From start to end a centre moved by {' and '.join(f'{d:.2f}' for d in moved)} on average. Paths of seed {seeds}{several}.")
+            f"From start to end a centre moved by {' and '.join(f'{d:.2f}' for d in moved)} on average. "
+            f"Paths of seed {seeds}{several}.")
 
 # %% ../nbs/12c_figures.ipynb #b77e8255
 FIGURES = {name: FIGURES[name] for name in sorted(FIGURES)}

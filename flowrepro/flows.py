@@ -48,13 +48,15 @@ def summed(t: Tensor, shape: torch.Size) -> Tensor:
 
 
 class Layers(torch.autograd.Function):
-    "W₂·relu(W₁·[x, c] + h) + b₂ over the last axis, in autocast's precision; c may be None, h may be shared by the leading axes."
+    """W₂·relu(W₁·[x, c] + h) + b₂ over the last axis, in autocast's precision;
+    c may be None, h may be shared by the leading axes."""
 
     @staticmethod
     def forward(ctx, x: Tensor, c: Tensor | None, h: Tensor, w1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
-            x, c, h, w1, w2, b2 = (None if t is None else t.to(torch.get_autocast_dtype(device)) for t in (x, c, h, w1, w2, b2))
+            x, c, h, w1, w2, b2 = (None if t is None else t.to(torch.get_autocast_dtype(device))
+                                   for t in (x, c, h, w1, w2, b2))
         with torch.autocast(device, enabled=False):
             hidden = F.linear(x if c is None else torch.cat([x, c], dim=-1), w1).add_(h).relu_()
             ctx.save_for_backward(x, c, hidden, w1, w2)
@@ -85,7 +87,9 @@ class Subnet(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | tuple[Tensor, Tensor] | None = None) -> Tensor:
         first, last = self.first, self.last
-        if self.dense and not isinstance(cond, tuple) and (cond is None or cond.ndim == x.ndim and cond.shape[:-1] == x.shape[:-1]):  # no code, or one for each row
+        # no code, or one for each row
+        if (self.dense and not isinstance(cond, tuple)
+                and (cond is None or cond.ndim == x.ndim and cond.shape[:-1] == x.shape[:-1])):
             return Layers.apply(x, cond, first.bias, first.weight, last.weight, last.bias)
         if cond is None:
             return last(first(x).relu_())
@@ -96,7 +100,8 @@ class Subnet(nn.Module):
             h = h if index is None else F.embedding(index, h.to(table.dtype))
             return Layers.apply(x, None, h, w_x, last.weight, last.bias)
         if cond.shape[2:] != x.shape[2:]:
-            raise ValueError(f"a condition of {tuple(cond.shape[2:])} positions for features of {tuple(x.shape[2:])}: give each position its own")
+            raise ValueError(f"a condition of {tuple(cond.shape[2:])} positions for features of {tuple(x.shape[2:])}: "
+                             "give each position its own")
         h = F.conv2d(x, w_x, padding=first.padding)
         h += F.conv2d(cond, w_cond, first.bias, padding=first.padding)
         return last(h.relu_())
@@ -105,7 +110,8 @@ class Subnet(nn.Module):
 def positional_code(channels: int, height: int, width: int) -> Tensor:
     "The 2-D sin/cos code of CFLOW-AD and HGAD, (P, H, W) with P = `channels`; ValueError unless four divides P."
     if not isinstance(channels, int) or channels < 4 or channels % 4:
-        raise ValueError(f"a position code of {channels} channels: sines and cosines of rows and columns need a multiple of four")
+        raise ValueError(f"a position code of {channels} channels: sines and cosines of rows and columns need a "
+                         "multiple of four")
     half = channels // 2
     rate = torch.exp(torch.arange(0.0, half, 2) * (-math.log(1e4) / half))
     def waves(n: int) -> Tensor:  # (P/2, n)
@@ -136,7 +142,8 @@ class Affine(torch.autograd.Function):
     "[x1, x2·exp(s) + 0.1t] and Σs of the network's output [a, t], s = clamp·tanh(slope·a)."
 
     @staticmethod
-    def forward(ctx, x1: Tensor, x2: Tensor, out: Tensor, dim: int, clamp: float, slope: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x1: Tensor, x2: Tensor, out: Tensor, dim: int, clamp: float,
+                slope: float) -> tuple[Tensor, Tensor]:
         a, t = out.chunk(2, dim)
         sigma = (2 * slope * a.to(x2.dtype)).sigmoid_()  # (1 + tanh(slope·a)) / 2, ten times as fast
         s = (2 * clamp * sigma).sub_(clamp)
@@ -208,7 +215,8 @@ def inverse_of(perm: Tensor) -> Tensor:
 
 
 class Shuffle(torch.autograd.Function):
-    "P(g·y + o) over axis `dim`, P the shuffle that takes channel perm[k] for channel k; g and o shaped to broadcast against y from `dim` on."
+    """P(g·y + o) over axis `dim`, P the shuffle that takes channel perm[k] for channel k;
+    g and o shaped to broadcast against y from `dim` on."""
 
     @staticmethod
     def forward(ctx, y: Tensor, g: Tensor, o: Tensor, perm: Tensor, dim: int) -> Tensor:
@@ -247,8 +255,10 @@ class Mixing(nn.Module):
         "z, with the scale g = `positive(gamma)`."
         if self.soft:
             with torch.autocast(y.device.type, enabled=False):  # the stream is never rotated in lower precision
-                if not is_exporting() and y.numel() < self.perm.numel():  # fewer rows than channels: scale the rows, not the matrix
-                    return self.matmul(self.perm, torch.addcmul(self.over_channels(self.offset), y, self.over_channels(g)))
+                # fewer rows than channels: scale the rows, not the matrix
+                if not is_exporting() and y.numel() < self.perm.numel():
+                    return self.matmul(self.perm,
+                                       torch.addcmul(self.over_channels(self.offset), y, self.over_channels(g)))
                 if self.dim == -1:
                     return Rotation.apply(y, g, self.offset, self.perm)
                 return self.matmul(self.perm * g, y, self.perm @ self.offset)
@@ -303,7 +313,8 @@ class Flow(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # latent, shape of x; log-determinant, see the contract
         if isinstance(cond, tuple) and cond[1].numel() < len(cond[0]):
             cond = cond[0][cond[1]]  # fewer rows than positions: look up the codes, once, instead of their products
-        scales = positive(torch.stack([step.mixing.gamma for step in self.steps]))  # of all steps at once: few numbers, many small operations
+        # of all steps at once: few numbers, many small operations
+        scales = positive(torch.stack([step.mixing.gamma for step in self.steps]))
         logdet = scales.log().sum()
         for step, g in zip(self.steps, scales.unbind()):
             y, j = step.coupling(x, cond)
@@ -325,10 +336,12 @@ def conv_flow(
     clamp: float = 2.0,  # bound of the log-scale
     **kwargs,  # further arguments of `Step`
 ) -> Flow:
-    "The convolutional flow of FastFlow (Yu et al. 2021): kernels in turn, hidden width `ratio` times the input's. ValueError for impossible sizes."
+    """The convolutional flow of FastFlow (Yu et al. 2021): kernels in turn, hidden width `ratio` times the input's.
+    ValueError for impossible sizes."""
     whole = lambda v: isinstance(v, int) and v >= 1
     if not whole(steps) or not kernels or not all(whole(k) and k % 2 for k in kernels) or not ratio > 0:
-        raise ValueError(f"steps {steps!r}: a whole number from 1; kernels {kernels!r}: odd numbers; ratio {ratio!r}: positive")
+        raise ValueError(f"steps {steps!r}: a whole number from 1; kernels {kernels!r}: odd numbers; "
+                         f"ratio {ratio!r}: positive")
     hidden = max(1, int((channels - channels // 2) * ratio))
     return Flow(Step(channels, hidden, kernels[i % len(kernels)], clamp=clamp, **kwargs) for i in range(steps))
 
@@ -369,14 +382,16 @@ def to_freia(flow: Flow, prefix: str = "module_list.") -> dict[str, Tensor]:
 def from_freia(flow: Flow, state: dict[str, Tensor], prefix: str = "module_list.") -> Flow:
     """Load the state dict of FrEIA 0.2 / official `AllInOneBlock`s into `flow`, in place.
 
-    Raises ValueError, and changes nothing, naming the key when one is missing, has another shape, holds a rotation where `flow` shuffles, or neither.
+    Raises ValueError, and changes nothing, naming the key when one is missing, has another shape,
+    holds a rotation where `flow` shuffles, or neither.
     """
     held = {k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)}
     if held and len(held) != len(flow.steps):
         raise ValueError(f"{prefix}: {len(held)} steps in the file, {len(flow.steps)} steps in the flow")
     for key, ours in to_freia(flow, prefix).items():
         if key not in state:
-            raise ValueError(f"{key} is missing: not a FrEIA 0.2 state dict of {len(flow.steps)} steps under {prefix!r}")
+            raise ValueError(f"{key} is missing: not a FrEIA 0.2 state dict of {len(flow.steps)} steps "
+                             f"under {prefix!r}")
         if state[key].shape != ours.shape:
             raise ValueError(f"{key}: {tuple(state[key].shape)} in the file, {tuple(ours.shape)} in the flow")
     perms = []  # nothing is loaded unless all of it fits
@@ -384,7 +399,8 @@ def from_freia(flow: Flow, state: dict[str, Tensor], prefix: str = "module_list.
         w = state[f"{prefix}{k}.w_perm"].flatten(1)
         index, one = w.argmax(1), torch.eye(len(w), dtype=w.dtype, device=w.device)
         if not torch.allclose(w @ w.T, one, atol=0.1):
-            raise ValueError(f"{prefix}{k}.w_perm is neither a rotation nor a shuffle: its log-determinant would not be zero")
+            raise ValueError(f"{prefix}{k}.w_perm is neither a rotation nor a shuffle: "
+                             "its log-determinant would not be zero")
         if not step.mixing.soft and not torch.equal(w, one[index]):
             raise ValueError(f"{prefix}{k}.w_perm is a rotation: build the flow with soft=True")
         perms.append(w if step.mixing.soft else index)

@@ -16,13 +16,15 @@ from .bases import LOG_2PI, ClassMixture, HierarchicalMixture, affinity, check_l
 
 # %% ../nbs/06_hgad.ipynb #c41e07bb
 class Affinity(torch.autograd.Function):
-    "‖z‖²/2 of rows (B, P, D) and their affinities to their image's centres (B, n, D); both gradients go into one buffer."
+    """‖z‖²/2 of rows (B, P, D) and their affinities to their image's centres (B, n, D);
+    both gradients go into one buffer."""
 
     @staticmethod
     def forward(ctx, z: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(z, centres)
         half = centres.square().sum(-1) / 2
-        return torch.linalg.vector_norm(z, dim=-1).square() / 2, torch.baddbmm(-half[:, None], z, centres.transpose(1, 2))
+        return (torch.linalg.vector_norm(z, dim=-1).square() / 2,
+                torch.baddbmm(-half[:, None], z, centres.transpose(1, 2)))
 
     @staticmethod
     def backward(ctx, grad_half: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +42,8 @@ def affinities(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # ‖z‖²/2 (B, P), to the main centres (B, P, K), to the own ones (B, P, M)
     "‖z‖²/2 of rows, and their affinities to the main centres and to their own category's centres (`bases.affinity`)."
     if z.shape[1] == 1:
-        return z.square().sum(-1) / 2, affinity(z, mixture.mu), own_affinity(z, mixture.all_centres(), label) if own else None
+        return (z.square().sum(-1) / 2, affinity(z, mixture.mu), own_affinity(z, mixture.all_centres(), label) if own
+                else None)
     stack = mixture.mu.expand(len(z), -1, -1)
     if own:
         stack = torch.cat([stack, mixture.all_centres()[label]], dim=1)
@@ -57,7 +60,8 @@ def hgad_terms(
     intra: bool = True,  # second stage: also L_in and L_z
     smoothing: float = 0.02,  # of the labels in L_mi
 ) -> dict[str, Tensor]:  # L_g, L_mi, L_e and, in the second stage, L_in, L_z; each a scalar
-    "The terms of HGAD's loss (@eq-hgad); public code, `models/model.py`. ValueError for labels out of range, or log-determinants that are not one a row."
+    """The terms of HGAD's loss (@eq-hgad); public code, `models/model.py`.
+    ValueError for labels out of range, or log-determinants that are not one a row."""
     check_label(label, mixture.classes, len(z))
     if logdet.shape != z.shape[:-1]:
         raise ValueError(f"log-determinants of shape {tuple(logdet.shape)} for rows {tuple(z.shape)}: one for each row")
@@ -66,7 +70,8 @@ def hgad_terms(
     q, fixed = F.log_softmax(a, -1), log_p.detach()
     target = F.one_hot(label, mixture.classes).to(z.dtype) * (1 - smoothing) + smoothing / mixture.classes
     information = (F.log_softmax(a + fixed, -1) - fixed) * target[:, None]
-    terms = {"L_g": (half - (a + log_p).logsumexp(-1) - logdet).mean() / D, "L_mi": information.sum(-1).mean(), "L_e": -(q.exp() * q).sum(-1).mean()}
+    terms = {"L_g": (half - (a + log_p).logsumexp(-1) - logdet).mean() / D, "L_mi": information.sum(-1).mean(),
+             "L_e": -(q.exp() * q).sum(-1).mean()}
     if intra:
         loglik = (own + F.log_softmax(mixture.psi, -1)[label][:, None]).logsumexp(-1) - half + logdet
         terms |= {"L_in": -loglik.mean() / D, "L_z": -F.logsigmoid(loglik / D - LOG_2PI / 2).mean()}

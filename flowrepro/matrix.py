@@ -26,9 +26,11 @@ from .runs import CHOICES, HERE, configure
 # %% ../nbs/11a_matrix.ipynb #217585dd
 MATRIX = HERE / "workflow/experiments.yml"
 ROLES = ("first", "second", "stability", "ablation", "unified", "further", "components")
-KEYS = {"variants": {"title", "method", "altub", "overrides"}, "outputs": {"notebook", "role", "variants"}, "presets": {"seeds", "overrides", *ROLES}}
+KEYS = {"variants": {"title", "method", "altub", "overrides"}, "outputs": {"notebook", "role", "variants"},
+        "presets": {"seeds", "overrides", *ROLES}}
 REQUIRED = {"variants": ("title", "method"), "outputs": ("notebook", "role", "variants"), "presets": ("seeds",)}
-FOLDERS = {"mvtec": ("mvtec", "mvtecad", "mvtecanomalydetection"), "btad": ("btad", "btechdatasettransformed", "btech"), "visa": ("visa",),
+FOLDERS = {"mvtec": ("mvtec", "mvtecad", "mvtecanomalydetection"), "btad": ("btad", "btechdatasettransformed", "btech"),
+           "visa": ("visa",),
            "mvtec3d": ("mvtec3d", "mvtec3dad", "mvtec3danomalydetection")}  # data set: the usual names of its folder
 
 
@@ -39,7 +41,8 @@ class MatrixError(ValueError):
 def refuse(where: str, given: str, allowed) -> None:
     "MatrixError for a word that is not among the allowed ones."
     near = difflib.get_close_matches(str(given), list(map(str, allowed)), n=1)
-    raise MatrixError(f"{where}: {given!r} is unknown" + (f"; did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(map(str, allowed))}"))
+    raise MatrixError(f"{where}: {given!r} is unknown"
+                      + (f"; did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(map(str, allowed))}"))
 
 
 def demand(good: bool, where: str, given, wanted: str) -> None:
@@ -96,7 +99,8 @@ def check_output(entry: dict, variants: dict, where: str) -> None:
 def check_preset(entry: dict, name: str, variants: dict, where: str) -> None:
     "MatrixError for seeds, overrides or data that make no sense."
     seeds, overrides = entry["seeds"], entry.get("overrides", {})
-    demand(isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0, f"{where}: seeds", seeds, "a whole number from 1")
+    demand(isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0, f"{where}: seeds", seeds,
+           "a whole number from 1")
     demand(isinstance(overrides, dict), f"{where}: overrides", overrides, "a mapping such as {cflow*: {epochs: 5}}")
     for names, changed in overrides.items():
         demand(is_text(names), f"{where}: overrides", names, "names of variants")
@@ -120,7 +124,8 @@ def check_role(entry, preset: str, where: str) -> None:
 
 # %% ../nbs/11a_matrix.ipynb #32e17661
 def check_data(data: str, where: str) -> None:
-    "MatrixError for data that are not DATASET/CATEGORY; the categories of toy alone are known, the others' are what the folder holds."
+    """MatrixError for data that are not DATASET/CATEGORY;
+    the categories of toy alone are known, the others' are what the folder holds."""
     names, _, category = data.rpartition("/")
     demand(bool(names and category), where, data, "DATASET/CATEGORY, such as toy/weave, mvtec/each or mvtec+visa/all")
     sets = names.split("+")
@@ -201,7 +206,8 @@ def parameters_of(matrix: dict, variant: str, preset: str | None = None) -> dict
     for names, overrides in (matrix["presets"][preset].get("overrides", {}) if preset else {}).items():
         if any(fnmatch.fnmatch(variant, n) for n in names.split()):
             changed |= overrides
-    return {"method": entry["method"], "altub": entry.get("altub", False), "overrides": entry.get("overrides", {}) | changed}
+    return {"method": entry["method"], "altub": entry.get("altub", False),
+            "overrides": entry.get("overrides", {}) | changed}
 
 # %% ../nbs/11a_matrix.ipynb #32e17663
 def check_variants(matrix: dict, path: Path) -> None:
@@ -211,7 +217,8 @@ def check_variants(matrix: dict, path: Path) -> None:
         for output in matrix["outputs"].values():
             data, own = role_of(matrix, preset, output["role"])
             uses |= {(variant, preset, own): data[0] for variant in output["variants"] if data}
-    uses |= {(variant, None, "smoke"): (["toy"], "weave") for variant in matrix["variants"] if variant not in {use[0] for use in uses}}
+    uses |= {(variant, None, "smoke"): (["toy"], "weave") for variant in matrix["variants"]
+             if variant not in {use[0] for use in uses}}
     for (variant, preset, own), (sets, category) in uses.items():
         given = dict(dataset=data_of(sets, {})[0], data_root="somewhere", category=category, preset=own)
         try:
@@ -273,8 +280,10 @@ def jobs_of(
                 dataset, root, missing = data_of(sets, roots)
                 for category in named(tuple(sets), name):
                     for variant in matrix["outputs"][output]["variants"]:
-                        p = parameters_of(matrix, variant, preset) | dict(dataset=dataset, data_root=root, category=category, preset=own, seed=seed)
-                        job = jobs.setdefault(run_folder(variant, dataset, category, own, seed), Job(variant, own, seed, p, missing=missing))
+                        p = (parameters_of(matrix, variant, preset)
+                             | dict(dataset=dataset, data_root=root, category=category, preset=own, seed=seed))
+                        job = jobs.setdefault(run_folder(variant, dataset, category, own, seed),
+                                              Job(variant, own, seed, p, missing=missing))
                         job.outputs += [output] if output not in job.outputs else []
     return list(jobs.values())
 
@@ -293,7 +302,8 @@ def belongs(run: dict, matrix: dict, preset: str, output: str) -> bool:
     "Does a run belong to an output of the matrix at a preset?"
     data, own = role_of(matrix, preset, matrix["outputs"][output]["role"])
     c = run["config"]
-    plays = any(sets_of(c) == names and (c["category"] == name or name == "each" and c["category"] != "all") for names, name in data)
+    plays = any(sets_of(c) == names and (c["category"] == name or name == "each" and c["category"] != "all")
+                for names, name in data)
     return plays and c["preset"] == own and variant_of(run) in matrix["outputs"][output]["variants"]
 
 
@@ -305,7 +315,8 @@ def select(runs: list[dict], matrix: dict, preset: str, output: str) -> list[dic
 
 def absent(jobs: list[Job], runs: list[dict]) -> list[Job]:
     "The jobs without a run."
-    have = {run_folder(variant_of(r), *(r["config"][k] for k in ("dataset", "category", "preset", "seed"))) for r in runs}
+    have = {run_folder(variant_of(r), *(r["config"][k] for k in ("dataset", "category", "preset", "seed")))
+            for r in runs}
     return [j for j in jobs if j.name not in have]
 
 
@@ -319,7 +330,8 @@ def first_seeds(matrix: dict, preset: str, runs: list[dict], seeds: int = 0) -> 
 
 # %% ../nbs/11a_matrix.ipynb #4a1663cb
 def chosen(only: str, matrix: dict, notebook: str) -> list[str]:
-    "The outputs an experiment notebook makes: its own, or those named, separated by commas; MatrixError names a wrong one."
+    """The outputs an experiment notebook makes: its own, or those named, separated by commas;
+    MatrixError names a wrong one."""
     own = [name for name, output in matrix["outputs"].items() if output["notebook"] == notebook]
     wanted = [name.strip().upper() for name in only.split(",") if name.strip()]
     for name in wanted:
@@ -332,7 +344,8 @@ DATA_FOLDERS = {"mvtec": "mvtec_ad", "btad": "btad", "visa": "visa", "mvtec3d": 
 
 def papermill_line(job: Job, out: str | Path) -> str:
     "The command that makes a run by itself."
-    p = job.parameters | {"overrides": json.dumps(job.parameters["overrides"], ensure_ascii=False), "out_dir": f"{out}/{job.name}"}
+    p = (job.parameters
+         | {"overrides": json.dumps(job.parameters["overrides"], ensure_ascii=False), "out_dir": f"{out}/{job.name}"})
     folder = shlex.quote(p["out_dir"])
     given = " ".join(f"-p {k} {shlex.quote(str(v))}" for k, v in p.items() if v not in (None, False, "{}"))
     return f"mkdir -p {folder} && papermill nbs/experiments/run.ipynb {folder}/run.ipynb -k python3 {given}"

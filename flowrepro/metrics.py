@@ -112,13 +112,15 @@ def as_bool(
     y,          # array, tensor or list: bool, integers from 0 (anything but 0 is a defect) or floats that are 0 or 1
     what: str,  # its name in messages
 ) -> np.ndarray:
-    "Labels or masks as a bool array. Raises `ValueError` for floats between 0 and 1: choose a threshold before; and for integers below 0."
+    """Labels or masks as a bool array.
+    Raises `ValueError` for floats between 0 and 1: choose a threshold before; and for integers below 0."""
     y = y.detach().cpu() if isinstance(y, torch.Tensor) else y
     y = np.asarray(y.float() if isinstance(y, torch.Tensor) and y.dtype == torch.bfloat16 else y)
     if y.dtype.kind not in 'fiub': raise ValueError(f"{what} must be bool, integer or 0/1 floats, not {y.dtype}")
     if y.dtype.kind == 'f' and not ((y == 0) | (y == 1)).all():
         raise ValueError(f"{what} hold values other than 0 and 1; compare them with a threshold first (masks > 0.5)")
-    if y.dtype.kind == 'i' and (y < 0).any(): raise ValueError(f"{what} hold integers below 0; give 0 for normal, 1 for anomalous")
+    if y.dtype.kind == 'i' and (y < 0).any():
+        raise ValueError(f"{what} hold integers below 0; give 0 for normal, 1 for anomalous")
     return y if y.dtype == bool else y != 0
 
 # %% ../nbs/09_metrics.ipynb #7a918c64
@@ -163,7 +165,7 @@ def average_precision(
 def f1_max_threshold(
     scores,  # (M,) real; higher is more anomalous
     labels,  # (M,) 0 normal, 1 anomalous
-) -> tuple[float, float]:  # (largest F1, the threshold t that gives it: call `score >= t` anomalous; the highest such t)
+) -> tuple[float, float]:  # (largest F1, the highest threshold t that gives it: call `score >= t` anomalous)
     "Exact largest F1 over all thresholds, and the threshold; NaN and a warning where one class is missing."
     s, y = _checked(scores, labels, 'f1_max')
     if _one_class(y, 'f1_max', 'labels'): return float('nan'), float('nan')
@@ -183,13 +185,15 @@ def fpr_threshold(
     scores,             # (n,) of good images that the detector was not trained on
     fpr: float = 0.05,  # share of false alarms to bear, in (0, 1)
 ) -> float:  # t: call `score > t` anomalous
-    "The threshold that a further good image exceeds with a probability of at most `fpr`; ValueError if the images are too few to say so."
+    """The threshold that a further good image exceeds with a probability of at most `fpr`;
+    ValueError if the images are too few to say so."""
     s, _ = _checked(scores, np.zeros(np.shape(scores)), 'fpr_threshold')
     if not 0 < fpr < 1: raise ValueError(f"fpr_threshold: fpr={fpr}; give a share between 0 and 1, such as 0.05")
     k = int(np.ceil((s.size + 1)*(1 - fpr) - 1e-9))
     if k > s.size:
         need = int(np.ceil(1/fpr - 1e-9)) - 1
-        raise ValueError(f"fpr_threshold: {s.size} good images cannot vouch for {fpr:.3g}; give {need} or more, or fpr of {1/(s.size + 1):.3g} or more")
+        raise ValueError(f"fpr_threshold: {s.size} good images cannot vouch for {fpr:.3g}; give {need} or more, "
+                         f"or fpr of {1/(s.size + 1):.3g} or more")
     return float(np.sort(s)[k - 1])
 
 # %% ../nbs/09_metrics.ipynb #692f4e9c
@@ -310,7 +314,7 @@ def _single(x: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/09_metrics.ipynb #1c481168
 def _blocks(maps, masks):
-    "Yield the first index, (K, H, W) scores and (K, H, W) bool masks of blocks of about 2^16 pixels (they stay in the processor's cache)."
+    "Yield the first index, scores and bool masks (K, H, W) of blocks of about 2^16 pixels, which stay in the cache."
     N, H, W = np.shape(maps)
     step = max(1, (1 << 16)//(H*W))
     for i in range(0, N, step):
@@ -358,7 +362,7 @@ def count(maps, grid: Grid) -> np.ndarray:
 
 # %% ../nbs/09_metrics.ipynb #50bf86dd
 def join(
-    p: np.ndarray, n: np.ndarray, q: np.ndarray, tied: np.ndarray,  # as in `Bins`, but lowest score first; empty bins allowed
+    p: np.ndarray, n: np.ndarray, q: np.ndarray, tied: np.ndarray,  # as in `Bins`, lowest score first; may be empty
 ) -> Bins:
     "Drop empty bins, join neighbours that hold negatives only, highest score first."
     k = np.flatnonzero(p + n)[::-1]
@@ -417,10 +421,12 @@ def pixel_intervals(
 def _labels(labels, sv: Survey, masks) -> np.ndarray:
     "(N,) bool image labels; warns where they contradict the masks."
     if labels is None:
-        if masks is None: raise ValueError("masks and labels are both None: there is nothing to measure against; give one")
+        if masks is None:
+            raise ValueError("masks and labels are both None: there is nothing to measure against; give one")
         return sv.defect > 0
     y = as_bool(labels, "labels")
-    if y.shape != sv.top.shape: raise ValueError(f"labels {y.shape} do not fit {len(sv.top)} maps, expected ({len(sv.top)},)")
+    if y.shape != sv.top.shape:
+        raise ValueError(f"labels {y.shape} do not fit {len(sv.top)} maps, expected ({len(sv.top)},)")
     if masks is None: return y
     for bad, text in (((y & (sv.defect == 0)), "labelled anomalous but have an empty mask"),
                       ((~y & (sv.defect > 0)), "labelled normal but have defect pixels in their mask")):
@@ -435,13 +441,14 @@ def evaluate(
     masks,                # (N, H, W) bool, True on defects; None: pixel metrics and AUPRO are NaN
     image_scores=None,    # (N,) real; default: the maximum of each map
     labels=None,          # (N,) 0 normal, 1 anomalous; default: whether the mask holds a defect pixel
-    bounds: bool = False, # also return `{metric}_bound`, with |value - exact value| <= bound (up to rounding, about 1e-12)
+    bounds: bool = False, # also return `{metric}_bound`: |value - exact value| <= bound (up to rounding, about 1e-12)
     tol: float = 1e-5,    # largest bound accepted; beyond, mixed bins are sorted and the bounds are 0. 0: always exact
     bins: int = 2**20,    # bins of the histogram, about
 ) -> dict:                # metric -> float in [0, 1], or NaN with a warning where a class is missing
     """All image and pixel metrics.
 
-    Raises `ValueError` for shapes that do not fit, for NaN or infinite scores (naming the image), and for masks or labels that are not binary."""
+    Raises `ValueError` for shapes that do not fit, for NaN or infinite scores (naming the image),
+    and for masks or labels that are not binary."""
     _same_shape(maps, masks)
     if not (tol >= 0 and bins >= 1): raise ValueError(f"tol must be >= 0 and bins >= 1, got {tol} and {bins}")
     maps, masks = (np.asarray(a) if isinstance(a, (list, tuple)) else a for a in (maps, masks))
@@ -450,7 +457,8 @@ def evaluate(
     s = sv.top if image_scores is None else as_float(image_scores)
     if s.shape != y.shape: raise ValueError(f"image_scores {s.shape} do not fit {len(y)} maps, expected ({len(y)},)")
     if not np.isfinite(s).all():
-        raise ValueError(f"the score of image {np.isfinite(s).argmin()} is {s[np.isfinite(s).argmin()]}, not a finite number")
+        raise ValueError(f"the score of image {np.isfinite(s).argmin()} is {s[np.isfinite(s).argmin()]}, "
+                         "not a finite number")
     r = {k: (np.nan, np.nan) for k in (*IMAGE, *PIXEL)}
     if not _one_class(y, ', '.join(IMAGE), 'images'): r.update({k: f(rank(s, y)) for k, f in IMAGE.items()})
     if masks is not None and not _one_pixel_class(sv, np.shape(maps)):

@@ -35,8 +35,8 @@ def style() -> None:
     import seaborn as sns
 
     sns.set_theme(context="paper", style="ticks", palette="colorblind")
-    plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 200, "savefig.bbox": "tight", "axes.spines.top": False, "axes.spines.right": False,
-                         "axes.grid": True, "grid.alpha": 0.3, "svg.fonttype": "none"})
+    plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 200, "savefig.bbox": "tight", "axes.spines.top": False,
+                         "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "svg.fonttype": "none"})
     pd.set_option("display.max_rows", 100)
 
 # %% ../nbs/12_reports.ipynb #6956917d
@@ -58,7 +58,8 @@ def metrics_table(metrics: dict) -> pd.DataFrame:
     for mode, result in results.get("last_by_class_mode", {}).items():
         if mode != metrics["config"]["settings"]["detector"]["class_mode"]:
             shown[f"last epoch, category {mode}"] = result
-    rows = [{"category": c, "protocol": name} | {METRICS[m]: v for m, v in result[c].items()} for name, result in shown.items() for c in shown_categories(result)]
+    rows = [{"category": c, "protocol": name} | {METRICS[m]: v for m, v in result[c].items()}
+            for name, result in shown.items() for c in shown_categories(result)]
     return pd.DataFrame(rows).set_index(["category", "protocol"]).astype(float)
 
 # %% ../nbs/12_reports.ipynb #1f2eb7e0
@@ -77,34 +78,40 @@ def method_name(config: dict) -> str:
     base = config["settings"]["detector"].get("base")
     name = {"fastflow": "FastFlow", "cflow": "CFLOW-AD", "hgad": "HGAD"}[config["method"]]
     if config["method"] == "hgad" and base != "hierarchical":
-        name = {"classes": "HGAD, class mixture only", "standard": "single Gaussian, unified", "diagonal": "single Gaussian, unified"}[base]
+        name = {"classes": "HGAD, class mixture only", "standard": "single Gaussian, unified",
+                "diagonal": "single Gaussian, unified"}[base]
     return name + (" + AltUB" if config["altub"] else "")
 
 # %% ../nbs/12_reports.ipynb #be51de31
 def changed_settings(config: dict) -> list[str]:
     "What a run changes from its preset, each as 'name value'; where its features are kept changes nothing."
     groups = {g: names if isinstance(names, dict) else {g: names} for g, names in config["overrides"].items()}
-    changed = {k: v for g, names in groups.items() for k, v in names.items() if (g, k) not in (("features", "cache"), ("features", "where"))}
+    changed = {k: v for g, names in groups.items() for k, v in names.items()
+               if (g, k) not in (("features", "cache"), ("features", "where"))}
     changed |= {k: config[k] for k in ("backbone", "weights") if config[k] != "auto"}
-    return [f"{k} {v}" for k, v in changed.items() if (config["method"], k) != ("hgad", "base")]  # HGAD's base is in its name
+    # HGAD's base is in its name
+    return [f"{k} {v}" for k, v in changed.items() if (config["method"], k) != ("hgad", "base")]
 
 
 def setting_name(config: dict, several: bool = True) -> str:
-    "The method of a run, whether one model is for all categories (unless that is said elsewhere), and what it changes from its preset."
-    one = ", one model for all" if several and config["category"] == "all" and "unified" not in method_name(config) else ""
+    "The method of a run, whether one model is for all categories, and what it changes from its preset."
+    one = (", one model for all" if several and config["category"] == "all" and "unified" not in method_name(config)
+           else "")
     changed = ", ".join(changed_settings(config))
     return method_name(config) + one + (f" ({changed})" if changed else "")
 
 # %% ../nbs/12_reports.ipynb #be51de32
 def summary(runs: list[dict]) -> pd.DataFrame:
-    "One row per setting, data set and category, protocol: mean over the seeds, and ± their standard deviation where there are several."
+    """One row per setting, data set and category, protocol:
+    mean over the seeds, and ± their standard deviation where there are several."""
     rows = []
     for run in runs:
         c = run["config"]
         key = {"method": setting_name(c), "dataset": c["dataset"], "preset": c["preset"]}
         for protocol, name in (("last", "last epoch"), ("best", "best on test")):
             result = run["results"][protocol]
-            rows += [key | {"category": cat, "protocol": name, "seed": c["seed"]} | {METRICS[m]: v for m, v in result[cat].items()} for cat in shown_categories(result)]
+            rows += [key | {"category": cat, "protocol": name, "seed": c["seed"]}
+                     | {METRICS[m]: v for m, v in result[cat].items()} for cat in shown_categories(result)]
     grouped = pd.DataFrame(rows).groupby(["method", "dataset", "preset", "category", "protocol"], sort=False)
     text = grouped[list(METRICS.values())].agg(mean_std)
     text.insert(0, "seeds", grouped["seed"].nunique())
@@ -112,12 +119,15 @@ def summary(runs: list[dict]) -> pd.DataFrame:
 
 # %% ../nbs/12_reports.ipynb #100c36aa
 def headline(runs: list[dict]) -> pd.DataFrame:
-    "One row per setting, data set and category: last epoch, mean ± deviation over seeds (mean of best on test), and seconds an epoch."
+    """One row per setting, data set and category:
+    last epoch, mean ± deviation over seeds (mean of best on test), and seconds an epoch."""
     metrics, rows = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro_30"), []
     for run in runs:
         c, last, best = run["config"], run["results"]["last"], run["results"]["best"]
-        rows += [{"method": setting_name(c), "data": c["dataset"], "category": cat, "seed": c["seed"], "s/epoch": run["timing"]["epoch_s"]}
-                 | {m: last[cat][m] for m in metrics} | {f"best {m}": best[cat][m] for m in metrics} for cat in last if cat != "mean"]
+        rows += [{"method": setting_name(c), "data": c["dataset"], "category": cat, "seed": c["seed"],
+                  "s/epoch": run["timing"]["epoch_s"]}
+                 | {m: last[cat][m] for m in metrics} | {f"best {m}": best[cat][m] for m in metrics} for cat in last
+                 if cat != "mean"]
     grouped = pd.DataFrame(rows).groupby(["method", "data", "category"], sort=False)
     out = pd.DataFrame({"seeds": grouped["seed"].nunique()})
     for m in metrics:
@@ -126,23 +136,30 @@ def headline(runs: list[dict]) -> pd.DataFrame:
 
 # %% ../nbs/12_reports.ipynb #a1f0c3d2
 def unified(runs: list[dict]) -> pd.DataFrame:
-    "One row per unified setting and way to treat the category: each metric of `HEADLINE` in the last epoch, mean over seeds, of every category and, ± deviation over seeds, of their mean."
+    """One row per unified setting and way to treat the category:
+    each metric of `HEADLINE` in the last epoch, mean over seeds, of every category and, ± deviation over seeds, of
+    their mean."""
     rows = []
     for run in runs:
         results, c = run["results"], run["config"]
         if c["category"] == "all":
             modes = results.get("last_by_class_mode") or {"–": results["last"]}
-            rows += [{"method": setting_name(c, several=False), "category of a test image": mode, "seed": c["seed"], "of": cat} | {m: r[cat][m] for m in HEADLINE}
+            rows += [{"method": setting_name(c, several=False), "category of a test image": mode, "seed": c["seed"],
+                      "of": cat} | {m: r[cat][m] for m in HEADLINE}
                      for mode, r in modes.items() for cat in r]
     out: dict[tuple, dict] = {}
-    for (method, mode, cat), own in pd.DataFrame(rows).groupby(["method", "category of a test image", "of"], sort=False) if rows else ():
-        row = out.setdefault((method, mode), {"method": method, "seeds": own["seed"].nunique(), "category of a test image": mode})
+    for (method, mode,
+         cat), own in pd.DataFrame(rows).groupby(["method", "category of a test image", "of"],
+                                                 sort=False) if rows else ():
+        row = out.setdefault((method, mode),
+                             {"method": method, "seeds": own["seed"].nunique(), "category of a test image": mode})
         row[cat] = ", ".join(mean_std(own[m]) if cat == "mean" else f"{own[m].mean():.3f}" for m in HEADLINE)
     return pd.DataFrame(out.values())
 
 # %% ../nbs/12_reports.ipynb #ov100002
 def last_epochs(runs: list[dict]) -> pd.DataFrame:
-    "A row for each run and category, and for the mean over the categories of a unified model: data (with the preset, where runs differ in it), method, seed, and the metrics of `HEADLINE` in the last epoch."
+    """A row for each run and category, and for the mean over the categories of a unified model:
+    data (with the preset, where runs differ in it), method, seed, and the metrics of `HEADLINE` in the last epoch."""
     rows, presets = [], {run["config"]["preset"] for run in runs}
     for run in runs:
         c, last = run["config"], run["results"]["last"]
@@ -150,7 +167,8 @@ def last_epochs(runs: list[dict]) -> pd.DataFrame:
         for name in shown_categories(last):
             shown = f"mean of {len(last) - 1}" if name == "mean" else name
             data = f"{c['dataset']}{', one model:' * several} {shown}{preset}"
-            rows.append({"of": (several, name == "mean", data), "data": data, "method": setting_name(c, several=False), "seed": c["seed"]} | {m: last[name][m] for m in HEADLINE})
+            rows.append({"of": (several, name == "mean", data), "data": data, "method": setting_name(c, several=False),
+                         "seed": c["seed"]} | {m: last[name][m] for m in HEADLINE})
     return pd.DataFrame(rows).sort_values(["of", "method", "seed"]).drop(columns="of").reset_index(drop=True)
 
 # %% ../nbs/12_reports.ipynb #ov100004
@@ -159,7 +177,8 @@ def plot_overview(
     beside: pd.DataFrame | None = None,  # numbers from elsewhere, with the same columns but for the seed
     name: str = "elsewhere",  # what those are called
 ):
-    "A panel for each metric of `HEADLINE`, a row for each data and method: a dot for each seed, a line at their mean, an open diamond for a number from elsewhere. Returns the figure."
+    """A panel for each metric of `HEADLINE`, a row for each data and method:
+    a dot for each seed, a line at their mean, an open diamond for a number from elsewhere. Returns the figure."""
     import matplotlib.pyplot as plt
 
     rows = []  # (data, method); a heading has no method
@@ -196,7 +215,8 @@ def output_maker(
     only: str,  # names separated by commas; empty: all of the notebook
     matrix_file: str,  # empty: the package's own
 ) -> Callable[[str], object]:
-    "A function that makes, saves and returns a table or figure by its name, or None if it is not asked for. MatrixError for an unknown preset or name."
+    """A function that makes, saves and returns a table or figure by its name, or None if it is not asked for.
+    MatrixError for an unknown preset or name."""
     matrix, found = first_seeds(load_matrix(matrix_file or None), preset, read_runs(runs), seeds)
     wanted = chosen(only, matrix, notebook)
     print(f"{len(found)} finished runs below {runs}")
@@ -212,14 +232,15 @@ def output_maker(
 
 # %% ../nbs/12_reports.ipynb #8367e84a
 def loss_words(config: dict) -> tuple[str, str]:
-    "What a run's training minimises and in which unit, and over what the value of an epoch is taken, from its configuration."
+    "What a run's training minimises, in which unit, and over what the value of an epoch is taken."
     if config["method"] == "fastflow":
         return "−log-likelihood (nats an image)", "sum over levels"
     if config["method"] == "cflow":
         return "−log σ(log-likelihood a dimension)", "mean over levels"
     detector = config["settings"]["detector"]
     single = detector["base"] in ("standard", "diagonal")
-    return "−log-likelihood (nats a dimension)" if single else "weighted sum of HGAD's terms", "sum over levels" if detector["joint"] else "mean over levels"
+    return ("−log-likelihood (nats a dimension)" if single else "weighted sum of HGAD's terms",
+            "sum over levels" if detector["joint"] else "mean over levels")
 
 
 def plot_history(run: Run):
@@ -247,12 +268,14 @@ def plot_scores(table: pd.DataFrame):
     import matplotlib.pyplot as plt
 
     categories = list(dict.fromkeys(table["category"]))
-    fig, axes = plt.subplots(1, len(categories), figsize=(max(4, 2.6 * len(categories)), 2.4), squeeze=False, constrained_layout=True)
+    fig, axes = plt.subplots(1, len(categories), figsize=(max(4, 2.6 * len(categories)), 2.4), squeeze=False,
+                             constrained_layout=True)
     for ax, category in zip(axes[0], categories):
         own = table[table["category"] == category]
         bins = np.histogram_bin_edges(own["score"], 24)
         for label, name, color, hatch in ((0, "normal", "C0", ""), (1, "anomalous", "C1", "///")):
-            ax.hist(own.loc[own["label"] == label, "score"], bins, alpha=0.6, label=name, color=color, hatch=hatch, edgecolor="white")
+            ax.hist(own.loc[own["label"] == label, "score"], bins, alpha=0.6, label=name, color=color, hatch=hatch,
+                    edgecolor="white")
         ax.set(title=category, xlabel="image score", ylabel="images")
         ax.locator_params(axis="x", nbins=5)
     axes[0][0].legend(frameon=False, fontsize=8)
@@ -260,29 +283,35 @@ def plot_scores(table: pd.DataFrame):
 
 # %% ../nbs/12_reports.ipynb #306c0d33
 def thresholds(table: pd.DataFrame) -> pd.Series:
-    "From which score on a row counts as anomalous: F1-max of its category; where that has one kind of image alone, all are right."
+    """From which score on a row counts as anomalous: F1-max of its category;
+    where that has one kind of image alone, all are right."""
     def own(rows: pd.DataFrame) -> float:
         kinds = set(rows["label"])
-        return f1_max_threshold(rows["score"], rows["label"])[1] if len(kinds) == 2 else -np.inf if 1 in kinds else np.inf
+        return (f1_max_threshold(rows["score"], rows["label"])[1] if len(kinds) == 2 else -np.inf if 1 in kinds
+                else np.inf)
 
     return table["category"].map({c: own(rows) for c, rows in table.groupby("category")})
 
 
 def hardest(table: pd.DataFrame, n: int = 3) -> dict[str, list[int]]:
-    "Row numbers of the failures furthest from the threshold, and of the successes nearest to it: anomalies and normal images."
+    """Row numbers of the failures furthest from the threshold, and of the successes nearest to it:
+    anomalies and normal images."""
     limit, bad = thresholds(table), table["label"] == 1
-    found, order = table["score"] >= limit, list(table.assign(margin=table["score"] - limit).sort_values(["margin", "score"]).index)
+    found, order = (table["score"] >= limit,
+                    list(table.assign(margin=table["score"] - limit).sort_values(["margin", "score"]).index))
     pick = lambda rows, step: [i for i in order[::step] if rows[i]][:n]
     return {"failures: missed": pick(bad & ~found, 1), "failures: false alarms": pick(~bad & found, -1),
             "successes: just found": pick(bad & found, 1), "successes: just passed": pick(~bad & ~found, -1)}
 
 # %% ../nbs/12_reports.ipynb #0953895c
 def gallery(run: Run, n: int = 3):
-    "Image, mask and map of the hardest failures and successes of a run, the score beside the threshold; one colour scale for all maps. Returns the figure."
+    """Image, mask and map of the hardest failures and successes of a run, the score beside the threshold;
+    one colour scale for all maps. Returns the figure."""
     import matplotlib.pyplot as plt
 
     table = score_table(run)
-    limit, chosen = thresholds(table), [(group, k, i) for group, rows in hardest(table, n).items() for k, i in enumerate(rows)]
+    limit, chosen = (thresholds(table),
+                     [(group, k, i) for group, rows in hardest(table, n).items() for k, i in enumerate(rows)])
     low, high = np.percentile(run.maps, 50), np.percentile(run.maps, 99.8)
     fig, axes = plt.subplots(3, len(chosen), figsize=(1.25 * len(chosen), 4.1), constrained_layout=True, squeeze=False)
     for column, (group, k, i) in zip(axes.T, chosen):
@@ -292,14 +321,16 @@ def gallery(run: Run, n: int = 3):
             column[1].imshow(sample.mask.numpy(), cmap="gray", vmin=0, vmax=1)
         column[2].imshow(run.maps[i], cmap="inferno", vmin=low, vmax=high)
         column[0].set_title(("\n" if k else group.replace(": ", ":\n")) + f"\n{sample.defect}", fontsize=7, loc="left")
-        column[2].set_title(f"{run.scores[i]:.4g} {'≥' if run.scores[i] >= limit[i] else '<'} {limit[i]:.4g}", fontsize=7)
+        column[2].set_title(f"{run.scores[i]:.4g} {'≥' if run.scores[i] >= limit[i] else '<'} {limit[i]:.4g}",
+                            fontsize=7)
         for ax in column:
             ax.set(xticks=[], yticks=[], frame_on=False); ax.grid(False)
     return fig
 
 # %% ../nbs/12_reports.ipynb #d968e2c4
 def overlay(image: np.ndarray, anomaly_map: np.ndarray, low: float, high: float, alpha: float = 0.5) -> np.ndarray:
-    "A heat map laid over its image: uint8 (H, W, 3); values up to `low` leave the image as it is, from `high` on it is brightest."
+    """A heat map laid over its image: uint8 (H, W, 3);
+    values up to `low` leave the image as it is, from `high` on it is brightest."""
     import matplotlib
 
     level = np.clip((anomaly_map - low) / max(high - low, 1e-12), 0, 1)
@@ -318,41 +349,51 @@ def keep(fig, path: Path, dpi: int = 100):
     return Image(filename=str(path))
 
 # %% ../nbs/12_reports.ipynb #bf4533bd
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>flowrepro report</title><link rel="icon" href="data:,"><style>
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>flowrepro report</title>
+<link rel="icon" href="data:,"><style>
 body{font:15px/1.5 system-ui,sans-serif;max-width:1480px;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
 td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}
-pre{font-size:12px;overflow-x:auto}th{text-align:left}img{max-width:100%}h2{margin-top:2.5rem}.note{color:#555}</style></head><body>
+pre{font-size:12px;overflow-x:auto}th{text-align:left}img{max-width:100%}h2{margin-top:2.5rem}.note{color:#555}
+</style></head><body>
 <h1>flowrepro report</h1>
-<p class="note">Headline numbers are those of the last epoch of a schedule fixed beforehand. <em>Best on test</em> picks the epoch with the test set, metric by metric, as the papers report.</p>
+<p class="note">Headline numbers are those of the last epoch of a schedule fixed beforehand. <em>Best on test</em>
+picks the epoch with the test set, metric by metric, as the papers report.</p>
 """
 
 
 def figure_tag(path: Path) -> str:
     "An image file inlined into HTML."
-    return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+    return (f'<img alt="{html.escape(path.stem)}" '
+            f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">')
 
 
 def run_section(run: dict, root: Path) -> str:
     "The HTML of one run: its line of settings, figures, and the executed notebook."
     c, t, e, path = run["config"], run["timing"], run["environment"], Path(run["path"])
     title = f"{setting_name(c)} · {c['dataset']} · {c['category']} · preset {c['preset']} · seed {c['seed']}"
-    about = (f"{c['settings']['backbone']['name']}, {c['settings']['schedule']['epochs']} epochs; {t['train_s']:.0f} s training, {t['epoch_s']:.2f} s an epoch, "
-             f"{t['ram_mib']:.0f} MiB; torch {e['torch']}, {e['device']} ({e['cpus']} CPUs), revision {e['revision'] or 'unknown'}")
+    about = (f"{c['settings']['backbone']['name']}, {c['settings']['schedule']['epochs']} epochs; "
+             f"{t['train_s']:.0f} s training, {t['epoch_s']:.2f} s an epoch, "
+             f"{t['ram_mib']:.0f} MiB; torch {e['torch']}, {e['device']} ({e['cpus']} CPUs), "
+             f"revision {e['revision'] or 'unknown'}")
     figures = "".join(figure_tag(p) for p in sorted((path / "figures").glob("*.png")))
-    link = f'<p><a href="{(path / "run.ipynb").relative_to(root)}">executed notebook</a></p>' if (path / "run.ipynb").exists() else ""
+    link = (f'<p><a href="{(path / "run.ipynb").relative_to(root)}">executed notebook</a></p>'
+            if (path / "run.ipynb").exists() else "")
     return f"<h2>{html.escape(title)}</h2><p class='note'>{html.escape(about)}</p>{figures}{link}"
 
 # %% ../nbs/12_reports.ipynb #e0d23950
 def caption_html(text: str) -> str:
     "A caption's Markdown as HTML: bold, code, and blocks of commands."
-    line = lambda s: re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(s, quote=False)))
+    line = lambda s: re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>",
+                            re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(s, quote=False)))
     parts = re.split(r"```\w*\n(.*?)\n```", text, flags=re.S)  # every second one is a block
-    return "".join(f"<pre>{html.escape(p, quote=False)}</pre>" if k % 2 else f"<p class='note'>{line(p.strip())}</p>" for k, p in enumerate(parts) if p.strip())
+    return "".join(f"<pre>{html.escape(p, quote=False)}</pre>" if k % 2 else f"<p class='note'>{line(p.strip())}</p>"
+                   for k, p in enumerate(parts) if p.strip())
 
 
 def figure_section(stem: Path) -> str:
-    "The HTML of a figure of the papers, from its path without ending: title, drawing and caption; where it is not drawn, the caption says what is missing."
+    """The HTML of a figure of the papers, from its path without ending: title, drawing and caption;
+    where it is not drawn, the caption says what is missing."""
     drawing, caption = stem.with_suffix(".png"), stem.with_suffix(".md")
     return (f"<section id={stem.name}><h3>{stem.name}</h3>" + (figure_tag(drawing) if drawing.exists() else "")
             + (caption_html(caption.read_text(encoding="utf-8")) if caption.exists() else "") + "</section>")
@@ -360,22 +401,29 @@ def figure_section(stem: Path) -> str:
 
 def outputs_section(root: Path) -> str:
     "The HTML of all tables and figures below a folder, captions included; empty if there are none."
-    tables = [f"<section id={p.stem}>{p.read_text(encoding='utf-8')}</section>" for p in sorted((root / "tables").glob("T*.html"))]
-    figures = [figure_section(p) for p in sorted({p.with_suffix("") for e in ("png", "md") for p in (root / "figures").glob(f"F*.{e}")})]
-    links = "".join(f'<li><a href="{p.relative_to(root)}">{p.stem}</a></li>' for p in sorted((root / "notebooks").glob("*.ipynb")))
+    tables = [f"<section id={p.stem}>{p.read_text(encoding='utf-8')}</section>"
+              for p in sorted((root / "tables").glob("T*.html"))]
+    figures = [figure_section(p)
+               for p in sorted({p.with_suffix("") for e in ("png", "md") for p in (root / "figures").glob(f"F*.{e}")})]
+    links = "".join(f'<li><a href="{p.relative_to(root)}">{p.stem}</a></li>'
+                    for p in sorted((root / "notebooks").glob("*.ipynb")))
     made = f"<p>Executed notebooks of tables and figures:</p><ul>{links}</ul>" if links else ""
-    return "<h2>Tables</h2>" * bool(tables) + "".join(tables) + "<h2>Figures</h2>" * bool(figures) + "".join(figures) + made
+    return ("<h2>Tables</h2>" * bool(tables) + "".join(tables) + "<h2>Figures</h2>" * bool(figures) + "".join(figures)
+            + made)
 
 # %% ../nbs/12_reports.ipynb #52d5b1c4
 def runs_section(runs: list[dict], root: Path) -> str:
     "The HTML of a list of runs: settings, time, memory, environment, and links to settings and executed notebook."
-    link = lambda p, text: f'<a href="{p.relative_to(root)}">{html.escape(text)}</a>' if p.exists() else html.escape(text)
-    rows = []
+    rows, name = [], html.escape
+    link = lambda p, text: f'<a href="{p.relative_to(root)}">{name(text)}</a>' if p.exists() else name(text)
     for run in runs:
         c, t, e, path = run["config"], run["timing"], run["environment"], Path(run["path"])
-        rows.append({"run": link(path / "run.ipynb", path.name), "settings": link(path / "config.json", "settings"), "method": method_name(c), "backbone": c["settings"]["backbone"]["name"],
-                     "epochs": c["settings"]["schedule"]["epochs"], "training (s)": f"{t['train_s']:.1f}", "s/epoch": f"{t['epoch_s']:.2f}", "MiB": f"{t['ram_mib']:.0f}",
-                     "device": f"{e['device']} ({e['cpus']} CPUs)", "torch": e["torch"], "revision": e["revision"] or "unknown"})
+        rows.append({"run": link(path / "run.ipynb", path.name), "settings": link(path / "config.json", "settings"),
+                     "method": method_name(c), "backbone": c["settings"]["backbone"]["name"],
+                     "epochs": c["settings"]["schedule"]["epochs"], "training (s)": f"{t['train_s']:.1f}",
+                     "s/epoch": f"{t['epoch_s']:.2f}", "MiB": f"{t['ram_mib']:.0f}",
+                     "device": f"{e['device']} ({e['cpus']} CPUs)", "torch": e["torch"],
+                     "revision": e["revision"] or "unknown"})
     return pd.DataFrame(rows).to_html(index=False, border=0, escape=False)
 
 # %% ../nbs/12_reports.ipynb #a7b13240
@@ -393,7 +441,8 @@ def report(folder: str | Path) -> Path:
             style()
             keep(plot_overview(table), folder / "overview.png")
             picture = figure_tag(folder / "overview.png")
-        body = picture + summary(runs).reset_index().to_html(index=False, border=0) + "".join(run_section(r, folder) for r in runs)
+        body = (picture + summary(runs).reset_index().to_html(index=False, border=0)
+                + "".join(run_section(r, folder) for r in runs))
     out = folder / "report.html"
     out.write_text(PAGE + body + "</body></html>\n", encoding="utf-8")
     return out

@@ -41,13 +41,15 @@ from .runs import HERE, execute_notebook, parse_overrides, revision, run_noteboo
 from .tables import METRICS
 
 # %% ../nbs/12d_reproduce.ipynb #c2ebc707
-RUN_MODULES = ("data", "backbones", "features", "flows", "bases", "detectors", "scores", "metrics", "training", "diagnostics", "runs")
+RUN_MODULES = ("data", "backbones", "features", "flows", "bases", "detectors", "scores", "metrics", "training",
+               "diagnostics", "runs")
 OUTPUT_MODULES = ("matrix", "tables", "reports")  # and figures or comparisons
 
 
 def run_inputs(job: Job) -> list[str]:
     "The files that a run's numbers depend on."
-    modules = [*RUN_MODULES, *(["altub"] if job.parameters["altub"] else []), *(["hgad"] if job.parameters["method"] == "hgad" else [])]
+    modules = [*RUN_MODULES, *(["altub"] if job.parameters["altub"] else []),
+               *(["hgad"] if job.parameters["method"] == "hgad" else [])]
     return [str(HERE / "experiments/run.ipynb"), *(str(HERE / f"{m}.py") for m in modules)]
 
 
@@ -55,7 +57,8 @@ def output_inputs(notebook: str, matrix: Path | None = None) -> list[str]:
     "The files that a notebook of tables or figures depends on, beside its runs."
     own = "figures" if notebook.endswith("figures") else "comparisons"
     published = sorted(map(str, (HERE / "published").glob("*.csv"))) if own == "comparisons" else []
-    return [str(HERE / f"experiments/{notebook}.ipynb"), str(matrix or MATRIX), *(str(HERE / f"{m}.py") for m in (*OUTPUT_MODULES, own)), *published]
+    return [str(HERE / f"experiments/{notebook}.ipynb"), str(matrix or MATRIX),
+            *(str(HERE / f"{m}.py") for m in (*OUTPUT_MODULES, own)), *published]
 
 
 def content_of(files: tuple[str, ...]) -> str:
@@ -67,10 +70,12 @@ def run_entry(job: Job, out: Path) -> dict:
     "What the plan says of a run."
     cache = {"features.cache": str(out / "features")}
     p = job.parameters | {"overrides": json.dumps(job.parameters["overrides"] | cache), "out_dir": str(out / job.name)}
-    return {"parameters": p, "inputs": run_inputs(job), "outputs": job.outputs, "minutes": 60 if job.preset in ("smoke", "demo") else 1440}
+    return {"parameters": p, "inputs": run_inputs(job), "outputs": job.outputs,
+            "minutes": 60 if job.preset in ("smoke", "demo") else 1440}
 
 
-def notebook_entries(matrix: dict, wanted: list[str], jobs: list[Job], preset: str, seeds: int | None, out: Path, path: Path | None = None) -> dict[str, dict]:
+def notebook_entries(matrix: dict, wanted: list[str], jobs: list[Job], preset: str, seeds: int | None, out: Path,
+                     path: Path | None = None) -> dict[str, dict]:
     "What the plan says of the notebooks that draw the wanted outputs, from runs of its seeds alone."
     entries: dict[str, dict] = {}
     for output in wanted:
@@ -79,14 +84,17 @@ def notebook_entries(matrix: dict, wanted: list[str], jobs: list[Job], preset: s
         e["only"].append(output)
         e["runs"] += [j.name for j in jobs if output in j.outputs and j.name not in e["runs"]]
     for e in entries.values():
-        e["parameters"] = {"runs": str(out), "preset": preset, "seeds": seeds or matrix["presets"][preset]["seeds"], "out_dir": str(out), "only": ",".join(e.pop("only")), "matrix_file": str(path or "")}
+        e["parameters"] = {"runs": str(out), "preset": preset, "seeds": seeds or matrix["presets"][preset]["seeds"],
+                           "out_dir": str(out), "only": ",".join(e.pop("only")), "matrix_file": str(path or "")}
     return entries
 
 # %% ../nbs/12d_reproduce.ipynb #15f6871e
 def lacking(matrix: dict, preset: str, wanted: list[str], roots: dict) -> dict[str, list[str]]:
-    "Official categories that data sets are without of which runs of preset paper take all. They are read for it, so a damaged one is a DataError before any work."
+    """Official categories that data sets are without of which runs of preset paper take all.
+    They are read for it, so a damaged one is a DataError before any work."""
     roles = [role_of(matrix, preset, matrix["outputs"][output]["role"]) for output in wanted]
-    whole = {s for data, own in roles for sets, name in data for s in sets if own == "paper" and name in ("all", "each") and roots.get(s)}
+    whole = {s for data, own in roles for sets, name in data for s in sets if own == "paper" and name in ("all", "each")
+             and roots.get(s)}
     return {s: gone for s in sorted(whole) if (gone := absent_categories(s, (r.category for r in read(s, roots[s]))))}
 
 
@@ -99,7 +107,8 @@ def make_plan(
     matrix: str | Path | None = None,  # another matrix file
     cluster: str | None = None,  # a profile in workflow/profiles
 ) -> dict:
-    "What is to be done: `runs`, `notebooks`, `missing`, the runs whose data were not found, and `lacking`, the categories that were not. MatrixError for an unknown preset, table or key, DataError for a wrong data root."
+    """What is to be done: `runs`, `notebooks`, `missing` (runs without data), and `lacking` (categories without).
+    MatrixError for an unknown preset, table or key, DataError for a wrong data root."""
     content, out = load_matrix(matrix), Path(out)
     wanted = [w.upper() for w in only] if only else list(content["outputs"])
     if seeds is not None and seeds < 1:
@@ -107,9 +116,11 @@ def make_plan(
     roots = find_roots(data_root)
     jobs = jobs_of(content, preset, roots, wanted, seeds)
     here = [j for j in jobs if not j.missing]
-    plan = {"preset": preset, "cwd": os.getcwd(), "out": str(out), "gpu": job_gpus(jobs, cluster), "share": 1, "mem_mb": 16000 if preset == "paper" else 6000, "lacking": lacking(content, preset, wanted, roots)}
+    plan = {"preset": preset, "cwd": os.getcwd(), "out": str(out), "gpu": job_gpus(jobs, cluster), "share": 1,
+            "mem_mb": 16000 if preset == "paper" else 6000, "lacking": lacking(content, preset, wanted, roots)}
     plan["runs"] = {j.name: run_entry(j, out) for j in here}
-    plan["notebooks"] = notebook_entries(content, wanted, here, preset, seeds, out, Path(matrix).resolve() if matrix else None)
+    plan["notebooks"] = notebook_entries(content, wanted, here, preset, seeds, out,
+                                         Path(matrix).resolve() if matrix else None)
     same = cache(content_of)
     for entry in (*plan["runs"].values(), *plan["notebooks"].values()):
         entry["content"] = same(tuple(entry["inputs"]))
@@ -120,13 +131,16 @@ def gpus() -> int:
     "How many GPUs runs may use; `FLOWREPRO_GPUS` overrides what is found."
     if (given := os.environ.get("FLOWREPRO_GPUS")) is not None:
         if not given.strip().isdecimal():
-            raise ValueError(f"FLOWREPRO_GPUS={given!r}: must be a whole number from 0; without it, the GPUs found are used")
+            raise ValueError(f"FLOWREPRO_GPUS={given!r}: must be a whole number from 0; "
+                             "without it, the GPUs found are used")
         return int(given)
     return torch.cuda.device_count()
 
 
 def job_gpus(jobs: list[Job], cluster: str | None = None) -> int:
-    "GPUs that each run asks for, 0 or 1. On a cluster, where this machine's own say nothing: 1 if runs of `real` or `paper` are among them, unless `FLOWREPRO_GPUS` says otherwise."
+    """GPUs that each run asks for, 0 or 1.
+    On a cluster, where this machine's own say nothing: 1 if runs of `real` or `paper` are among them, unless
+    `FLOWREPRO_GPUS` says otherwise."""
     if cluster and "FLOWREPRO_GPUS" not in os.environ:
         return int(any(j.preset in ("real", "paper") for j in jobs))
     return int(gpus() > 0)
@@ -136,21 +150,25 @@ OVERHEAD = 8.0  # seconds a run spends on imports and pictures
 
 
 def length(config: dict) -> str:
-    "What a run's length depends on beside method and preset: its overrides in one form, without the place of its features."
+    """What a run's length depends on beside method and preset:
+    its overrides in one form, without the place of its features."""
     given = parse_overrides(config.get("overrides", {}), settings_of(config["method"]))
     given.get("features", {}).pop("cache", None)
     return json.dumps({group: values for group, values in given.items() if values != {}}, sort_keys=True)
 
 
 def past_seconds(folders: list[Path], device: str = "cpu") -> dict[tuple[str, str], float]:
-    "Seconds of finished runs on a kind of device, by (folder name without the seed, length) (the fewest, which other work disturbed least) and by ('method preset', length) (the median)."
+    """Seconds of finished runs on a kind of device.
+    By (folder name without the seed, length), the fewest, which other work disturbed least, and by ('method preset',
+    length), the median."""
     out: dict[tuple[str, str], list[float]] = {}
     for path in (p for f in folders for p in Path(f).glob("**/metrics.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # not a run of this version
             m = json.loads(path.read_text())
             c, own = m["config"], length(m["config"])
             seconds = OVERHEAD + sum(m["timing"][k] for k in ("features_s", "train_s", "evaluate_s"))
-            for key in (path.parent.name.rpartition("-")[0], f"{c['method']} {c['preset']}") if m["environment"]["device"] == device else ():
+            for key in (path.parent.name.rpartition("-")[0],
+                        f"{c['method']} {c['preset']}") if m["environment"]["device"] == device else ():
                 out.setdefault((key, own), []).append(seconds)
     return {key: (median if " " in key[0] else min)(seconds) for key, seconds in out.items()}
 
@@ -170,12 +188,14 @@ def estimate(names: list[str], plan: dict, past: dict[tuple[str, str], float]) -
 # %% ../nbs/12d_reproduce.ipynb #d51f48b5
 def said(seconds: float) -> str:
     "Seconds in words."
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return (f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 5400
+            else f"{seconds / 3600:.1f} h")
 
 # %% ../nbs/12d_reproduce.ipynb #e464ab0c
 @contextlib.contextmanager
 def one_gpu(out: Path, share: int = 1) -> Iterator[int | None]:
-    "The number of a GPU that fewer than `share` other jobs of this folder use, in CUDA_VISIBLE_DEVICES; None without GPUs. Slurm gives each job its own, so nothing is done there."
+    """The number of a GPU that fewer than `share` other jobs of this folder use, in CUDA_VISIBLE_DEVICES;
+    None without GPUs. Slurm gives each job its own, so nothing is done there."""
     import fcntl
 
     visible = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v] or list(map(str, range(gpus())))
@@ -196,7 +216,8 @@ def one_gpu(out: Path, share: int = 1) -> Iterator[int | None]:
 
 # %% ../nbs/12d_reproduce.ipynb #cfc2d08a
 def execute(plan: str, name: str, notebook: bool = False, engine: str | None = None) -> int:
-    "Run one notebook of a plan; the exit code. What fails is written to `error.txt` (a run) or `NAME.error.txt` (a notebook of outputs)."
+    """Run one notebook of a plan; the exit code.
+    What fails is written to `error.txt` (a run) or `NAME.error.txt` (a notebook of outputs)."""
     content = json.loads(Path(plan).read_text())
     os.chdir(content["cwd"])
     out = Path(content["out"])
@@ -219,7 +240,8 @@ def execute(plan: str, name: str, notebook: bool = False, engine: str | None = N
     return 0
 
 # %% ../nbs/12d_reproduce.ipynb #0c3112c7
-PRELOADED = ["flowrepro.runs", "flowrepro.reports", "flowrepro.matrix", "papermill", "matplotlib.pyplot", "matplotlib_inline.backend_inline", "seaborn", "execnb.shell", "nbformat"]
+PRELOADED = ["flowrepro.runs", "flowrepro.reports", "flowrepro.matrix", "papermill", "matplotlib.pyplot",
+             "matplotlib_inline.backend_inline", "seaborn", "execnb.shell", "nbformat"]
 
 
 def forked(plan: str, name: str, notebook: bool) -> None:
@@ -291,7 +313,8 @@ def warm_jobs(threads: int) -> Iterator[dict]:
         job.start()
         running.add(job)
         while job.is_alive():
-            if connection.wait([client, job.sentinel]) and client in connection.wait([client], 0):  # nothing more is said: it is gone
+            # nothing more is said: it is gone
+            if connection.wait([client, job.sentinel]) and client in connection.wait([client], 0):
                 end(job)
             job.join(0.05)
         running.discard(job)
@@ -335,24 +358,31 @@ def at_once(jobs: int | None, cluster: str | None) -> int:
 
 def can_submit(cluster: str | None) -> None:
     "OSError if jobs are for Slurm and this machine has no command that takes them."
-    if cluster and "executor: slurm" in (profile_of(cluster) / "config.yaml").read_text() and not shutil.which("sbatch"):
-        raise OSError(f"cluster {cluster}: there is no sbatch on this machine; give the command on one that submits jobs, or leave out --cluster")
+    slurm = cluster and "executor: slurm" in (profile_of(cluster) / "config.yaml").read_text()
+    if slurm and not shutil.which("sbatch"):
+        raise OSError(f"cluster {cluster}: there is no sbatch on this machine; "
+                      "give the command on one that submits jobs, or leave out --cluster")
 
 
 def snakemake_command(plan_file: Path, target: str, cluster: str | None, jobs: int) -> list[str]:
     "The call that does what a target still needs."
     profile = profile_of(cluster)
     most = ["--jobs", str(jobs)] if cluster else ["--cores", str(jobs), "--resources", f"gpu={jobs}"]
-    return [sys.executable, "-m", "snakemake", target, "--snakefile", str(HERE / "workflow/Snakefile"), "--directory", str(plan_file.parent),
-            "--workflow-profile", str(profile), "--config", f"plan={plan_file.resolve()}", "--rerun-triggers", "params", *most]
+    return [sys.executable, "-m", "snakemake", target, "--snakefile", str(HERE / "workflow/Snakefile"), "--directory",
+            str(plan_file.parent),
+            "--workflow-profile", str(profile), "--config", f"plan={plan_file.resolve()}", "--rerun-triggers", "params",
+            *most]
 
 # %% ../nbs/12d_reproduce.ipynb #9bbb256c
 def to_do(plan: dict, plan_file: Path, jobs: int = 1) -> list[str]:
-    "The runs that Snakemake would do now: those that are not there, or depend on what has changed. RuntimeError if it cannot say."
-    done = subprocess.run([*snakemake_command(plan_file, "runs", None, jobs), "--dry-run", "--quiet", "progress"], capture_output=True, text=True)
+    """The runs that Snakemake would do now: those that are not there, or depend on what has changed.
+    RuntimeError if it cannot say."""
+    done = subprocess.run([*snakemake_command(plan_file, "runs", None, jobs), "--dry-run", "--quiet", "progress"],
+                          capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"Snakemake cannot read the plan: {(done.stdout + done.stderr).strip()[-500:]}")
-    told = {line.split("output:", 1)[1].strip() for line in (done.stdout + done.stderr).splitlines() if line.strip().startswith("output:")}
+    told = {line.split("output:", 1)[1].strip() for line in (done.stdout + done.stderr).splitlines()
+            if line.strip().startswith("output:")}
     return [n for n in plan["runs"] if f"{n}/metrics.json" in told]
 
 # %% ../nbs/12d_reproduce.ipynb #59d6c2dd
@@ -384,7 +414,8 @@ class Watch:
         "AUROCs of the last epoch and seconds of a finished run."
         m = json.loads(path.read_text())
         mean, t = m["results"]["last"]["mean"], m["timing"]
-        shown = ", ".join(f"{METRICS[k]} {mean[k]:.3f}" for k in ("image_auroc", "pixel_auroc") if mean.get(k) is not None)
+        shown = ", ".join(f"{METRICS[k]} {mean[k]:.3f}" for k in ("image_auroc", "pixel_auroc")
+                          if mean.get(k) is not None)
         return f"{shown} ({said(t['features_s'] + t['train_s'] + t['evaluate_s'])})"
 
     def left(self) -> str:
@@ -404,14 +435,17 @@ def room(out: Path) -> None:
     "OSError (ENOSPC) with what to do, if the disk of a folder has less than `RESERVE` bytes free."
     free = shutil.disk_usage(out).free
     if free < RESERVE:
-        raise OSError(errno.ENOSPC, f"disk full: {free / 2**20:.0f} MiB free, {RESERVE / 2**20:.0f} are kept in reserve; free some or give another --out; "
+        raise OSError(errno.ENOSPC, f"disk full: {free / 2**20:.0f} MiB free, {RESERVE / 2**20:.0f} are kept in "
+                                    "reserve; free some or give another --out; "
                                     "finished runs stay, and the same command goes on from there", str(out))
 
 # %% ../nbs/12d_reproduce.ipynb #58fdc0b0
 def drive(command: list[str], environment: dict, watch: Watch | None, log: Path) -> int:
-    "Run Snakemake and print the news; the exit code. An interrupt or a full disk ends its jobs, and Snakemake itself, before it goes on."
+    """Run Snakemake and print the news; the exit code.
+    An interrupt or a full disk ends its jobs, and Snakemake itself, before it goes on."""
     with open(log, "a") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment,
+                                   start_new_session=True)
         try:
             while True:
                 code = process.poll()
@@ -436,43 +470,56 @@ def some_run(plan: dict, data_root: str | Path | None, only: list[str] | None) -
     if plan["runs"]:
         return
     if not plan["missing"]:
-        raise ValueError(f"preset {plan['preset']!r} has no data for {', '.join(only or ['any output'])}; give other outputs or another preset")
+        raise ValueError(f"preset {plan['preset']!r} has no data for {', '.join(only or ['any output'])}; "
+                         "give other outputs or another preset")
     names = sorted({n for names in plan["missing"].values() for n in names})
     where = f"data root {data_root}: without" if data_root else "no data root, so without"
-    raise DataError(f"{where} {', '.join(names)}, which every run of {', '.join(only or ['the outputs'])} needs at preset {plan['preset']}; "
+    raise DataError(f"{where} {', '.join(names)}, which every run of {', '.join(only or ['the outputs'])} needs at "
+                    f"preset {plan['preset']}; "
                     f"give --data-root, the folder that holds {', '.join(DATA_FOLDERS[n] + '/' for n in names)}")
 
 
 def check_runs(out: Path) -> None:
-    "ValueError for a `metrics.json` in a folder that is not what a run leaves: the report and the tables would stumble over it."
+    """ValueError for a `metrics.json` in a folder that is not what a run leaves:
+    the report and the tables would stumble over it."""
     for path in sorted(out.glob("**/metrics.json")):
         try:
             content = json.loads(path.read_text())
-            wrong = "" if isinstance(content, dict) and {"config", "results", "timing", "environment"} <= content.keys() else "other content"
+            wrong = ("" if isinstance(content, dict) and {"config", "results", "timing", "environment"}
+                     <= content.keys() else "other content")
         except (OSError, ValueError) as error:
             wrong = str(error)
         if wrong:
-            raise ValueError(f"{path}: not the metrics.json of a run ({wrong}); remove it, and a run that belongs there is made anew, or give another --out")
+            raise ValueError(f"{path}: not the metrics.json of a run ({wrong}); "
+                             "remove it, and a run that belongs there is made anew, or give another --out")
 
 # %% ../nbs/12d_reproduce.ipynb #f3a1d011
 def describe(plan: dict, todo: list[str], past: dict[tuple[str, str], float], jobs: int) -> str:
     "What the plan comes to: runs, those still to do and how long they take, data that are missing."
     seconds, unknown = estimate(todo, plan, past)
     outputs = sorted({o for e in plan["runs"].values() for o in e["outputs"]}, key=lambda o: (o[0] != "T", o))
-    lines = [f"{len(plan['runs'])} runs{' for ' * bool(outputs)}{', '.join(outputs)}, {len(plan['runs']) - len(todo)} of them done"]
+    lines = [f"{len(plan['runs'])} runs{' for ' * bool(outputs)}{', '.join(outputs)}, "
+             f"{len(plan['runs']) - len(todo)} of them done"]
     if todo:
-        known = f"about {said(seconds / min(jobs, len(todo) - unknown))} by past timings" if len(todo) > unknown else "no past timings to tell how long"
+        known = (f"about {said(seconds / min(jobs, len(todo) - unknown))} by past timings" if len(todo) > unknown
+                 else "no past timings to tell how long")
         known += f", not counting {unknown} that never ran" if 0 < unknown < len(todo) else ""
-        known += f"; the page of costs (nbs/12e_costs.ipynb) counts the hours of preset paper, and the disk that its features take in {plan['out']}/features" if unknown and plan["preset"] == "paper" else ""
+        known += ("; the page of costs (nbs/12e_costs.ipynb) counts the hours of preset paper, "
+                  f"and the disk that its features take in {plan['out']}/features"
+                  if unknown and plan["preset"] == "paper" else "")
         lines.append(f"to do: {len(todo)}, {jobs} at a time; {known}")
     return "\n".join(lines + missing_data(plan))
 
 
 def missing_data(plan: dict) -> list[str]:
-    "A line for each data set that was not found, or not with all of its categories: how many runs need it, and what to do."
-    count = {name: sum(name in names for names in plan["missing"].values()) for names in plan["missing"].values() for name in names}
-    return [*(f"missing data: {name}, so {n} run{'s' * (n > 1)} cannot be made; put it in the data root (--data-root) as {DATA_FOLDERS[name]}/" for name, n in sorted(count.items())),
-            *(f"missing data: {', '.join(gone)} of {name}, so nothing there is of all {len(OFFICIAL[name])} categories; restore them from the original archive" for name, gone in plan["lacking"].items())]
+    """A line for each data set that was not found, or not with all of its categories:
+    how many runs need it, and what to do."""
+    count = {name: sum(name in names for names in plan["missing"].values()) for names in plan["missing"].values()
+             for name in names}
+    return [*(f"missing data: {name}, so {n} run{'s' * (n > 1)} cannot be made; "
+              f"put it in the data root (--data-root) as {DATA_FOLDERS[name]}/" for name, n in sorted(count.items())),
+            *(f"missing data: {', '.join(gone)} of {name}, so nothing there is of all {len(OFFICIAL[name])} "
+              "categories; restore them from the original archive" for name, gone in plan["lacking"].items())]
 
 
 def other_revisions(plan: dict) -> str:
@@ -480,7 +527,8 @@ def other_revisions(plan: dict) -> str:
     now, found = revision(), {}
     for name in plan["runs"]:
         with contextlib.suppress(OSError, KeyError, json.JSONDecodeError):
-            found.setdefault(json.loads((Path(plan["out"]) / name / "metrics.json").read_text())["environment"]["revision"], []).append(name)
+            metrics = json.loads((Path(plan["out"]) / name / "metrics.json").read_text())
+            found.setdefault(metrics["environment"]["revision"], []).append(name)
     strange = {r: names for r, names in found.items() if r != now}
     return "; ".join(f"{len(names)} finished runs are of revision {r}, now it is {now}" for r, names in strange.items())
 
@@ -494,7 +542,8 @@ def failures(plan: dict) -> list[str]:
             lines.append(f"{name}: {reason(out / name / 'error.txt')}{shown}")
     for name in plan["notebooks"]:
         if not (out / f"notebooks/{name}.done").exists():
-            lines.append(f"{name}: {reason(out / f'notebooks/{name}.error.txt')} (executed notebook: {out / f'notebooks/{name}.ipynb'})")
+            lines.append(f"{name}: {reason(out / f'notebooks/{name}.error.txt')} (executed notebook: "
+                         f"{out / f'notebooks/{name}.ipynb'})")
     return lines
 
 # %% ../nbs/12d_reproduce.ipynb #d406daba
@@ -504,16 +553,19 @@ def wanted_tables(plan: dict) -> list[str]:
 
 
 def glance(out: Path, tables: list[str]) -> str:
-    "The first table that a call has made, without the columns that say less, and a published number only where the measured one compares with it; empty if there is none."
+    """The first table that a call has made, without the columns that say less; empty if there is none.
+    A published number only where the measured one compares with it."""
     path = next((p for p in (out / f"tables/{t}.csv" for t in tables) if p.exists()), None)
     if path is None:
         return ""
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     for column in table.filter(regex=": published$"):
         table.loc[~table[column.replace("published", "difference")].str.contains(" / "), column] = "–"
-    shown = [c for c in table if ": " not in c or c.endswith(": last") or c.endswith(": published") and (table[c] != "–").any()]
+    shown = [c for c in table if ": " not in c or c.endswith(": last") or c.endswith(": published")
+             and (table[c] != "–").any()]
     measured = table[~table.filter(regex=": last$").isin(["not run", "missing"]).any(axis=1)][shown]
-    return f"{path.stem}, percent, last epoch ({len(tables)} table{'s' * (len(tables) != 1)} in {path.parent}, figures in {out / 'figures'}):\n{measured.to_string(index=False)}\n" if len(measured) else ""
+    return (f"{path.stem}, percent, last epoch ({len(tables)} table{'s' * (len(tables) != 1)} in {path.parent}, "
+            f"figures in {out / 'figures'}):\n{measured.to_string(index=False)}\n" if len(measured) else "")
 
 # %% ../nbs/12d_reproduce.ipynb #792dc382
 def reproduce(
@@ -527,7 +579,8 @@ def reproduce(
     dry_run: bool = False,
     matrix: str | Path | None = None,
 ) -> int:
-    "Plan, say so, do it, report; the exit code: 0, or 1 if a run failed or its data are missing. Raises as `make_plan` before any work, DataError if no run has its data, OSError when the disk is full."
+    """Plan, say so, do it, report; the exit code: 0, or 1 if a run failed or its data are missing.
+    Raises as `make_plan` before any work, DataError if no run has its data, OSError when the disk is full."""
     jobs = at_once(jobs, cluster)
     plan, out = make_plan(preset, data_root, only, seeds, out, matrix, cluster), Path(out)
     some_run(plan, data_root, only)
@@ -541,8 +594,10 @@ def reproduce(
     with only_one(out):
         check_runs(out)
         plan_file.write_text(json.dumps(plan, indent=1))
-        todo, past = to_do(plan, plan_file, jobs), past_seconds([out, Path("results")], "cuda" if plan["gpu"] else "cpu")
-        print("\n".join(filter(None, [describe(plan, todo, past, jobs), other_revisions(plan) if not todo or dry_run else ""])), flush=True)
+        todo, past = (to_do(plan, plan_file, jobs),
+                      past_seconds([out, Path("results")], "cuda" if plan["gpu"] else "cpu"))
+        others = other_revisions(plan) if not todo or dry_run else ""
+        print("\n".join(filter(None, [describe(plan, todo, past, jobs), others])), flush=True)
         if dry_run:
             print("\n".join(f"  {n}" for n in todo))
             return 0
@@ -562,7 +617,8 @@ def only_one(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{out}: another flowrepro reproduce works in this folder; wait for it, or give another --out") from error
+            raise ValueError(f"{out}: another flowrepro reproduce works in this folder; "
+                             "wait for it, or give another --out") from error
         yield
 
 
@@ -578,8 +634,9 @@ def terminable() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
 
-
-def work(plan: dict, plan_file: Path, todo: list[str], past: dict[tuple[str, str], float], jobs: int, cluster: str | None) -> int:
+# %% ../nbs/12d_reproduce.ipynb #bea95126
+def work(plan: dict, plan_file: Path, todo: list[str], past: dict[tuple[str, str], float], jobs: int,
+         cluster: str | None) -> int:
     "The two calls of Snakemake, and what failed; the exit code."
     out = Path(plan["out"])
     seconds = {n: s for n in todo if (s := known_seconds(n, plan, past))}
@@ -592,12 +649,14 @@ def work(plan: dict, plan_file: Path, todo: list[str], past: dict[tuple[str, str
             here = (os.cpu_count() or 1) if cluster else jobs
             drive(snakemake_command(plan_file, "outputs", None, here), environment, None, log)
     except KeyboardInterrupt:
-        print(f"interrupted: {sum(watch.done.values())} of {len(todo)} runs finished; the same command goes on from there")
+        print(f"interrupted: {sum(watch.done.values())} of {len(todo)} runs finished; "
+              "the same command goes on from there")
         raise
     if failed := failures(plan):
         print("failed:\n" + "\n".join(f"  {line}" for line in failed))
     elif not todo:
-        print(f"nothing to do: every run {'whose data are here ' * bool(plan['missing'] or plan['lacking'])}is there, and nothing that it depends on has changed")
+        print(f"nothing to do: every run {'whose data are here ' * bool(plan['missing'] or plan['lacking'])}is there, "
+              "and nothing that it depends on has changed")
     for line in missing_data(plan):
         print(line)
     return 1 if failed or plan["missing"] or plan["lacking"] else 0

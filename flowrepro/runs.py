@@ -49,51 +49,67 @@ from .training import OtherTraining, Schedule, check_training, fit
 LITE = "tf_efficientnet_lite0"
 THREE = dict(name=LITE, levels=(2, 3, 4))  # strides 8, 16, 32
 PYRAMID = dict(name=LITE, levels=(3,), pyramid=(1.0, 0.5, 0.25))  # stride 16 of three sizes
-META = dict(epochs=200, warmup=16, hold=8, lr=2e-4, floor=1e-3)  # 25 meta-epochs of 8 passes; cosine to lr·0.1³ (CFLOW-AD and HGAD, utils.py)
-PRESETS = {
-    "fastflow": {
-        "smoke": dict(transform=dict(size=64), backbone=dict(name=LITE, levels=(2, 3)), detector=dict(steps=2),
-                      schedule=dict(epochs=2, batch=8, lr=1e-3), evaluations=2),
-        "demo": dict(transform=dict(size=192), backbone=dict(name=LITE, levels=(2, 3)), detector=dict(steps=4),
-                     schedule=dict(epochs=40, batch=8, lr=3e-3), evaluations=4),
-        "real": dict(transform=dict(size=256), backbone=THREE, schedule=dict(epochs=40, batch=32, lr=1e-3), evaluations=8),
-        "paper": dict(  # gathierry/FastFlow: main.py, constants.py, configs/wide_resnet50_2.yaml; other backbones: FASTFLOW_PUBLISHED
-            transform=dict(size=256), backbone=dict(name="wide_resnet50_2.racm_in1k", levels=(1, 2, 3)),
-            detector=dict(steps=8, kernels=(3, 1), ratio=1.0, clamp=2.0, soft=False, rule="published", norm="layer"), score=asdict(PUBLISHED["fastflow"]),
-            schedule=dict(epochs=500, batch=32, lr=1e-3, weight_decay=1e-5, decay="constant"), evaluations=50),
-    },
-    "cflow": {
-        "smoke": dict(transform=dict(size=64), backbone=dict(name=LITE, levels=(2, 3)), detector=dict(steps=2, code=16, fibers=64),
-                      schedule=dict(epochs=2, batch=8, lr=1e-3), evaluations=2),
-        "demo": dict(transform=dict(size=192), backbone=dict(name=LITE, levels=(2, 3)), detector=dict(steps=4, code=64, fibers=512),
-                     schedule=dict(epochs=12, batch=8, lr=2e-3), evaluations=4),
-        "real": dict(transform=dict(size=256), backbone=THREE, detector=dict(fibers=512), schedule=dict(epochs=6, batch=16, lr=1e-3, weight_decay=0.0), evaluations=3),
-        "paper": dict(  # gudovskiy/cflow-ad: config.py, main.py, train.py, model.py, custom_datasets/loader.py; size by category: CFLOW_SIZES
-            transform=dict(size=256, interpolation="lanczos", rotate=5.0), backbone=dict(name="wide_resnet50_2.tv_in1k", levels=(2, 3, 4)),
-            detector=dict(steps=8, code=128, fibers=256, clamp=1.9, soft=True, rule="published", norm="none"),
-            score=asdict(PUBLISHED["cflow"]), features=dict(copies=8),  # one for each pass of a meta-epoch
-            schedule=dict(batch=32, weight_decay=0.0, **META), evaluations=25),
-    },
-    "hgad": {
-        "smoke": dict(transform=dict(size=64), backbone=PYRAMID, detector=dict(steps=2, code=16, centres=3),
-                      schedule=dict(epochs=2, batch=8, lr=1e-3), evaluations=2),
-        "demo": dict(transform=dict(size=192), backbone=PYRAMID, detector=dict(steps=6, code=64, joint=True),
-                     schedule=dict(epochs=20, batch=8, lr=2e-3, weight_decay=1e-4, betas=(0.95, 0.99)), evaluations=4),
-        "real": dict(transform=dict(size=384), backbone=PYRAMID, detector=dict(joint=True, code=64),
-                     schedule=dict(epochs=10, batch=8, lr=1e-3, weight_decay=1e-4, betas=(0.95, 0.99)), evaluations=2),
-        "paper": dict(  # xcyao00/HGAD: main.py, train.py, models/model.py, datasets/*.py
-            transform=dict(size=1024, policy="crop", interpolation="lanczos", mask_size=256),
-            backbone=dict(name="tf_efficientnet_b6.aa_in1k", levels=(3,), pyramid=(1.0, 0.5, 0.25)),
-            detector=dict(steps=12, code=256, centres=10, spread=1.0, base="hierarchical", lambda1=1.0, lambda2=100.0, lambda_e=1.0, smoothing=0.02, stage_one=0.08,
-                          joint=False, centre_rate=1.0, clamp=1.9, soft=True, rule="published", norm="none", class_mode="known"),
-            score=asdict(PUBLISHED["hgad"]),
-            schedule=dict(batch=8, weight_decay=1e-4, betas=(0.95, 0.99), **META), evaluations=25),  # public code: after each pass
-    },
+# 25 meta-epochs of 8 passes; cosine to lr·0.1³ (CFLOW-AD and HGAD, utils.py)
+META = dict(epochs=200, warmup=16, hold=8, lr=2e-4, floor=1e-3)
+PRESETS = {}  # method -> preset -> settings
+
+PRESETS["fastflow"] = {
+    "smoke": dict(transform=dict(size=64), backbone=dict(name=LITE, levels=(2, 3)), detector=dict(steps=2),
+                  schedule=dict(epochs=2, batch=8, lr=1e-3), evaluations=2),
+    "demo": dict(transform=dict(size=192), backbone=dict(name=LITE, levels=(2, 3)), detector=dict(steps=4),
+                 schedule=dict(epochs=40, batch=8, lr=3e-3), evaluations=4),
+    "real": dict(transform=dict(size=256), backbone=THREE, schedule=dict(epochs=40, batch=32, lr=1e-3),
+                 evaluations=8),
+    # gathierry/FastFlow: main.py, constants.py, configs/wide_resnet50_2.yaml; other backbones: FASTFLOW_PUBLISHED
+    "paper": dict(
+        transform=dict(size=256), backbone=dict(name="wide_resnet50_2.racm_in1k", levels=(1, 2, 3)),
+        detector=dict(steps=8, kernels=(3, 1), ratio=1.0, clamp=2.0, soft=False, rule="published", norm="layer"),
+        score=asdict(PUBLISHED["fastflow"]),
+        schedule=dict(epochs=500, batch=32, lr=1e-3, weight_decay=1e-5, decay="constant"), evaluations=50),
+}
+
+# %% ../nbs/11_runs.ipynb #79ea3190
+PRESETS["cflow"] = {
+    "smoke": dict(transform=dict(size=64), backbone=dict(name=LITE, levels=(2, 3)),
+                  detector=dict(steps=2, code=16, fibers=64),
+                  schedule=dict(epochs=2, batch=8, lr=1e-3), evaluations=2),
+    "demo": dict(transform=dict(size=192), backbone=dict(name=LITE, levels=(2, 3)),
+                 detector=dict(steps=4, code=64, fibers=512),
+                 schedule=dict(epochs=12, batch=8, lr=2e-3), evaluations=4),
+    "real": dict(transform=dict(size=256), backbone=THREE, detector=dict(fibers=512),
+                 schedule=dict(epochs=6, batch=16, lr=1e-3, weight_decay=0.0), evaluations=3),
+    # gudovskiy/cflow-ad: config.py, main.py, train.py, model.py, custom_datasets/loader.py; sizes: CFLOW_SIZES
+    "paper": dict(
+        transform=dict(size=256, interpolation="lanczos", rotate=5.0),
+        backbone=dict(name="wide_resnet50_2.tv_in1k", levels=(2, 3, 4)),
+        detector=dict(steps=8, code=128, fibers=256, clamp=1.9, soft=True, rule="published", norm="none"),
+        score=asdict(PUBLISHED["cflow"]), features=dict(copies=8),  # one for each pass of a meta-epoch
+        schedule=dict(batch=32, weight_decay=0.0, **META), evaluations=25),
+}
+
+# %% ../nbs/11_runs.ipynb #e5a12f45
+PRESETS["hgad"] = {
+    "smoke": dict(transform=dict(size=64), backbone=PYRAMID, detector=dict(steps=2, code=16, centres=3),
+                  schedule=dict(epochs=2, batch=8, lr=1e-3), evaluations=2),
+    "demo": dict(transform=dict(size=192), backbone=PYRAMID, detector=dict(steps=6, code=64, joint=True),
+                 schedule=dict(epochs=20, batch=8, lr=2e-3, weight_decay=1e-4, betas=(0.95, 0.99)), evaluations=4),
+    "real": dict(transform=dict(size=384), backbone=PYRAMID, detector=dict(joint=True, code=64),
+                 schedule=dict(epochs=10, batch=8, lr=1e-3, weight_decay=1e-4, betas=(0.95, 0.99)), evaluations=2),
+    # xcyao00/HGAD: main.py, train.py, models/model.py, datasets/*.py; evaluated after each pass there
+    "paper": dict(
+        transform=dict(size=1024, policy="crop", interpolation="lanczos", mask_size=256),
+        backbone=dict(name="tf_efficientnet_b6.aa_in1k", levels=(3,), pyramid=(1.0, 0.5, 0.25)),
+        detector=dict(steps=12, code=256, centres=10, spread=1.0, base="hierarchical", lambda1=1.0, lambda2=100.0,
+                      lambda_e=1.0, smoothing=0.02, stage_one=0.08,
+                      joint=False, centre_rate=1.0, clamp=1.9, soft=True, rule="published", norm="none",
+                      class_mode="known"),
+        score=asdict(PUBLISHED["hgad"]),
+        schedule=dict(batch=8, weight_decay=1e-4, betas=(0.95, 0.99), **META), evaluations=25),
 }
 
 # %% ../nbs/11_runs.ipynb #5713786a
-PARAMETERS = dict(method="fastflow", altub=False, dataset="toy", data_root=None, category="weave", backbone="auto", weights="auto",
-                  preset="smoke", seed=0, device="auto", out_dir="runs/run", overrides="{}")
+PARAMETERS = dict(method="fastflow", altub=False, dataset="toy", data_root=None, category="weave", backbone="auto",
+                  weights="auto", preset="smoke", seed=0, device="auto", out_dir="runs/run", overrides="{}")
 CHOICES = dict(method=tuple(DETECTORS), dataset=("toy", "mvtec", "btad", "visa", "mvtec3d", "union", "folder"),
                preset=("smoke", "demo", "real", "paper"), device=("auto", "cpu", "cuda"), altub=(False, True))
 
@@ -113,7 +129,8 @@ def settings_of(method: str) -> dict[str, dict]:
         "score": asdict(Score(image_criterion="product" if method == "hgad" else "likelihood")),
         "schedule": {k: v for k, v in asdict(Schedule()).items() if k != "seed"},
         "altub": asdict(AltUB()),
-        "features": dict(where="auto", dtype="float32", cache=None, copies=1),  # copies: fixed rotated variants of each image, with transform.rotate; an epoch takes one of them
+        # copies: fixed rotated variants of each image, with transform.rotate; an epoch takes one of them
+        "features": dict(where="auto", dtype="float32", cache=None, copies=1),
     }
 
 
@@ -122,7 +139,8 @@ class ConfigError(ValueError):
 
 # %% ../nbs/11_runs.ipynb #4d3d6418
 def resolve(key: str, settings: dict[str, dict]) -> tuple[str, str]:
-    "(group, name) of an override key: 'schedule.epochs', or 'epochs' where one group has it; of AltUB's and another's, the other's. ConfigError otherwise."
+    """(group, name) of an override key: 'schedule.epochs', or 'epochs' where one group has it;
+    of AltUB's and another's, the other's. ConfigError otherwise."""
     known = [(g, n) for g, names in settings.items() for n in names]
     found = [gn for gn in known if key in (".".join(gn), gn[1])]
     found = [gn for gn in found if gn[0] != "altub"] or found
@@ -130,11 +148,14 @@ def resolve(key: str, settings: dict[str, dict]) -> tuple[str, str]:
         return found[0]
     options = [".".join(gn) for gn in (found or known)]
     near = options if found else difflib.get_close_matches(key, options + [n for _, n in known], n=3) or options
-    raise ConfigError(f"override {key!r} is " + ("ambiguous: say " if found else "unknown: did you mean " if near is not options else "unknown: one of ") + ", ".join(near))
+    raise ConfigError(f"override {key!r} is "
+                      + ("ambiguous: say " if found else "unknown: did you mean " if near is not options
+                         else "unknown: one of ") + ", ".join(near))
 
 # %% ../nbs/11_runs.ipynb #03d50804
 def parse_overrides(overrides: str | dict, settings: dict[str, dict]) -> dict:
-    "Overrides as {group: {name: value}} plus 'evaluations'; a JSON text or a dict, nested or dotted. ConfigError names an unknown key."
+    """Overrides as {group: {name: value}} plus 'evaluations'; a JSON text or a dict, nested or dotted.
+    ConfigError names an unknown key."""
     try:
         given = json.loads(overrides) if isinstance(overrides, str) else dict(overrides)
     except json.JSONDecodeError as error:
@@ -175,7 +196,8 @@ class Config:
         "The configuration as a table: parameter or setting, value."
         rows = [(k, v) for k, v in asdict(self).items() if k not in ("settings", "overrides")]
         rows += [(f"{g}.{k}", v) for g, s in self.settings.items() if isinstance(s, dict) for k, v in s.items()]
-        return pd.DataFrame(rows + [("evaluations", self.settings["evaluations"])], columns=["setting", "value"]).set_index("setting")
+        return pd.DataFrame(rows + [("evaluations", self.settings["evaluations"])],
+                            columns=["setting", "value"]).set_index("setting")
 
 # %% ../nbs/11_runs.ipynb #7d395e9d
 PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
@@ -187,11 +209,14 @@ def as_plain(value):
 
 
 def given_parameters(namespace: dict) -> dict:
-    "The parameters in a dict or in a notebook's globals; ConfigError names what is none (papermill itself would let it pass)."
+    """The parameters in a dict or in a notebook's globals;
+    ConfigError names what is none (papermill itself would let it pass)."""
     given = namespace
-    if "__name__" in namespace:  # a notebook's globals: leave out what Python and Jupyter put there, and what was imported
+    # a notebook's globals: leave out what Python and Jupyter put there, and what was imported
+    if "__name__" in namespace:
         jupyter = {"In", "Out", "exit", "quit", "get_ipython", "open"}
-        given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in jupyter and isinstance(v, PLAIN)}
+        given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in jupyter
+                 and isinstance(v, PLAIN)}
     for name in given.keys() - PARAMETERS.keys():
         raise ConfigError(f"unknown parameter {name!r}: the parameters are {', '.join(PARAMETERS)}")
     return {k: as_plain(v) for k, v in given.items()}
@@ -201,7 +226,9 @@ def check_choices(p: dict) -> None:
     "ConfigError for a parameter value that is not among the allowed ones, or of the wrong type."
     for name, allowed in CHOICES.items():
         if p[name] not in allowed or isinstance(p[name], bool) != isinstance(allowed[0], bool):
-            raise ConfigError(f"{name}={p[name]!r}: in this version {'only ' if len(allowed) == 1 else 'one of '}{', '.join(map(str, allowed))}")
+            raise ConfigError(f"{name}={p[name]!r}: "
+                              "in this version "
+                              f"{'only ' if len(allowed) == 1 else 'one of '}{', '.join(map(str, allowed))}")
     if isinstance(p["seed"], bool) or not isinstance(p["seed"], int) or p["seed"] < 0:
         raise ConfigError(f"seed={p['seed']!r}: a whole number from 0")
     if p["dataset"] != "toy" and not p["data_root"]:
@@ -212,7 +239,8 @@ def check_choices(p: dict) -> None:
 # %% ../nbs/11_runs.ipynb #abfc73fb
 @cache
 def check_detector(method: str, settings: str) -> None:
-    "ValueError for settings of a detector (JSON) that make no sense on any features: it is made on 4 × 4 positions of 8 channels, where each part checks its own."
+    """ValueError for settings of a detector (JSON) that make no sense on any features:
+    it is made on 4 × 4 positions of 8 channels, where each part checks its own."""
     with torch.random.fork_rng(devices=[]):
         model = DETECTORS[method](SimpleNamespace(shapes=[(8, 4, 4)]), **json.loads(settings))
         if model.labelled:
@@ -220,9 +248,11 @@ def check_detector(method: str, settings: str) -> None:
 
 
 def check_settings(settings: dict, p: dict, overrides: dict) -> None:
-    "ConfigError for a setting that makes no sense by itself or beside another; what depends on the backbone is found when the run is made."
+    """ConfigError for a setting that makes no sense by itself or beside another;
+    what depends on the backbone is found when the run is made."""
     try:
-        Score(**settings["score"]), Schedule(**settings["schedule"]), Transform(**settings["transform"]), AltUB(**settings["altub"])
+        for kind in (Score, Schedule, Transform, AltUB):
+            kind(**settings[kind.__name__.lower()])
         check_detector(p["method"], json.dumps(settings["detector"]))
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
@@ -233,20 +263,26 @@ def check_settings(settings: dict, p: dict, overrides: dict) -> None:
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ConfigError(f"evaluations {n!r}: a whole number from 1")
     if (settings["transform"]["rotate"] > 0) != (held["copies"] > 1):
-        raise ConfigError("a random rotation needs a fixed set of rotated copies, and copies need a rotation: set both transform.rotate and features.copies (2 or more)")
+        raise ConfigError("a random rotation needs a fixed set of rotated copies, and copies need a rotation: "
+                          "set both transform.rotate and features.copies (2 or more)")
     if p["altub"] and base == "standard":
-        raise ConfigError("altub=True with base='standard': N(0, I) has nothing to learn; use base='diagonal', or altub=False")
+        raise ConfigError("altub=True with base='standard': N(0, I) has nothing to learn; "
+                          "use base='diagonal', or altub=False")
     idle = {"per", "scale"} & overrides.get("detector", {}).keys()
     if idle and base != "diagonal":
-        raise ConfigError(f"override {min(idle)} with base={base!r}: only a diagonal base has it; set altub=True or base='diagonal'")
+        raise ConfigError(f"override {min(idle)} with base={base!r}: only a diagonal base has it; "
+                          "set altub=True or base='diagonal'")
     if not p["altub"] and "altub" in overrides:
-        raise ConfigError(f"override altub.{next(iter(overrides['altub']))} with altub=False: it would do nothing; set altub=True")
+        raise ConfigError(f"override altub.{next(iter(overrides['altub']))} with altub=False: "
+                          "it would do nothing; set altub=True")
 
 # %% ../nbs/11_runs.ipynb #5b22e64e
 def configure(parameters: dict | None = None, **more) -> Config:
-    "The checked `Config` of some parameters (missing ones take the defaults): a dict, keywords, or a notebook's `globals()`."
+    """The checked `Config` of some parameters (missing ones take the defaults):
+    a dict, keywords, or a notebook's `globals()`."""
     p = PARAMETERS | given_parameters(parameters or {}) | given_parameters(more)
-    p["category"] = str(p["category"]).zfill(2) if p["dataset"] == "btad" and isinstance(p["category"], int) else str(p["category"])
+    p["category"] = (str(p["category"]).zfill(2) if p["dataset"] == "btad" and isinstance(p["category"], int)
+                     else str(p["category"]))
     check_choices(p)
     defaults, preset = settings_of(p["method"]), PRESETS[p["method"]][p["preset"]]
     overrides = parse_overrides(p["overrides"], defaults)
@@ -255,7 +291,8 @@ def configure(parameters: dict | None = None, **more) -> Config:
         settings[group] |= values
     if p["altub"] and p["method"] != "hgad":
         settings["detector"]["base"] = "diagonal"
-    if overrides.get("detector", {}).get("base") in ("standard", "diagonal") and p["method"] == "hgad":  # no mixture, no entropy
+    # no mixture, no entropy
+    if overrides.get("detector", {}).get("base") in ("standard", "diagonal") and p["method"] == "hgad":
         settings["score"] |= dict(criterion="likelihood", image_criterion="likelihood")
     for group, values in overrides.items():
         if group != "evaluations":
@@ -263,11 +300,14 @@ def configure(parameters: dict | None = None, **more) -> Config:
     settings["evaluations"] = overrides.get("evaluations", preset["evaluations"])
     check_settings(settings, p, overrides)
     p["device"] = ("cuda" if torch.cuda.is_available() else "cpu") if p["device"] == "auto" else p["device"]
-    return Config(**p | {"overrides": overrides, "settings": settings, "data_root": p["data_root"] and str(p["data_root"]), "out_dir": str(p["out_dir"])})
+    return Config(**p
+                  | {"overrides": overrides, "settings": settings, "data_root": p["data_root"] and str(p["data_root"]),
+                     "out_dir": str(p["out_dir"])})
 
 
 def published_for(p: dict) -> dict[str, dict]:
-    "Settings that depend on the backbone or the category: FastFlow's published ones of a backbone, CFLOW-AD's input size of a category."
+    """Settings that depend on the backbone or the category:
+    FastFlow's published ones of a backbone, CFLOW-AD's input size of a category."""
     out: dict[str, dict] = {} if p["backbone"] == "auto" else {"backbone": {"name": p["backbone"]}}
     try:
         name = p["backbone"] if p["backbone"] == "auto" else full_name(p["backbone"])
@@ -276,7 +316,8 @@ def published_for(p: dict) -> dict[str, dict]:
     if p["preset"] == "paper" and p["method"] == "fastflow" and name in FASTFLOW_PUBLISHED:
         known = FASTFLOW_PUBLISHED[name]
         out["backbone"] |= {"levels": known["levels"]}
-        out |= {"transform": {"size": known["size"]}, "detector": {k: v for k, v in known.items() if k not in ("levels", "size")}}
+        out |= {"transform": {"size": known["size"]},
+                "detector": {k: v for k, v in known.items() if k not in ("levels", "size")}}
     if p["preset"] == "paper" and p["method"] == "cflow" and p["dataset"] == "mvtec":
         out["transform"] = {"size": CFLOW_SIZES.get(p["category"], 256)}
     return out
@@ -300,9 +341,11 @@ HERE = Path(flowrepro.__file__).parent
 
 
 def revision() -> str | None:
-    "The git revision of the code, with '+' if tracked files were changed; None where the package is not in a checkout of its own."
+    """The git revision of the code, with '+' if tracked files were changed;
+    None where the package is not in a checkout of its own."""
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(HERE), *args], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", "-C", str(HERE), *args], capture_output=True, text=True,
+                              check=True).stdout.strip()
     try:
         git("ls-files", "--error-unmatch", "__init__.py")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
@@ -314,9 +357,11 @@ def environment(device: str = "cpu") -> dict:
     "Versions, code revision and hardware, to stand beside every result."
     packages = {n: version(n) for n in ("flowrepro", "torch", "torchvision", "timm", "numpy", "pandas", "scipy")}
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    tf32 = {"tf32": {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32}} if device == "cuda" else {}
-    return {"revision": revision(), "python": platform.python_version(), **packages, "device": device, "device_name": name,
-            "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(), **tf32}
+    tf32 = {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32}
+    on_gpu = {"tf32": tf32} if device == "cuda" else {}
+    return {"revision": revision(), "python": platform.python_version(), **packages, "device": device,
+            "device_name": name,
+            "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(), **on_gpu}
 
 # %% ../nbs/11_runs.ipynb #41414502
 def peak_memory(device: str) -> dict:
@@ -326,7 +371,8 @@ def peak_memory(device: str) -> dict:
 
 # %% ../nbs/11_runs.ipynb #ae7ff794
 def masks_by_category(dataset: Dataset) -> dict[str, np.ndarray | None]:
-    "The masks (n, h, w) of each category's images in order; None where an anomalous image has none, so that pixel metrics cannot be had."
+    """The masks (n, h, w) of each category's images in order;
+    None where an anomalous image has none, so that pixel metrics cannot be had."""
     own = {c: dataset.filter(category=c) for c in dataset.categories}
     return {c: d.masks() if d.has_masks else None for c, d in own.items()}
 
@@ -338,7 +384,7 @@ def evaluate_parts(
     stats: Tensor | None,  # calibration of the detector
     size: int,  # height and width of maps and masks
     masks: dict[str, np.ndarray | None],  # `masks_by_category`
-) -> tuple[dict, np.ndarray, np.ndarray]:  # {category: {metric: value}, 'mean': …}, maps (N, size, size), image scores (N,)
+) -> tuple[dict, np.ndarray, np.ndarray]:  # {category: {metric: value}, 'mean': …}, maps (N, side, side), scores (N,)
     "Maps, image scores and metrics of a test set."
     categories = np.array([r.category for r in dataset.records])
     maps, images, results = np.empty((len(dataset), size, size), np.float32), np.empty(len(dataset), np.float32), {}
@@ -356,22 +402,26 @@ def mean_results(results: dict) -> dict:
 
 # %% ../nbs/11_runs.ipynb #ac653d02
 def best_results(history: list[dict]) -> dict:
-    "Of each metric the evaluated epoch in which its mean over the categories is highest: *best on test*, the protocol of the papers, chosen with the test set."
+    """Of each metric the evaluated epoch in which its mean over the categories is highest:
+    *best on test*, the protocol of the papers, chosen with the test set."""
     rows = [r["results"] for r in history if "results" in r]
     def best(metric: str) -> dict:
-        return rows[np.nansum([[r[c][metric] for c in r if c != "mean"] for r in rows], axis=1).argmax()]  # NaN, of a category without masks, counts nothing
+        # NaN, of a category without masks, counts nothing
+        return rows[np.nansum([[r[c][metric] for c in r if c != "mean"] for r in rows], axis=1).argmax()]
     return {c: {m: best(m)[c][m] for m in rows[0][c]} for c in rows[0]} if rows else {}
 
 # %% ../nbs/11_runs.ipynb #073cb633
 class Run:
-    "A run: `Run(config)` reads the data, `.train()` trains and evaluates, `.finish()` writes the results. DataError and ConfigError come before any work."
+    "`Run(config)` reads the data (DataError, ConfigError), `.train()` evaluates, too, `.finish()` writes the results."
 
     def __init__(self, config: Config, progress: bool = True):
         self.config, self.progress, s = config, progress, config.settings
-        self.train_set, self.test_set = load(config.dataset, config.data_root, config.category, Transform(**s["transform"]))
+        self.train_set, self.test_set = load(config.dataset, config.data_root, config.category,
+                                             Transform(**s["transform"]))
         torch.manual_seed(config.seed)
         self.backbone = Backbone(**s["backbone"], weights=config.weights, size=s["transform"]["size"]).to(config.device)
-        self.detector = DETECTORS[config.method](self.backbone, score=Score(**s["score"]), **s["detector"]).to(config.device)
+        detector = DETECTORS[config.method](self.backbone, score=Score(**s["score"]), **s["detector"])
+        self.detector = detector.to(config.device)
         self.detector.transform = self.train_set.transform
         self.schedule, self.history = Schedule(**s["schedule"], seed=config.seed), []
         self.altub = AltUB(**s["altub"]) if config.altub else None
@@ -394,13 +444,14 @@ class Run:
             self.labels = self.labels.repeat(self.train_bank.copies)
         self.masks = masks_by_category(self.test_set)
         self.detector.prepare(self.train_bank)
-        self.history = train_or_resume(self, evaluation_epochs(self.schedule.epochs, self.config.settings["evaluations"]))
+        when = evaluation_epochs(self.schedule.epochs, self.config.settings["evaluations"])
+        self.history = train_or_resume(self, when)
         if self.parts is None:  # resumed after the last evaluation
             self.evaluate(self.schedule.epochs)
         return self
 
     def evaluate(self, epoch: int) -> dict:
-        "Calibrate on the training images and evaluate on the test images; the row's columns and, under 'results', the whole."
+        "Calibrate on training images, evaluate on test images; the row's columns and, under 'results', the whole."
         began = time.perf_counter()
         self.detector.calibrate(self.train_bank, self.labels)
         self.parts = self.detector.all_parts(self.test_bank, self.test_labels)
@@ -408,9 +459,11 @@ class Run:
         self.seconds_evaluating += time.perf_counter() - began
         return results["mean"] | {"results": results, "base": base_state(self.detector)}
 
-    def results(self, score: Score | None = None, parts: list[Parts] | None = None) -> tuple[dict, np.ndarray, np.ndarray]:
+    def results(self, score: Score | None = None,
+                parts: list[Parts] | None = None) -> tuple[dict, np.ndarray, np.ndarray]:
         "`evaluate_parts` of the test images under a score; the detector's own unless told otherwise."
-        return evaluate_parts(parts or self.parts, self.test_set, score or self.detector.score, self.detector.calibration, self.size, self.masks)
+        return evaluate_parts(parts or self.parts, self.test_set, score or self.detector.score,
+                              self.detector.calibration, self.size, self.masks)
 
 # %% ../nbs/11_runs.ipynb #3771587f
 def evaluation_epochs(epochs: int, evaluations: int) -> tuple[int, ...]:
@@ -418,7 +471,8 @@ def evaluation_epochs(epochs: int, evaluations: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(epochs * (i + 1) / evaluations)) for i in range(evaluations)} | {epochs}))
 
 
-TRAINED_BY = ("altub", "bases", "detectors", "features", "flows", "hgad", "metrics", "scores", "training")  # modules that decide a training and its evaluations
+# modules that decide a training and its evaluations
+TRAINED_BY = ("altub", "bases", "detectors", "features", "flows", "hgad", "metrics", "scores", "training")
 
 
 def training_code() -> str:
@@ -429,7 +483,8 @@ def training_code() -> str:
 def train_or_resume(run: Run, when: tuple[int, ...]) -> list[dict]:
     "The history of the training, from the run's checkpoint on if that is of the same images and by the same code."
     path, source = run.out / "checkpoint.pt", {"features": run.train_bank.key, "code": training_code()}
-    go = partial(fit, run.detector, run.train_bank, run.schedule, run.labels, run.altub, run.evaluate, when, path, run.progress, source)
+    go = partial(fit, run.detector, run.train_bank, run.schedule, run.labels, run.altub, run.evaluate, when, path,
+                 run.progress, source)
     try:
         return go()
     except OtherTraining as error:
@@ -441,7 +496,8 @@ def train_or_resume(run: Run, when: tuple[int, ...]) -> list[dict]:
 def open_folder(config: Config) -> Path:
     """The run folder with its configuration and environment.
 
-    An older run's `metrics.json` is removed, since this one is not complete yet; its checkpoint is kept, to be resumed from, if it had the same configuration.
+    An older run's `metrics.json` is removed, since this one is not complete yet; its checkpoint is kept,
+    to be resumed from, if it had the same configuration.
     """
     out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -461,14 +517,18 @@ def contents(run: Run) -> str:
     if bad in (0, n):
         lines.append("the test images are all of one kind, so most metrics cannot be computed; maps and scores can")
     if run.config.category == "all" and (gone := absent_categories(run.config.dataset, names)):
-        lines.append(f"{len(gone)} official categories are not here, so the mean is of {len(names)}: without {', '.join(gone)}")
+        lines.append(f"{len(gone)} official categories are not here, so the mean is of {len(names)}: "
+                     f"without {', '.join(gone)}")
     return "\n".join(lines)
 
 
 def timing(run: Run) -> dict:
-    "Seconds of each stage; an epoch with the bank, and what it would take with the backbone run in every epoch (null if the features were found, not computed)."
+    """Seconds of each stage;
+    an epoch with the bank, and what it would take with the backbone run in every epoch (null if the features were
+    found, not computed)."""
     epoch, fill = float(np.median([r["seconds"] for r in run.history])), run.train_bank.seconds
-    return {"features_s": fill + run.test_bank.seconds, "train_s": sum(r["seconds"] for r in run.history), "evaluate_s": run.seconds_evaluating,
+    return {"features_s": fill + run.test_bank.seconds, "train_s": sum(r["seconds"] for r in run.history),
+            "evaluate_s": run.seconds_evaluating,
             "epoch_s": epoch, "epoch_without_bank_s": epoch + fill if fill else None, **peak_memory(run.config.device)}
 
 
@@ -479,7 +539,8 @@ def score_table(run: Run) -> pd.DataFrame:
 
 # %% ../nbs/11_runs.ipynb #82acf443
 def by_class_mode(run: Run) -> dict[str, dict]:
-    "Results of the last epoch for each way to treat the category of a test image; empty for a method without categories."
+    """Results of the last epoch for each way to treat the category of a test image;
+    empty for a method without categories."""
     config, out = run.detector.config, {}
     if not run.detector.labelled or not run.detector.mixture:
         return out
@@ -497,7 +558,8 @@ def by_class_mode(run: Run) -> dict[str, dict]:
 
 # %% ../nbs/11_runs.ipynb #194fbda0
 def write_results(run: Run) -> dict:
-    "Write history.csv, scores.csv, model.safetensors, latents.npz, pictures.npz and, last, metrics.json; returns what that holds."
+    """Write history.csv, scores.csv, model.safetensors, latents.npz, pictures.npz and, last, metrics.json;
+    returns what that holds."""
     evaluated, rows = [r for r in run.history if "results" in r], []
     for r in evaluated:
         each = {f"{c}/{m}": v for c, values in r["results"].items() if c != "mean" for m, v in values.items()}
@@ -511,7 +573,8 @@ def write_results(run: Run) -> dict:
     results = {"last": run.history[-1]["results"], "best": best_results(run.history)}
     if modes := by_class_mode(run):
         results["last_by_class_mode"] = modes
-    metrics = {"config": asdict(run.config), "results": results, "timing": timing(run), "environment": environment(run.config.device)}
+    metrics = {"config": asdict(run.config), "results": results, "timing": timing(run),
+               "environment": environment(run.config.device)}
     write_json(run.out / "metrics.json", metrics)
     (run.out / "checkpoint.pt").unlink(missing_ok=True)
     return metrics
@@ -522,7 +585,8 @@ Run.finish = write_results
 # %% ../nbs/11_runs.ipynb #cb28dd27
 def score_forms(run: Run) -> pd.DataFrame:
     "Metrics of the last epoch under several scores, one row per category and form."
-    published = {f"published ({n})": s for n, s in PUBLISHED.items() if "product" not in (s.criterion, s.image_criterion)}
+    published = {f"published ({n})": s for n, s in PUBLISHED.items()
+                 if "product" not in (s.criterion, s.image_criterion)}
     own = {}
     if run.parts[0].entropy is not None:
         published = {"published (hgad)": PUBLISHED["hgad"]}
@@ -535,16 +599,22 @@ def score_forms(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index(["category", "score"])
 
 # %% ../nbs/11_runs.ipynb #35d4ec17
-def execute_notebook(name: str, executed: Path, parameters: dict, engine: str | None = None, progress: bool = False) -> Path:
-    "Execute an experiment notebook with papermill into `executed`, and return that; after a failure the DataError, ConfigError or WeightsError that it was, else RuntimeError, with its path; OSError with the remedy when the disk is full."
+def execute_notebook(name: str, executed: Path, parameters: dict, engine: str | None = None,
+                     progress: bool = False) -> Path:
+    """Execute an experiment notebook with papermill into `executed`, and return that;
+    after a failure the DataError, ConfigError or WeightsError that it was, else RuntimeError, with its path;
+    OSError with the remedy when the disk is full."""
     import papermill
 
     executed.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(HERE / f"experiments/{name}.ipynb", executed, parameters=parameters, engine_name=engine, kernel_name="python3", progress_bar=progress,
-                                   extra_arguments=["--IPKernelApp.log_level=ERROR"])  # no word on how the kernel talks to this process
+        # no word on how the kernel talks to this process
+        papermill.execute_notebook(HERE / f"experiments/{name}.ipynb", executed, parameters=parameters,
+                                   engine_name=engine, kernel_name="python3", progress_bar=progress,
+                                   extra_arguments=["--IPKernelApp.log_level=ERROR"])
     except papermill.PapermillExecutionError as error:
-        kind = {"DataError": DataError, "ConfigError": ConfigError, "WeightsError": WeightsError}.get(error.ename, RuntimeError)
+        kind = {"DataError": DataError, "ConfigError": ConfigError,
+                "WeightsError": WeightsError}.get(error.ename, RuntimeError)
         raise kind(f"{error.ename}: {error.evalue} (the executed notebook shows where: {executed})") from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -554,6 +624,7 @@ def execute_notebook(name: str, executed: Path, parameters: dict, engine: str | 
 
 
 def run_notebook(parameters: dict, progress: bool = False, engine: str | None = None) -> Path:
-    "Execute the run notebook in `out_dir`, by papermill's engine of a name or its own; ConfigError before any work, else errors as `execute_notebook`."
+    """Execute the run notebook in `out_dir`, by papermill's engine of a name or its own;
+    ConfigError before any work, else errors as `execute_notebook`."""
     out = Path(configure(parameters).out_dir)
     return execute_notebook("run", out / "run.ipynb", parameters | {"out_dir": str(out)}, engine, progress)

@@ -35,37 +35,44 @@ class Parts(NamedTuple):
 # %% ../nbs/08_scores.ipynb #57faa135
 def join(batches: list[list[Parts]]) -> list[Parts]:
     "One list of levels from the lists of several batches."
-    return [Parts(*(None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*level))) for level in zip(*batches)]
+    return [Parts(*(None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*level)))
+            for level in zip(*batches)]
 
 # %% ../nbs/08_scores.ipynb #88a03f07
 SHARES = (0.0, 0.5, 1.0)  # at which calibration keeps the maximum of a + λj
 
 
 def calibration(parts: list[Parts]) -> Tensor:
-    "Of each level over training images: the means of a, j and e (0 without), the deviations of a and j, the maxima of a, a + j/2 and a + j; float32 (levels, 8)."
+    """Of each level over training images:
+    the means of a, j and e (0 without), the deviations of a and j, the maxima of a, a + j/2 and a + j; float32
+    (levels, 8)."""
     rows = []
     for p in parts:
-        a, j, e = (t.double() for t in (p.base, p.logdet, torch.zeros(1, device=p.base.device) if p.entropy is None else p.entropy))
-        rows.append(torch.stack([a.mean(), j.mean(), e.mean(), a.std(correction=0), j.std(correction=0), *((a + share * j).max() for share in SHARES)]))
+        entropy = torch.zeros(1, device=p.base.device) if p.entropy is None else p.entropy
+        a, j, e = p.base.double(), p.logdet.double(), entropy.double()
+        maxima = [(a + share * j).max() for share in SHARES]
+        rows.append(torch.stack([a.mean(), j.mean(), e.mean(), a.std(correction=0), j.std(correction=0), *maxima]))
     return torch.stack(rows).float()
 
 
 def highest(level: Tensor, share: float | Tensor) -> Tensor:
-    "The maximum of a + λj over training positions, from a row of `calibration`; it is convex in λ, and between the three shares kept its chord bounds it from above."
+    """The maximum of a + λj over training positions, from a row of `calibration`;
+    it is convex in λ, and between the three shares kept its chord bounds it from above."""
     return torch.maximum(level[5].lerp(level[6], 2 * share), level[6].lerp(level[7], 2 * share - 1))
 
 
 def logdet_share(stats: Tensor) -> Tensor:
-    "The share λ of the log-determinant that the training images suggest for each level: r − 2 in [0, 1], r the deviation of j over that of a; (levels,)."
+    """The share λ of the log-determinant that the training images suggest for each level:
+    r − 2 in [0, 1], r the deviation of j over that of a; (levels,)."""
     return (stats[:, 4] / stats[:, 3].clamp_min(1e-12) - 2).clamp(0, 1)
 
 # %% ../nbs/08_scores.ipynb #e7420d65
 @dataclass(frozen=True)
 class Score:
-    "How parts become maps and image scores; the public codes' forms are in `PUBLISHED`, the default is argued for below."
+    "How parts become maps and image scores; the public codes' forms are in `PUBLISHED`, the default is argued below."
 
-    logdet: float | None = None  # λ: share of the local log-determinant in the map's likelihood; 0 latent density, 1 feature density; None: `logdet_share`
-    criterion: str = "likelihood"  # what the map is made of: 'likelihood', 'entropy' or 'product' (the last two: mixtures alone)
+    logdet: float | None = None  # λ, the log-determinant in the map: 0 latent, 1 feature density; None: `logdet_share`
+    criterion: str = "likelihood"  # of the map: 'likelihood', 'entropy' or 'product' (the last two: mixtures alone)
     levels: str = "probability"  # 'probability' -Σ exp(ℓ/τ), or 'linear' -Σ ℓ
     temperature: float = 0.7  # τ, nats per dimension
     normalise: str = "train"  # 'train' (calibrated on training images), 'paper' (test-set maxima), 'none'
@@ -80,18 +87,23 @@ class Score:
 
     def __post_init__(self):
         criteria = ("likelihood", "entropy", "product")
-        for field, allowed in (("levels", ("linear", "probability")), ("normalise", ("train", "paper", "none")), ("image", ("max", "top")),
-                               ("criterion", criteria), ("image_criterion", criteria)):
+        for field, allowed in (("levels", ("linear", "probability")), ("normalise", ("train", "paper", "none")),
+                               ("image", ("max", "top")), ("criterion", criteria), ("image_criterion", criteria)):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"score {field} {getattr(self, field)!r}: one of {', '.join(allowed)}")
         if any(share is not None and not 0 <= share <= 1 for share in (self.logdet, self.image_logdet)):
             raise ValueError(f"score logdet {self.logdet}, image_logdet {self.image_logdet}: shares in [0, 1], or None")
-        if not (0 < self.top <= 1 and self.smooth >= 0 and self.image_smooth >= 0 and self.temperature > 0 and self.image_temperature > 0):
-            raise ValueError(f"score top {self.top} must lie in (0, 1], smoothing must not be negative, temperatures {self.temperature}, {self.image_temperature} must be positive")
+        if not (0 < self.top <= 1 and self.smooth >= 0 and self.image_smooth >= 0 and self.temperature > 0
+                and self.image_temperature > 0):
+            raise ValueError(f"score top {self.top} must lie in (0, 1], smoothing must not be negative, "
+                             f"temperatures {self.temperature}, {self.image_temperature} must be positive")
         if self.normalise != "train" and None in (self.logdet, self.image_logdet):
-            raise ValueError(f"score logdet None is chosen on training images: use normalise='train', or give a number with normalise={self.normalise!r}")
-        if "product" in (self.criterion, self.image_criterion) and (self.normalise == "none" or self.levels == "linear"):
-            raise ValueError("score criterion 'product' multiplies maps that must not change sign: use levels='probability' and normalise='train' or 'paper'")
+            raise ValueError("score logdet None is chosen on training images: use normalise='train', "
+                             f"or give a number with normalise={self.normalise!r}")
+        if "product" in (self.criterion,
+                         self.image_criterion) and (self.normalise == "none" or self.levels == "linear"):
+            raise ValueError("score criterion 'product' multiplies maps that must not change sign: "
+                             "use levels='probability' and normalise='train' or 'paper'")
 
 
 PUBLIC_FORM = dict(levels="probability", temperature=1.0, image_temperature=1.0, image="max")
@@ -110,7 +122,7 @@ def mirrored(n: int, r: int, device: torch.device) -> Tensor:
 
 
 def smoothing(n: int, sigma: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    "The matrix (n, n) that smooths a row of n pixels by a Gaussian of `sigma` pixels, mirrored at the ends, cut at 4 sigma."
+    "The matrix (n, n) that smooths n pixels by a Gaussian of `sigma` pixels, mirrored at the ends, cut at 4 sigma."
     r = int(4 * sigma + 0.5)
     k = torch.exp(-0.5 * (torch.arange(-r, r + 1, device=device, dtype=dtype) / sigma) ** 2)
     seen = mirrored(n, r, device).unfold(0, 2 * r + 1, 1)  # which pixels each one sees
@@ -118,7 +130,8 @@ def smoothing(n: int, sigma: float, device: torch.device, dtype: torch.dtype) ->
 
 
 def gaussian(maps: Tensor, sigma: float) -> Tensor:
-    "Maps (B, H, W) smoothed by a Gaussian of `sigma` pixels (scipy's `gaussian_filter`), as two products; sigma 0 returns them as they are."
+    """Maps (B, H, W) smoothed by a Gaussian of `sigma` pixels (scipy's `gaussian_filter`), as two products;
+    sigma 0 returns them as they are."""
     if sigma <= 0:
         return maps
     down, across = (smoothing(n, sigma, maps.device, maps.dtype) for n in maps.shape[1:])
@@ -131,8 +144,9 @@ def normality(
     score: Score,
     stats: Tensor | None,  # `calibration`
     entropy: bool,  # of the entropy instead of the likelihood
-) -> tuple[Tensor, float]:  # the mean over levels (B, H, W), larger is more normal, and what stands for a wholly normal position
-    "What the levels together say of each pixel, and its ceiling: the maximum over the batch (normalise='paper'), or over training positions."
+) -> tuple[Tensor, float]:  # the mean over levels (B, H, W), larger is more normal; that of a wholly normal position
+    """What the levels together say of each pixel, and its ceiling:
+    the maximum over the batch (normalise='paper'), or over training positions."""
     total, ceiling, tau = 0.0, 0.0, score.temperature
     shares = [score.logdet] * len(parts) if score.logdet is not None else logdet_share(stats)
     for l, (part, share) in enumerate(zip(parts, shares, strict=True)):
@@ -141,30 +155,36 @@ def normality(
             value = value - value.max()
         elif score.normalise == "train":
             a, j, e = stats[l, :3]
-            value, top = (value - e, -e) if entropy else (value - (a + share * j), highest(stats[l], share) - a - share * j)
+            value, top = ((value - e, -e) if entropy
+                          else (value - (a + share * j), highest(stats[l], share) - a - share * j))
             ceiling = ceiling + tau * (top / tau).exp() / len(parts)
         if score.levels == "probability":
             value = tau * (value / tau).exp()
-        total = total + F.interpolate(value[:, None], size, mode="bilinear", align_corners=score.align_corners)[:, 0] / len(parts)
+        total = (total + F.interpolate(value[:, None], size, mode="bilinear", align_corners=score.align_corners)[:, 0]
+                 / len(parts))
     return total, total.max() if score.normalise == "paper" else ceiling
 
-
+# %% ../nbs/08_scores.ipynb #48a50792
 def combine(
     parts: list[Parts],  # one entry a level
     size: int | tuple[int, int],  # height and width of the map
     score: Score = Score(),
     stats: Tensor | None = None,  # `calibration`, needed for normalise='train'
 ) -> Tensor:  # anomaly maps (B, H, W), larger is more anomalous
-    "Anomaly maps of a batch; with normalise='paper' the batch must be the whole test set. ValueError for a criterion that the parts do not have."
+    """Anomaly maps of a batch; with normalise='paper' the batch must be the whole test set.
+    ValueError for a criterion that the parts do not have."""
     if score.normalise == "train" and stats is None:
-        raise ValueError("normalise='train' needs the calibration of a fitted detector: call fit first, or use normalise='none' with a number for logdet")
+        raise ValueError("normalise='train' needs the calibration of a fitted detector: call fit first, "
+                         "or use normalise='none' with a number for logdet")
     if score.criterion != "likelihood" and parts[0].entropy is None:
-        raise ValueError(f"score criterion {score.criterion!r} needs the entropy over categories, which only a mixture has: use criterion='likelihood'")
+        raise ValueError(f"score criterion {score.criterion!r} needs the entropy over categories, "
+                         "which only a mixture has: use criterion='likelihood'")
     size = (size, size) if isinstance(size, int) else tuple(size)
     maps = []
     for entropy in {"likelihood": (False,), "entropy": (True,), "product": (False, True)}[score.criterion]:
         total, ceiling = normality(parts, size, score, stats, entropy)
-        maps.append(gaussian((ceiling - total).clamp_min(0) if score.criterion == "product" else -total, score.smooth * size[1] / 256))
+        maps.append(gaussian((ceiling - total).clamp_min(0) if score.criterion == "product" else -total,
+                             score.smooth * size[1] / 256))
     return maps[0] if len(maps) == 1 else maps[0] * maps[1]
 
 # %% ../nbs/08_scores.ipynb #e9ea6aec
@@ -175,8 +195,10 @@ def image_scores(maps: Tensor, score: Score = Score()) -> Tensor:
     return flat.topk(k, dim=1).values.mean(1)
 
 # %% ../nbs/08_scores.ipynb #84a11fc7
-def score_batch(parts: list[Parts], size: int | tuple[int, int], score: Score = Score(), stats: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def score_batch(parts: list[Parts], size: int | tuple[int, int], score: Score = Score(),
+                stats: Tensor | None = None) -> tuple[Tensor, Tensor]:
     "Anomaly maps (B, H, W) and image scores (B,) of the same parts."
     maps = combine(parts, size, score, stats)
-    behind = replace(score, logdet=score.image_logdet, temperature=score.image_temperature, criterion=score.image_criterion, smooth=score.image_smooth)
+    behind = replace(score, logdet=score.image_logdet, temperature=score.image_temperature,
+                     criterion=score.image_criterion, smooth=score.image_smooth)
     return maps, image_scores(maps if behind == score else combine(parts, size, behind, stats), score)

@@ -22,7 +22,8 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/11b_tables.ipynb #11b00007
-METRICS = {"image_auroc": "image AUROC", "image_ap": "image AP", "image_f1max": "image F1-max", "pixel_auroc": "pixel AUROC",
+METRICS = {"image_auroc": "image AUROC", "image_ap": "image AP", "image_f1max": "image F1-max",
+           "pixel_auroc": "pixel AUROC",
            "pixel_ap": "pixel AP", "pixel_f1max": "pixel F1-max", "aupro_30": "AUPRO@0.3", "aupro_05": "AUPRO@0.05"}
 HEADLINE = ("image_auroc", "pixel_auroc", "aupro_30")  # what the tables of the papers show
 MISSING, NOTHING = "missing", "–"
@@ -55,7 +56,9 @@ def spread(by_seed: pd.Series) -> str:
 # %% ../nbs/11b_tables.ipynb #983e853c
 @dataclass
 class Table:
-    "A table of text cells: `save(folder)` writes NAME.csv, NAME.values.csv (its numbers, one a row), NAME.md, NAME.tex and NAME.html (a part of a page)."
+    """A table of text cells.
+    `save(folder)` writes NAME.csv, NAME.values.csv (its numbers, one a row), NAME.md, NAME.tex and NAME.html (a part
+    of a page)."""
 
     name: str  # T1 ... T9
     title: str
@@ -67,7 +70,8 @@ class Table:
 
     def save(self, folder: str | Path) -> list[Path]:
         "Write the five files, the folder made if needed; returns their paths."
-        texts = {"csv": self.frame.to_csv(index=False), "values.csv": plain_values(self).to_csv(index=False), "md": as_markdown(self), "tex": as_latex(self), "html": as_html(self)}
+        texts = {"csv": self.frame.to_csv(index=False), "values.csv": plain_values(self).to_csv(index=False),
+                 "md": as_markdown(self), "tex": as_latex(self), "html": as_html(self)}
         paths = [Path(folder) / f"{self.name}.{ending}" for ending in texts]
         Path(folder).mkdir(parents=True, exist_ok=True)
         for path, text in zip(paths, texts.values()):
@@ -103,10 +107,12 @@ def under(metric: str, names: tuple[str, ...], texts: Sequence[str]) -> dict[str
 
 # %% ../nbs/11b_tables.ipynb #c0aa5d12
 def numbers_in(cell: str) -> list[tuple[str, str, str]]:
-    "The numbers of a cell as (part, value, deviation); the part is 'last' or 'best on test' where there are both, else empty."
+    """The numbers of a cell as (part, value, deviation);
+    the part is 'last' or 'best on test' where there are both, else empty."""
     parts = re.sub(r" (\[\w+\]|\?)$", "", cell).replace("−", "-").replace("+", "").split(" / ")
     found = [re.fullmatch(r"(-?[\d.]+)(?: ± ([\d.]+))?", p) for p in parts]
-    return [(name, m[1], m[2] or "") for name, m in zip(("last", "best on test") if len(parts) == 2 else ("",), found) if m]
+    return [(name, m[1], m[2] or "") for name, m in zip(("last", "best on test") if len(parts) == 2 else ("",), found)
+            if m]
 
 
 def source_of(cell: str, notes: list[str]) -> str:
@@ -132,7 +138,8 @@ def plain_values(table: Table) -> pd.DataFrame:
 # %% ../nbs/11b_tables.ipynb #0c3ed6b1
 def markdown(table: pd.DataFrame) -> str:
     "A table in Markdown, its index left out."
-    lines = [list(map(str, table.columns)), ["---"] * table.shape[1], *(list(map(str, row)) for row in table.itertuples(index=False))]
+    lines = [list(map(str, table.columns)), ["---"] * table.shape[1],
+             *(list(map(str, row)) for row in table.itertuples(index=False))]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -154,17 +161,23 @@ def as_html(table: Table) -> str:
     names, left = list(table.frame.columns), lambda k: TD.format("left" if k < table.keys else "right")
     upper = "".join(f'<th colspan="{n}" style="text-align:center">{html.escape(t)}</th>' for t, n in headings(names))
     lower = "".join(f"<th{left(k)}>{html.escape(c.rpartition(': ')[2])}</th>" for k, c in enumerate(names))
-    line = lambda i, row: "".join(f"<td{left(k)}>" + (f"<b>{html.escape(c)}</b>" if i in table.strong and c else html.escape(c)) + "</td>" for k, c in enumerate(row))
+    line = lambda i, row: "".join(f"<td{left(k)}>"
+                                  + (f"<b>{html.escape(c)}</b>" if i in table.strong and c else html.escape(c))
+                                  + "</td>" for k, c in enumerate(row))
     body = "".join(f"<tr>{line(i, row)}</tr>" for i, row in enumerate(quiet(table)))
     notes = "".join(f"<li>{html.escape(n)}</li>" for n in table.notes)
     commands = f"<p>Missing runs:</p><pre>{html.escape(chr(10).join(table.missing))}</pre>" if table.missing else ""
-    head = (f"<thead><tr>{upper}</tr>" if any(t for t, _ in headings(names)) else "<thead>") + f"<tr>{lower}</tr></thead>"
-    return (f"<p><b>{table.name}. {html.escape(table.title)}</b></p><div style='overflow-x:auto'><table>{head}<tbody>{body}</tbody></table></div>"
+    head = ((f"<thead><tr>{upper}</tr>" if any(t for t, _ in headings(names)) else "<thead>")
+            + f"<tr>{lower}</tr></thead>")
+    return (f"<p><b>{table.name}. {html.escape(table.title)}</b></p><div "
+            f"style='overflow-x:auto'><table>{head}<tbody>{body}</tbody></table></div>"
             + f"<ul>{notes}</ul>" * bool(notes) + commands)
 
 # %% ../nbs/11b_tables.ipynb #29d6e9c7
-TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{c: "\\" + c for c in "&%$#_{}"},
-       "±": r"$\pm$", "−": r"$-$", "×": r"$\times$", "λ": r"$\lambda$", "Δ": r"$\Delta$", "–": "--", "…": r"\dots{}", "<": r"\textless{}", ">": r"\textgreater{}", "→": r"$\to$"}
+TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+       **{c: "\\" + c for c in "&%$#_{}"},
+       "±": r"$\pm$", "−": r"$-$", "×": r"$\times$", "λ": r"$\lambda$", "Δ": r"$\Delta$", "–": "--", "…": r"\dots{}",
+       "<": r"\textless{}", ">": r"\textgreater{}", "→": r"$\to$"}
 LONG, BROAD = 40, 9  # rows that fit on a page, columns that fit beside each other
 
 
@@ -180,14 +193,16 @@ def tex_heading(table: Table) -> str:
     for text, n in upper:
         rules += rf"\cmidrule(lr){{{at}-{at + n - 1}}}" if text else ""
         at += n
-    first = " & ".join(rf"\multicolumn{{{n}}}{{c}}{{{tex(text)}}}" if text else "" for text, n in upper) + r" \\" + rules + "\n" if rules else ""
+    first = (" & ".join(rf"\multicolumn{{{n}}}{{c}}{{{tex(text)}}}" if text else "" for text, n in upper) + r" \\"
+             + rules + "\n" if rules else "")
     return "\\toprule\n" + first + " & ".join(tex(c.rpartition(": ")[2]) for c in names) + r" \\" + "\n\\midrule"
 
 # %% ../nbs/11b_tables.ipynb #43c6a5b7
 def as_latex(table: Table) -> str:
     "The table in LaTeX, its notes below it; the number of missing runs stands there too, their commands do not."
     bold = lambda i, c: rf"\textbf{{{tex(c)}}}" if i in table.strong and c else tex(c)
-    wrap = lambda line: "{}" + line if line.startswith("[") else line  # a bracket after a line's end would be its optional argument
+    # a bracket after a line's end would be its optional argument
+    wrap = lambda line: "{}" + line if line.startswith("[") else line
     rows = [wrap(" & ".join(bold(i, c) for c in row)) + r" \\" for i, row in enumerate(quiet(table))]
     columns = "l" * table.keys + "r" * (table.frame.shape[1] - table.keys)
     caption = rf"\caption{{{tex(table.title)}}}\label{{tab:{table.name}}}"
@@ -196,8 +211,8 @@ def as_latex(table: Table) -> str:
     size = (r"\tiny" if broad and long else r"\scriptsize") + r"\setlength{\tabcolsep}{3pt}"
     if long:
         packages = "booktabs, longtable and pdflscape" if broad else "booktabs and longtable"
-        lines = ["{" + size, rf"\begin{{longtable}}{{{columns}}}", caption + r" \\", heading, r"\endfirsthead", heading, r"\endhead",
-                 *rows, r"\bottomrule", r"\end{longtable}", *notes, "}"]
+        lines = ["{" + size, rf"\begin{{longtable}}{{{columns}}}", caption + r" \\", heading, r"\endfirsthead", heading,
+                 r"\endhead", *rows, r"\bottomrule", r"\end{longtable}", *notes, "}"]
         lines = [r"\begin{landscape}", *lines, r"\end{landscape}"] if broad else lines
     else:
         packages = "booktabs and graphicx" if broad else "booktabs"

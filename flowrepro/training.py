@@ -38,7 +38,7 @@ class Schedule:
     decay: str = "cosine"  # 'cosine' (CFLOW-AD, HGAD), or 'constant' (FastFlow)
     floor: float = 0.0  # share of the rate that the cosine ends at; CFLOW-AD, HGAD: 1e-3
     warmup: int = 0  # epochs of linear rise from a tenth of the rate; CFLOW-AD, HGAD: two meta-epochs, 16
-    hold: int = 0  # epochs through which the cosine stands still; CFLOW-AD, HGAD: a meta-epoch, 8; 0: it moves with each step
+    hold: int = 0  # epochs through which the cosine stands still (CFLOW-AD, HGAD: 8); 0: it moves with each step
     clip: float | None = None  # norm that the gradient is clipped to
     precision: str = "float32"  # 'bfloat16': the networks under autocast; stream and logdet stay float32
     seed: int = 0
@@ -50,8 +50,10 @@ class Schedule:
         for field, least in (("epochs", 1), ("batch", 1), ("warmup", 0), ("hold", 0)):
             if not isinstance(getattr(self, field), int) or getattr(self, field) < least:
                 raise ValueError(f"{field} {getattr(self, field)}: a whole number from {least}")
-        for field, right in (("lr", self.lr > 0), ("weight_decay", self.weight_decay >= 0), ("clip", self.clip is None or self.clip > 0),
-                             ("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)), ("floor", 0 <= self.floor <= 1), ("warmup", self.warmup <= self.epochs)):
+        for field, right in (("lr", self.lr > 0), ("weight_decay", self.weight_decay >= 0),
+                             ("clip", self.clip is None or self.clip > 0),
+                             ("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)),
+                             ("floor", 0 <= self.floor <= 1), ("warmup", self.warmup <= self.epochs)):
             if not right:
                 raise ValueError(f"{field} {getattr(self, field)}: out of range")
 
@@ -64,11 +66,13 @@ class Schedule:
 
     def decayed(self, epoch: float) -> float:
         "What the decay leaves of the rate, in [floor, 1]."
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs)) if self.decay == "cosine" else 1.0
+        return (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
+                if self.decay == "cosine" else 1.0)
 
 # %% ../nbs/10_training.ipynb #f0c12537
 def batches(n: int, batch: int, seed: int, epoch: int, copies: int = 1) -> Iterator[Tensor]:
-    "Index tensors of one epoch over n images; what is left over after the last full batch is dropped. Of several copies of all images an epoch takes one, in turn."
+    """Index tensors of one epoch over n images; what is left over after the last full batch is dropped.
+    Of several copies of all images an epoch takes one, in turn."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     order = torch.randperm(n, generator=generator) + epoch % copies * n
     yield from order[: max(n - n % batch, min(n, batch))].split(batch)
@@ -78,24 +82,32 @@ class OtherTraining(ValueError):
     "A checkpoint cannot be resumed from here; the message says what differs."
 
 
-def write_checkpoint(path: Path, model: Detector, optimizers: list[torch.optim.Optimizer], epoch: int, history: list[dict], training: dict) -> None:
-    "Everything a resume needs, in one atomically replaced file; `training` is what must be the same on resuming, {group: {name: value}}."
+def write_checkpoint(path: Path, model: Detector, optimizers: list[torch.optim.Optimizer], epoch: int,
+                     history: list[dict], training: dict) -> None:
+    """Everything a resume needs, in one atomically replaced file;
+    `training` is what must be the same on resuming, {group: {name: value}}."""
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
-    saved = {"model": state, "optimizers": [o.state_dict() for o in optimizers], "epoch": epoch, "history": history, "training": training}
+    saved = {"model": state, "optimizers": [o.state_dict() for o in optimizers], "epoch": epoch, "history": history,
+             "training": training}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     torch.save(saved, temporary)
     temporary.replace(path)
 
 
-def read_checkpoint(path: Path, model: Detector, optimizers: list[torch.optim.Optimizer], training: dict) -> tuple[int, list[dict]]:
-    "Restore model and optimizers; returns the next epoch and the history. OtherTraining, and nothing changed, for another training's or none at all."
+def read_checkpoint(path: Path, model: Detector, optimizers: list[torch.optim.Optimizer],
+                    training: dict) -> tuple[int, list[dict]]:
+    """Restore model and optimizers; returns the next epoch and the history.
+    OtherTraining, and nothing changed, for another training's or none at all."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)  # model and optimizers take theirs to where they are, the history stays
+        # model and optimizers take theirs to where they are, the history stays
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         before = flat(saved["training"])
     except Exception as error:
-        raise OtherTraining(f"{path} is no checkpoint that can be resumed from ({type(error).__name__}: {error}): remove it to begin anew") from error
+        raise OtherTraining(f"{path} is no checkpoint that can be resumed from ({type(error).__name__}: {error}): "
+                            "remove it to begin anew") from error
     now = flat(training)
-    if changed := [f"{k} {before.get(k)!r} there, {now.get(k)!r} here" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]:
+    if changed := [f"{k} {before.get(k)!r} there, {now.get(k)!r} here" for k in sorted(before.keys() | now.keys())
+                   if before.get(k) != now.get(k)]:
         raise OtherTraining(f"{path} is of another training ({'; '.join(changed)}): remove it, or train as it was")
     load_state(model, saved["model"], path)
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
@@ -105,7 +117,8 @@ def read_checkpoint(path: Path, model: Detector, optimizers: list[torch.optim.Op
 
 def flat(training: dict) -> dict:
     "Groups of settings as {'group.name': value}; a group that is no dict as it is."
-    return {f"{g}.{k}" if k else g: v for g, names in training.items() for k, v in (names.items() if isinstance(names, dict) else [("", names)])}
+    return {f"{g}.{k}" if k else g: v for g, names in training.items()
+            for k, v in (names.items() if isinstance(names, dict) else [("", names)])}
 
 # %% ../nbs/10_training.ipynb #17c1a38a
 def check_training(model: Detector, images: int, schedule: Schedule, altub: AltUB | None = None) -> None:
@@ -117,10 +130,12 @@ def check_training(model: Detector, images: int, schedule: Schedule, altub: AltU
         check_turns(altub, schedule.epochs, max(1, images // batch))
 
 
-def optimizers_of(model: Detector, schedule: Schedule, altub: AltUB | None) -> tuple[torch.optim.Optimizer, BaseTurn | None]:
+def optimizers_of(model: Detector, schedule: Schedule,
+                  altub: AltUB | None) -> tuple[torch.optim.Optimizer, BaseTurn | None]:
     "Adam for the ordinary steps, and what takes the base's turns."
     alone = set() if altub is None or altub.joint else {id(p) for p in model.base_parameters()}
-    groups = [g | {"params": [p for p in g["params"] if p.requires_grad and id(p) not in alone]} for g in model.groups(schedule.weight_decay)]
+    groups = [g | {"params": [p for p in g["params"] if p.requires_grad and id(p) not in alone]}
+              for g in model.groups(schedule.weight_decay)]
     adam = torch.optim.Adam(groups, schedule.lr, schedule.betas, fused=True)
     return adam, altub and BaseTurn(altub, model.base_parameters())
 
@@ -135,9 +150,9 @@ def fit(
     schedule: Schedule = Schedule(),
     labels: Tensor | None = None,  # category number of each image, for methods that use it
     altub: AltUB | None = None,  # alternate with turns of the base
-    evaluate: Callable[[int], dict] | None = None,  # called after the epochs in `when`; what it returns joins the history
+    evaluate: Callable[[int], dict] | None = None,  # called after the epochs in `when`; its result joins the history
     when: tuple[int, ...] = (),  # epochs, counted from 1
-    checkpoint: Path | None = None,  # file to resume from, and to write after each evaluation (after each epoch if there are none)
+    checkpoint: Path | None = None,  # to resume from, and to write after each evaluation (each epoch if none)
     progress: bool = True,
     source: dict | None = None,  # what else must be the same to resume: of which features, by which code
 ) -> list[dict]:  # one row an epoch: epoch, loss, lr, seconds, and what `evaluate` returned
@@ -146,11 +161,13 @@ def fit(
     check_training(model, images, schedule, altub)
     adam, turn = optimizers_of(model, schedule, altub)
     optimizers = [adam] + ([turn.optimizer] if turn else [])
-    identity = {"method": model.method, "detector": dict(model.config), "schedule": asdict(schedule), "altub": altub and asdict(altub), "source": source}
+    identity = {"method": model.method, "detector": dict(model.config), "schedule": asdict(schedule),
+                "altub": altub and asdict(altub), "source": source}
     start, history = 0, []
     if checkpoint is not None and Path(checkpoint).exists():
         start, history = read_checkpoint(Path(checkpoint), model, optimizers, identity)
-    bar = tqdm(range(start, schedule.epochs), initial=start, total=schedule.epochs, desc="training", unit="epoch", disable=not progress)
+    epochs = range(start, schedule.epochs)
+    bar = tqdm(epochs, "training", schedule.epochs, initial=start, unit="epoch", disable=not progress)
     for epoch in bar:
         model.train()
         model.begin(epoch, schedule.epochs)
@@ -163,9 +180,10 @@ def fit(
             own = None if labels is None else labels[index].to(model.device)
             losses += train_batch(model, now or adam, model.losses(bank[index], own, generator), rate, schedule)
             if not math.isfinite(losses[-1]):
-                raise TrainingError(f"loss is {losses[-1]} in epoch {epoch + 1}, step {step + 1} of {len(steps)} (lr {rate:.2g}): "
-                                    "try a lower lr, clip=1.0, or precision='float32'")
-        row = {"epoch": epoch + 1, "loss": sum(losses) / len(losses), "lr": rate, "seconds": time.perf_counter() - began}
+                raise TrainingError(f"loss is {losses[-1]} in epoch {epoch + 1}, step {step + 1} of {len(steps)} (lr "
+                                    f"{rate:.2g}): try a lower lr, clip=1.0, or precision='float32'")
+        row = {"epoch": epoch + 1, "loss": sum(losses) / len(losses), "lr": rate,
+               "seconds": time.perf_counter() - began}
         if evaluate is not None and epoch + 1 in when:
             row |= evaluate(epoch + 1)
         history.append(row)
@@ -175,8 +193,10 @@ def fit(
     return history
 
 # %% ../nbs/10_training.ipynb #c48d0786
-def train_batch(model: Detector, optimizer: torch.optim.Optimizer | BaseTurn, losses: Iterator[Tensor], rate: float, schedule: Schedule) -> list[float]:
-    "One step for each loss of a batch; returns their values, and stops after one that is not finite, which changes nothing."
+def train_batch(model: Detector, optimizer: torch.optim.Optimizer | BaseTurn, losses: Iterator[Tensor], rate: float,
+                schedule: Schedule) -> list[float]:
+    """One step for each loss of a batch;
+    returns their values, and stops after one that is not finite, which changes nothing."""
     values = []
     while True:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=schedule.precision == "bfloat16"):
@@ -216,12 +236,14 @@ def fit_dataset(
     if not isinstance(dataset, Dataset):
         raise TypeError(f"{dataset!r} is no Dataset to train on: make one, such as load('folder', 'my_parts')[0]")
     if unknown := schedule.keys() - (known := [f.name for f in fields(Schedule)]):
-        raise TypeError(f"fit has no setting {', '.join(sorted(unknown))}: one of {', '.join(known)}, where, cache, altub, progress")
+        raise TypeError(f"fit has no setting {', '.join(sorted(unknown))}: one of {', '.join(known)}, where, cache, "
+                        "altub, progress")
     if not isinstance(altub, AltUB | None):
         raise TypeError(f"altub {altub!r}: the settings as flowrepro.altub.AltUB(...), or None")
     normal = dataset.filter(label=0)
     if not len(normal):
-        raise ValueError("no normal image to train on: the data set is empty, or every image of it is labelled anomalous")
+        raise ValueError("no normal image to train on: the data set is empty, "
+                         "or every image of it is labelled anomalous")
     schedule, labels = Schedule(**schedule), model.labels_of(normal)
     check_training(model, len(normal), schedule, altub)
     model.transform = dataset.transform

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-TEST_DATA = Path(os.environ.get("FLOWREPRO_TEST_DATA") or Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
+TEST_DATA = Path(os.environ.get("FLOWREPRO_TEST_DATA") or Path(__file__).resolve().parents[1] / ".." / "shared"
+                 / "data")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,7 +66,8 @@ def tiny_backbone():
     "`tiny_backbone(size=32, **kw)`: a real backbone of two levels with random weights, made in milliseconds."
     from flowrepro.backbones import Backbone
 
-    return lambda size=32, **kw: Backbone(**{"name": "test_resnet.r160_in1k", "levels": (1, 2), "weights": "random", "size": size} | kw)
+    return lambda size=32, **kw: Backbone(**{"name": "test_resnet.r160_in1k", "levels": (1, 2), "weights": "random",
+                                             "size": size} | kw)
 
 
 class StandIn(nn.Module):

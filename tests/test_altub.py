@@ -1,4 +1,5 @@
-"""AltUB: whose turn it is, settings that contradict each other, what a turn of the base moves and by how much, on every detector, and what it is good for."""
+"""AltUB: whose turn it is, settings that contradict each other, what a turn of the base moves and by how much, on
+every detector, and what it is good for."""
 import math
 from dataclasses import replace
 
@@ -36,7 +37,8 @@ TURNS = [  # settings, epochs, steps of each, the turns (B) epoch by epoch
 def test_turns(settings, epochs, steps, turns):
     "Counted from the start of the training, every `every`-th step or epoch, none in the warm-up."
     altub = AltUB(**settings)
-    assert " ".join("".join(".B"[is_base_turn(altub, e, s, epochs, steps)] for s in range(steps)) for e in range(epochs)) == turns
+    assert (" ".join("".join(".B"[is_base_turn(altub, e, s, epochs, steps)] for s in range(steps))
+                     for e in range(epochs)) == turns)
 
 
 def test_turns_by_default():
@@ -51,17 +53,23 @@ def test_a_training_without_turns_is_refused(settings, epochs, steps, turns):
     if "B" in turns:
         check_turns(AltUB(**settings), epochs, steps)
     else:
-        with pytest.raises(ValueError, match=r"every=100 steps after a warm-up of 0% never comes in 2 epochs of 3 steps: train longer, or lower"):
+        text = r"every=100 steps after a warm-up of 0% never comes in 2 epochs of 3 steps: train longer, or lower"
+        with pytest.raises(ValueError, match=text):
             check_turns(AltUB(**settings), epochs, steps)
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(every=0), "every 0"), (dict(every=-3), "every -3"), (dict(every=2.5), "every 2.5"), (dict(every=True), "every True"), (dict(every="5"), "every '5'"),
-    (dict(unit="week"), "unit 'week': one of step, epoch"), (dict(optimizer="lamb"), "optimizer 'lamb': one of adam, sgd"), (dict(clip_by="size"), "clip_by 'size': one of value, norm"),
-    (dict(joint="no"), "joint 'no'"), (dict(lr=0.05), "factor 5.0 and lr 0.05"), (dict(factor=None), "factor None and lr None"),
-    (dict(factor=0.0), "factor 0.0: a positive number"), (dict(factor=None, lr=-1.0), "lr -1.0: a positive number"), (dict(clip=0), "clip 0: a positive number"),
-    (dict(clip=float("nan")), "clip nan"), (dict(warmup=1.0), "warmup 1.0"), (dict(warmup=-0.1), "warmup -0.1"), (dict(warmup=float("nan")), "warmup nan"),
-    (dict(every=1, warmup=0), "every=1 without warmup")])
+    (dict(every=0), "every 0"), (dict(every=-3), "every -3"), (dict(every=2.5), "every 2.5"),
+    (dict(every=True), "every True"), (dict(every="5"), "every '5'"),
+    (dict(unit="week"), "unit 'week': one of step, epoch"),
+    (dict(optimizer="lamb"), "optimizer 'lamb': one of adam, sgd"),
+    (dict(clip_by="size"), "clip_by 'size': one of value, norm"),
+    (dict(joint="no"), "joint 'no'"), (dict(lr=0.05), "factor 5.0 and lr 0.05"),
+    (dict(factor=None), "factor None and lr None"),
+    (dict(factor=0.0), "factor 0.0: a positive number"), (dict(factor=None, lr=-1.0), "lr -1.0: a positive number"),
+    (dict(clip=0), "clip 0: a positive number"),
+    (dict(clip=float("nan")), "clip nan"), (dict(warmup=1.0), "warmup 1.0"), (dict(warmup=-0.1), "warmup -0.1"),
+    (dict(warmup=float("nan")), "warmup nan"), (dict(every=1, warmup=0), "every=1 without warmup")])
 def test_settings_that_make_no_sense(settings, words):
     with pytest.raises(ValueError, match="altub") as error:
         AltUB(**settings)
@@ -90,7 +98,8 @@ CLIPS = {"none": (dict(clip=None), lambda g: g), "far": (dict(clip=100.0), lambd
          "value": (dict(clip=0.3), lambda g: g.clamp(-0.3, 0.3)),
          "norm": (dict(clip=0.3, clip_by="norm"), lambda g: g * min(1.0, 0.3 / g.norm().item())),
          "norm, far": (dict(clip=50.0, clip_by="norm"), lambda g: g)}
-RATES = {"factor": (dict(factor=5.0), lambda rate: 5 * rate), "less": (dict(factor=0.5), lambda rate: 0.5 * rate), "constant": (dict(factor=None, lr=0.07), lambda rate: 0.07)}
+RATES = {"factor": (dict(factor=5.0), lambda rate: 5 * rate), "less": (dict(factor=0.5), lambda rate: 0.5 * rate),
+         "constant": (dict(factor=None, lr=0.07), lambda rate: 0.07)}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -115,7 +124,8 @@ def test_norm_is_that_of_all_parameters():
     a, b = leaf(0.0, 0.0), leaf(0.0)
     loss = lambda: linear(a, [3.0, 0.0]) + linear(b, [4.0])
     BaseTurn(AltUB(optimizer="sgd", factor=1.0, clip=1.0, clip_by="norm"), [a, b]).step(loss(), 1.0)
-    torch.testing.assert_close(torch.cat([a, b]).detach(), torch.tensor([-0.6, 0.0, -0.8], dtype=torch.float64), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(torch.cat([a, b]).detach(), torch.tensor([-0.6, 0.0, -0.8], dtype=torch.float64),
+                               rtol=1e-5, atol=1e-9)
     with torch.no_grad():
         a.zero_(), b.zero_()
     BaseTurn(AltUB(optimizer="sgd", factor=1.0, clip=1.0), [a, b]).step(loss(), 1.0)
@@ -221,7 +231,8 @@ def test_a_turn_moves_the_base_alone(name, stand_in, bank):
 @pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize("name", DETECTORS)
 def test_steps_of_a_training(name, joint, stand_in, bank, monkeypatch):
-    "Turns come as `is_base_turn` says and move the base alone; ordinary steps move the flow, and the base if they are joint."
+    """Turns come as `is_base_turn` says and move the base alone; ordinary steps move the flow,
+    and the base if they are joint."""
     model, log = make(name, stand_in), []
     own = training.train_batch
 
@@ -267,7 +278,8 @@ def test_resumed_training_alternates_on(name, optimizer, stand_in, bank, tmp_pat
             raise KeyboardInterrupt
         return {}
     with pytest.raises(KeyboardInterrupt):
-        fit(part, bank, schedule, LABELS, altub, evaluate=stop, when=(1, 2, 3, 4), checkpoint=tmp_path / "c.pt", progress=False)
+        fit(part, bank, schedule, LABELS, altub, evaluate=stop, when=(1, 2, 3, 4), checkpoint=tmp_path / "c.pt",
+            progress=False)
     again = make(name, stand_in, seed=5)
     fit(again, bank, schedule, LABELS, altub, when=(1, 2, 3, 4), checkpoint=tmp_path / "c.pt", progress=False)
     assert all(map(all, (same(a, b) for a, b in zip(state(whole), state(again)))))
@@ -277,7 +289,9 @@ def test_resumed_training_alternates_on(name, optimizer, stand_in, bank, tmp_pat
             fit(other, bank, schedule, LABELS, changed, checkpoint=tmp_path / "c.pt", progress=False)
 
 
-@pytest.mark.parametrize("make_model", [lambda b: FastFlow(b, steps=1), lambda b: CFlow(b, steps=1, code=4, fibers=8), lambda b: HGAD(b, ["nut"], steps=1, code=4, base="standard")],
+@pytest.mark.parametrize("make_model",
+                         [lambda b: FastFlow(b, steps=1), lambda b: CFlow(b, steps=1, code=4, fibers=8),
+                          lambda b: HGAD(b, ["nut"], steps=1, code=4, base="standard")],
                          ids=["fastflow", "cflow", "hgad"])
 def test_a_detector_whose_base_does_not_learn(make_model, stand_in, bank):
     "Refused before the first step."
@@ -296,9 +310,12 @@ def test_a_training_too_short_is_refused(stand_in, bank):
 def test_the_base_starts_as_the_normal(stand_in, bank):
     "Loss and parts of a fresh detector are those without AltUB."
     x = bank[torch.arange(12)]
-    for plain, learned in ((FastFlow(stand_in(SHAPES), steps=2), make("fastflow", stand_in)), (CFlow(stand_in(SHAPES), steps=2, code=4, fibers=None), make("cflow scalar", stand_in))):
-        learned.load_state_dict(plain.state_dict() | {k: v for k, v in learned.state_dict().items() if k.startswith("bases")})
-        for a, b in zip(plain.losses(x, None, torch.Generator().manual_seed(1)), learned.losses(x, None, torch.Generator().manual_seed(1)), strict=True):
+    for plain, learned in ((FastFlow(stand_in(SHAPES), steps=2), make("fastflow", stand_in)),
+                           (CFlow(stand_in(SHAPES), steps=2, code=4, fibers=None), make("cflow scalar", stand_in))):
+        learned.load_state_dict(plain.state_dict()
+                                | {k: v for k, v in learned.state_dict().items() if k.startswith("bases")})
+        for a, b in zip(plain.losses(x, None, torch.Generator().manual_seed(1)),
+                        learned.losses(x, None, torch.Generator().manual_seed(1)), strict=True):
             torch.testing.assert_close(a, b)
         assert all(torch.equal(p.base, q.base) for p, q in zip(plain.parts(x), learned.parts(x)))
 
@@ -326,7 +343,8 @@ def shifted(n: int, g: torch.Generator) -> torch.Tensor:
 def train(altub: AltUB | None, seed: int, steps: int = 120, rate: float = 1e-3):
     "A flow and its base after a training that is stopped, as real ones are; and its latents of the training data."
     torch.manual_seed(seed)
-    flow, base, data = Flow(Step(2, 16, soft=True) for _ in range(4)), DiagonalNormal(2) if altub else StandardNormal(2), torch.Generator().manual_seed(seed)
+    flow, base, data = (Flow(Step(2, 16, soft=True) for _ in range(4)),
+                        DiagonalNormal(2) if altub else StandardNormal(2), torch.Generator().manual_seed(seed))
     ordinary = torch.optim.Adam([*flow.parameters(), *base.parameters()], rate)
     turn = altub and BaseTurn(altub, base.parameters())
     for k in range(steps):
@@ -344,19 +362,23 @@ def train(altub: AltUB | None, seed: int, steps: int = 120, rate: float = 1e-3):
 @pytest.mark.parametrize("altub", [AltUB(), AltUB(every=2, factor=None, lr=0.05)], ids=["default", "lr 0.05"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_base_follows_the_latent(seed, altub):
-    "Trained against N(0, I) the latent is not N(0, I); with AltUB the base ends nearer to the latent's mean and deviation than N(0, I) does, and the data are likelier."
+    """Trained against N(0, I) the latent is not N(0, I); with AltUB the base ends nearer to the latent's mean and
+    deviation than N(0, I) does, and the data are likelier."""
     z, _, plain = train(None, seed)
     assert z.mean(0).abs().max() > 0.3 or (z.std(0) - 1).abs().max() > 0.3
     z, base, learned = train(altub, seed)
-    for name, own, latent in (("mean", base.mean.detach(), z.mean(0)), ("log-deviation", base.log_scale.detach(), z.std(0).log())):
-        assert (own - latent).norm() < latent.norm(), f"{name}: base {own.tolist()}, latent {latent.tolist()}"  # of N(0, I) both are zero
+    for name, own, latent in (("mean", base.mean.detach(), z.mean(0)),
+                              ("log-deviation", base.log_scale.detach(), z.std(0).log())):
+        # of N(0, I) both are zero
+        assert (own - latent).norm() < latent.norm(), f"{name}: base {own.tolist()}, latent {latent.tolist()}"
     assert learned < plain - 0.1
 
 
 def test_turns_alone_reach_the_moments():
     "With the flow standing still, the base of highest likelihood is the latent's mean and deviation."
     g = torch.Generator().manual_seed(0)
-    z, base = torch.randn(500, 3, generator=g) * torch.tensor([0.4, 1.0, 2.0]) + torch.tensor([1.0, -2.0, 0.0]), DiagonalNormal(3)
+    z, base = (torch.randn(500, 3, generator=g) * torch.tensor([0.4, 1.0, 2.0]) + torch.tensor([1.0, -2.0, 0.0]),
+               DiagonalNormal(3))
     turn = BaseTurn(AltUB(factor=None, lr=0.05), base.parameters())
     for k in range(400):
         turn.step(-base.log_prob(z).mean(), rate=0.0)

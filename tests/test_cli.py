@@ -49,7 +49,9 @@ def model(parts_folder, tmp_path_factory):
 def finished(toy, tmp_path_factory):
     "A folder with one finished run, by `flowrepro run`."
     out = tmp_path_factory.mktemp("runs")
-    assert main(["run", "--data-root", str(toy), "--category", "weave", "--preset", "smoke", "--device", "cpu", "--out", str(out)]) == 0
+    assert (
+        main(["run", "--data-root", str(toy), "--category", "weave", "--preset", "smoke", "--device", "cpu", "--out",
+              str(out)]) == 0)
     return out
 
 
@@ -58,9 +60,11 @@ def finished(toy, tmp_path_factory):
 def test_every_command_has_an_example():
     "Which parses, as it stands."
     texts = helps(parser())
-    assert {"run", "reproduce", "report", "bench", "data", "fit", "predict", "export", "data toy", "data check"} <= texts.keys()
+    assert ({"run", "reproduce", "report", "bench", "data", "fit", "predict", "export", "data toy", "data check"}
+            <= texts.keys())
     for name, text in texts.items():
-        examples = re.findall(r"^\s*(?:example: )?flowrepro (.+)$", text.partition("example:")[2] and text[text.index("example:"):], re.M)
+        examples = re.findall(r"^\s*(?:example: )?flowrepro (.+)$",
+                              text.partition("example:")[2] and text[text.index("example:"):], re.M)
         assert examples and all(e.startswith(name) for e in examples), f"{name} --help has no example of its own"
         for example in examples:
             parser().parse_args(shlex.split(example))
@@ -70,14 +74,18 @@ def test_every_flag_says_its_default():
     "And what it is for."
     def actions(p):
         for action in p._actions:
-            yield from (a for sub in action.choices.values() for a in actions(sub)) if action.nargs == "A..." else [(p, action)]
+            yield from (a for sub in action.choices.values()
+                        for a in actions(sub)) if action.nargs == "A..." else [(p, action)]
     for p, action in actions(parser()):
         assert action.help, f"{p.prog}: {action.dest} has no help"
         if action.option_strings and action.default is not False and action.default not in (None, "", "==SUPPRESS=="):
-            assert re.search(rf"\(default\s+{re.escape(str(action.default))}", p.format_help()), f"{p.prog} {action.option_strings[0]} does not say its default"
+            assert re.search(rf"\(default\s+{re.escape(str(action.default))}", p.format_help()), (
+                f"{p.prog} {action.option_strings[0]} does not say its default")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["data", "check", "--help"], ["predict", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("arguments",
+                         [["--help"], ["run", "--help"], ["data", "check", "--help"], ["predict", "--help"]],
+                         ids=" ".join)
 def test_help(arguments, capsys):
     code, out, _ = run(capsys, *arguments)
     assert code == 0 and out.startswith("usage: flowrepro")
@@ -87,7 +95,9 @@ def test_version(capsys):
     assert run(capsys, "--version")[:2] == (0, f"flowrepro {__version__}\n")
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["run", "--epochs", "3"], ["data"], ["data", "check", "x"], ["fit"], ["predict", "m"], ["run", "--seeds", "one"]], ids=" ".join)
+@pytest.mark.parametrize("arguments",
+                         [[], ["train"], ["run", "--epochs", "3"], ["data"], ["data", "check", "x"], ["fit"],
+                          ["predict", "m"], ["run", "--seeds", "one"]], ids=" ".join)
 def test_wrong_usage(arguments, capsys):
     "Exit code 2 and the usage."
     code, out, err = run(capsys, *arguments)
@@ -96,7 +106,8 @@ def test_wrong_usage(arguments, capsys):
 
 def test_as_a_program(tmp_path):
     "The installed entry point hands the exit code on; the message is one line, no traceback."
-    command = [sys.executable, "-c", "import sys; from flowrepro.cli import main; sys.exit(main())", "data", "check", str(tmp_path / "none"), "--dataset", "mvtec"]
+    command = [sys.executable, "-c", "import sys; from flowrepro.cli import main; sys.exit(main())", "data", "check",
+               str(tmp_path / "none"), "--dataset", "mvtec"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert ran.returncode == 2 and "Traceback" not in ran.stderr and "none" in ran.stdout + ran.stderr
 
@@ -107,10 +118,14 @@ def test_data_toy(tmp_path, capsys, monkeypatch):
     "Writes the set in MVTec AD's layout; again changes nothing; another folder's content is not touched."
     from flowrepro import data
     own = data.make_toy
-    monkeypatch.setattr(data, "make_toy", lambda folder, seed=0: own(folder, seed, size=32, n_train=5, n_test_good=2, n_per_defect=1))
+    monkeypatch.setattr(data, "make_toy",
+                        lambda folder, seed=0: own(folder, seed, size=32, n_train=5, n_test_good=2, n_per_defect=1))
     code, out, _ = run(capsys, "data", "toy", tmp_path / "toy", "--seed", 3)
-    assert code == 0 and str(tmp_path / "toy") in out and json.loads((tmp_path / "toy/toy.json").read_text())["seed"] == 3
-    assert len(list((tmp_path / "toy/weave/train/good").iterdir())) == 5 and (tmp_path / "toy/bolt/ground_truth/rust/000_mask.png").is_file()
+    assert code == 0
+    assert str(tmp_path / "toy") in out
+    assert json.loads((tmp_path / "toy/toy.json").read_text())["seed"] == 3
+    assert len(list((tmp_path / "toy/weave/train/good").iterdir())) == 5
+    assert (tmp_path / "toy/bolt/ground_truth/rust/000_mask.png").is_file()
     assert run(capsys, "data", "toy", tmp_path / "toy", "--seed", 3)[0] == 0
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")
@@ -125,7 +140,8 @@ def test_data_check(toy, capsys):
     code, out, _ = run(capsys, "data", "check", toy, "--dataset", "toy")
     assert code == 0 and "0 problems" in out
     rows = {tuple(line.split()[:2]): line.split()[2:4] for line in out.splitlines() if len(line.split()) >= 4}
-    assert all(rows[c, "train"] == ["10", "0"] and rows[c, "test"] == ["4", "6"] for c in ("weave", "speckle", "bolt", "biscuit"))
+    assert all(rows[c, "train"] == ["10", "0"] and rows[c, "test"] == ["4", "6"]
+               for c in ("weave", "speckle", "bolt", "biscuit"))
 
 
 def test_data_check_finds_every_problem(toy, tmp_path, capsys):
@@ -133,19 +149,24 @@ def test_data_check_finds_every_problem(toy, tmp_path, capsys):
     root = tmp_path / "broken"
     shutil.copytree(toy, root)
     (root / "toy.json").unlink()
-    image, mask, small = root / "weave/train/good/003.png", root / "bolt/ground_truth/rust/001_mask.png", root / "speckle/ground_truth/bald/000_mask.png"
+    image, mask, small = (root / "weave/train/good/003.png", root / "bolt/ground_truth/rust/001_mask.png",
+                          root / "speckle/ground_truth/bald/000_mask.png")
     image.write_bytes(image.read_bytes()[:500])
     mask.unlink()
     Image.new("L", (9, 9), 255).save(small)
     shutil.copy(toy / "weave/train/good/000.png", root / "biscuit/lost.png")
     code, out, _ = run(capsys, "data", "check", root, "--dataset", "toy")
     assert code == 2 and "4 problems:" in out
-    for path, words in ((image, "truncated"), (mask, "missing"), (small, "9×9"), (root / "biscuit/lost.png", "without a label")):
-        (line,) = [line for line in out.splitlines() if path.name in line and path.parent.name in line and "restore" in line or str(path) in line]
+    for path, words in ((image, "truncated"), (mask, "missing"), (small, "9×9"),
+                        (root / "biscuit/lost.png", "without a label")):
+        (line,) = [line for line in out.splitlines() if path.name in line and path.parent.name in line
+                   and "restore" in line or str(path) in line]
         assert words in line and ("restore" in line or "move" in line)
 
 
-@pytest.mark.parametrize("root, dataset, words", [("", "coco", "allowed: toy, mvtec"), ("weave", "toy", "one level too low"), ("nowhere", "visa", "no such folder")])
+@pytest.mark.parametrize("root, dataset, words",
+                         [("", "coco", "allowed: toy, mvtec"), ("weave", "toy", "one level too low"),
+                          ("nowhere", "visa", "no such folder")])
 def test_data_check_of_something_else(root, dataset, words, toy, capsys):
     code, out, _ = run(capsys, "data", "check", toy / root, "--dataset", dataset)
     assert code == 2 and "1 problem:" in out and words in out
@@ -167,7 +188,8 @@ def test_data_check_crop(tiny_visa, capsys):
 
 
 def test_data_check_crop_of_wide_images(tmp_path, capsys, monkeypatch):
-    "A defect outside of the center square is counted, beside a mask that cannot be decoded too; the folder is read once."
+    """A defect outside of the center square is counted, beside a mask that cannot be
+    decoded too; the folder is read once."""
     from flowrepro import data
     root = tmp_path / "wide"
     for kind, n in (("good", 5), ("spot", 3)):
@@ -182,7 +204,11 @@ def test_data_check_crop_of_wide_images(tmp_path, capsys, monkeypatch):
     reading, times = data.read_folder, []
     monkeypatch.setitem(data.READERS, "folder", lambda *a, **k: times.append(a) or reading(*a, **k))
     code, out, _ = run(capsys, "data", "check", root, "--dataset", "folder", "--crop")
-    assert len(times) == 1 and code == 0 and "center crop: 2 defects cut, 2 of them wholly lost" in out and "wide: 2 cut" in out and "0 problems" in out
+    assert len(times) == 1
+    assert code == 0
+    assert "center crop: 2 defects cut, 2 of them wholly lost" in out
+    assert "wide: 2 cut" in out
+    assert "0 problems" in out
     assert "center crop" not in run(capsys, "data", "check", root, "--dataset", "folder")[1]
     broken = root / "masks/spot/2.png"
     broken.write_bytes(broken.read_bytes()[:46])
@@ -191,17 +217,24 @@ def test_data_check_crop_of_wide_images(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["run", "--dataset", "mvtec", "--category", "bottle"], "needs data_root"), (["run", "--preset", "large", "--category", "weave"], "smoke, demo, real, paper"),
-    (["run", "--overrides", "{{\"epoch\": 1}}", "--category", "weave"], "epochs"), (["run", "--method", "patchcore"], "fastflow, cflow, hgad"),
-    (["run", "--altub", "--overrides", "{{\"base\": \"standard\"}}", "--category", "weave"], "base='standard'"), (["run", "--overrides", "{{\"every\": 3}}", "--category", "weave"], "altub=False"),
-    (["fit", "{}", "--dataset", "toy", "--method", "cflow", "--altub", "--epochs", "1", "--size", "64", "--category", "weave"], "never comes"),
+    (["run", "--dataset", "mvtec", "--category", "bottle"], "needs data_root"),
+    (["run", "--preset", "large", "--category", "weave"], "smoke, demo, real, paper"),
+    (["run", "--overrides", "{{\"epoch\": 1}}", "--category", "weave"], "epochs"),
+    (["run", "--method", "patchcore"], "fastflow, cflow, hgad"),
+    (["run", "--altub", "--overrides", "{{\"base\": \"standard\"}}", "--category", "weave"], "base='standard'"),
+    (["run", "--overrides", "{{\"every\": 3}}", "--category", "weave"], "altub=False"),
+    (["fit", "{}", "--dataset", "toy", "--method", "cflow", "--altub", "--epochs", "1", "--size", "64", "--category",
+      "weave"], "never comes"),
     (["run", "--data-root", "{}/nowhere", "--preset", "smoke"], "nowhere"),
-    (["fit", "{}/nowhere"], "no such folder"), (["fit", "{}", "--size", "64"], "one level too high; use root"), (["fit", "{}", "--dataset", "toy", "--category", "wave"], "weave"),
-    (["fit", "{}", "--dataset", "toy", "--backbone", "resnet1800"], "unknown backbone"), (["fit", "{}", "--dataset", "toy", "--weights", "nowhere.pth"], "no such weight file"),
-    (["fit", "{}", "--dataset", "toy", "--method", "patchcore"], "fastflow"), (["fit", "{}", "--dataset", "toy", "--epochs", "0", "--size", "64"], "epochs 0"),
+    (["fit", "{}/nowhere"], "no such folder"), (["fit", "{}", "--size", "64"], "one level too high; use root"),
+    (["fit", "{}", "--dataset", "toy", "--category", "wave"], "weave"),
+    (["fit", "{}", "--dataset", "toy", "--backbone", "resnet1800"], "unknown backbone"),
+    (["fit", "{}", "--dataset", "toy", "--weights", "nowhere.pth"], "no such weight file"),
+    (["fit", "{}", "--dataset", "toy", "--method", "patchcore"], "fastflow"),
+    (["fit", "{}", "--dataset", "toy", "--epochs", "0", "--size", "64"], "epochs 0"),
     (["fit", "{}", "--dataset", "toy", "--size", "0"], "size"),
-    (["predict", "{}/none.safetensors", "{}"], "model.safetensors"), (["predict", "{}/toy.json", "{}"], "toy.json"), (["report", "{}"], "metrics.json"),
-    (["report", "{}/nowhere"], "nowhere"),
+    (["predict", "{}/none.safetensors", "{}"], "model.safetensors"), (["predict", "{}/toy.json", "{}"], "toy.json"),
+    (["report", "{}"], "metrics.json"), (["report", "{}/nowhere"], "nowhere"),
 ], ids=lambda v: " ".join(v) if isinstance(v, list) else "")
 def test_errors(arguments, words, toy, tmp_path, capsys, monkeypatch):
     "Exit code 2; one line on standard error that says what to do; no file is made."
@@ -215,16 +248,21 @@ FILES = ["fit {0}/weave --size 64 --out", "export {1} {0}/weave --out", "bench -
 FOLDERS = ["run --data-root {0} --preset smoke --category weave --out", "predict {1} {0}/weave --out", "data toy"]
 
 
-@pytest.mark.parametrize("command, out", [(c, out) for c in FILES + FOLDERS for out in ("file/m.onnx", "/proc/none/m.onnx")] + [(c, "folder") for c in FILES])
+@pytest.mark.parametrize("command, out",
+                         [(c, out) for c in FILES + FOLDERS for out in ("file/m.onnx", "/proc/none/m.onnx")]
+                         + [(c, "folder") for c in FILES])
 def test_nowhere_to_write(command, out, toy, model, tmp_path, capsys, monkeypatch):
     "Is said before the work, not after it."
     from flowrepro import bench, data, runs
-    for where, name in ((Detector, "fit"), (Detector, "predict"), (bench, "main"), (runs, "run_notebook"), (data, "make_toy")):
+    for where, name in ((Detector, "fit"), (Detector, "predict"), (bench, "main"), (runs, "run_notebook"),
+                        (data, "make_toy")):
         monkeypatch.setattr(where, name, lambda *a, **k: pytest.fail("too late"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch(), (tmp_path / "folder").mkdir()
     code, _, err = run(capsys, *command.format(toy, model).split(), out)
-    assert code == 2 and re.fullmatch(r"flowrepro: (/proc|file).*: nothing can be written there .*\n|flowrepro: folder: is a folder; give a file in it\n", err)
+    assert code == 2
+    assert re.fullmatch(r"flowrepro: (/proc|file).*: nothing can be written there .*\n"
+                        r"|flowrepro: folder: is a folder; give a file in it\n", err)
 
 
 # -- own images ----------------------------------------------------------------------------------------------------
@@ -232,37 +270,50 @@ def test_nowhere_to_write(command, out, toy, model, tmp_path, capsys, monkeypatc
 def test_fit(model):
     "A detector of the size and backbone asked for."
     detector = Detector.load(model)
-    assert detector.backbone.size == 64 and detector.backbone.name == "tf_efficientnet_lite0" and detector.calibration.isfinite().all()
+    assert detector.backbone.size == 64
+    assert detector.backbone.name == "tf_efficientnet_lite0"
+    assert detector.calibration.isfinite().all()
 
 
 def test_fit_says_where(parts_folder, tmp_path, capsys):
-    code, out, _ = run(capsys, "fit", parts_folder, "--size", 64, "--epochs", 1, "--seed", 1, "--weights", "random", "--out", tmp_path / "m.safetensors")
-    assert code == 0 and f"fastflow trained on 10 images: {tmp_path / 'm.safetensors'}" in out and (tmp_path / "m.safetensors").is_file()
+    code, out, _ = run(capsys, "fit", parts_folder, "--size", 64, "--epochs", 1, "--seed", 1, "--weights", "random",
+                       "--out", tmp_path / "m.safetensors")
+    assert code == 0
+    assert f"fastflow trained on 10 images: {tmp_path / 'm.safetensors'}" in out
+    assert (tmp_path / "m.safetensors").is_file()
 
 
 def test_fit_good_images_alone(parts_folder, tmp_path, capsys):
     "A folder with train/good and nothing else: all of them are trained on."
     shutil.copytree(parts_folder / "good", tmp_path / "mine/train/good")
-    code, out, _ = run(capsys, "fit", tmp_path / "mine", "--size", 64, "--epochs", 1, "--device", "cpu", "--out", tmp_path / "m.safetensors")
-    assert code == 0 and "trained on 12 images" in out and len(Detector.load(tmp_path / "m.safetensors").predict(tmp_path / "mine")[1]) == 12
+    code, out, _ = run(capsys, "fit", tmp_path / "mine", "--size", 64, "--epochs", 1, "--device", "cpu", "--out",
+                       tmp_path / "m.safetensors")
+    assert code == 0
+    assert "trained on 12 images" in out
+    assert len(Detector.load(tmp_path / "m.safetensors").predict(tmp_path / "mine")[1]) == 12
 
 
 def test_fit_is_seeded(parts_folder, model, tmp_path):
     "The same command, the same detector; another seed, another."
     from safetensors.torch import load_file
     for seed in (0, 1):
-        main(["fit", str(parts_folder), "--size", "64", "--epochs", "1", "--device", "cpu", "--seed", str(seed), "--out", str(tmp_path / f"{seed}")])
+        main(["fit", str(parts_folder), "--size", "64", "--epochs", "1", "--device", "cpu", "--seed", str(seed),
+              "--out", str(tmp_path / f"{seed}")])
     a, b, c = (load_file(p) for p in (model, tmp_path / "0", tmp_path / "1"))
     assert all((a[k] == b[k]).all() for k in a) and any((a[k] != c[k]).any() for k in a if k.endswith("perm"))
 
 
-@pytest.mark.parametrize("method, flags, epochs", [("cflow", [], 1), ("cflow", ["--altub"], 6), ("hgad", [], 1)], ids=str)
+@pytest.mark.parametrize("method, flags, epochs", [("cflow", [], 1), ("cflow", ["--altub"], 6), ("hgad", [], 1)],
+                         ids=str)
 def test_fit_every_method(method, flags, epochs, parts_folder, tmp_path):
     "A detector of that method, whose scores differ between images."
     path = tmp_path / "m.safetensors"
-    assert main(["fit", str(parts_folder), "--method", method, *flags, "--size", "64", "--epochs", str(epochs), "--device", "cpu", "--out", str(path)]) == 0
+    assert (
+        main(["fit", str(parts_folder), "--method", method, *flags, "--size", "64", "--epochs", str(epochs), "--device",
+              "cpu", "--out", str(path)]) == 0)
     detector = Detector.load(path)
-    assert detector.method == method and bool(flags) == any(p.abs().max() > 0 for p in detector.base_parameters() if method == "cflow")
+    assert detector.method == method
+    assert bool(flags) == any(p.abs().max() > 0 for p in detector.base_parameters() if method == "cflow")
     assert len(set(detector.predict(parts_folder / "spot")[1].numpy().round(6))) == 3
 
 
@@ -271,7 +322,8 @@ def test_predict(model, parts_folder, tmp_path, capsys):
     code, out, _ = run(capsys, "predict", model, parts_folder, "--device", "cpu", "--out", tmp_path / "heat")
     table = pd.read_csv(tmp_path / "heat/scores.csv")
     assert code == 0 and "15 images scored" in out and list(table.columns) == ["image", "score"] and len(table) == 15
-    assert (table["score"].diff().dropna() <= 0).all() and set(table["image"]) == {str(p) for p in parts_folder.rglob("*.*") if p.is_file()}
+    assert (table["score"].diff().dropna() <= 0).all()
+    assert set(table["image"]) == {str(p) for p in parts_folder.rglob("*.*") if p.is_file()}
     pictures = sorted((tmp_path / "heat").rglob("*.png"))
     assert len(pictures) == 15 and {Image.open(p).size for p in pictures} == {(64, 64)}
     maps, scores = Detector.load(model).predict([table["image"][0]])
@@ -281,16 +333,23 @@ def test_predict(model, parts_folder, tmp_path, capsys):
 def test_predict_with_a_threshold(model, parts_folder, tmp_path, capsys):
     "Good images kept back say which are anomalous; too few of them are an error that says how many it takes."
     good = parts_folder / "good"  # seen in training, but this is about the command
-    code, out, _ = run(capsys, "predict", model, parts_folder, "--good", good, "--fpr", "0.1", "--device", "cpu", "--out", tmp_path / "heat")
+    code, out, _ = run(capsys, "predict", model, parts_folder, "--good", good, "--fpr", "0.1", "--device", "cpu",
+                       "--out", tmp_path / "heat")
     table = pd.read_csv(tmp_path / "heat/scores.csv")
     limit = table[table["image"].str.contains("/good/")]["score"].max()
-    assert code == 0 and list(table["anomalous"]) == list(table["score"] > limit) and f"{table['anomalous'].sum()} of 15 images above" in out
-    code, _, err = run(capsys, "predict", model, parts_folder, "--good", good, "--device", "cpu", "--out", tmp_path / "other")
-    assert code == 2 and "12 good images cannot vouch for 0.05; give 19 or more" in err and not (tmp_path / "other/scores.csv").exists()
+    assert code == 0
+    assert list(table["anomalous"]) == list(table["score"] > limit)
+    assert f"{table['anomalous'].sum()} of 15 images above" in out
+    code, _, err = run(capsys, "predict", model, parts_folder, "--good", good, "--device", "cpu", "--out",
+                       tmp_path / "other")
+    assert code == 2
+    assert "12 good images cannot vouch for 0.05; give 19 or more" in err
+    assert not (tmp_path / "other/scores.csv").exists()
 
 
 def test_predict_one_image(model, parts_folder, tmp_path, capsys):
-    code, out, _ = run(capsys, "predict", model, parts_folder / "spot/00.bmp", "--device", "cpu", "--out", tmp_path / "heat")
+    code, out, _ = run(capsys, "predict", model, parts_folder / "spot/00.bmp", "--device", "cpu", "--out",
+                       tmp_path / "heat")
     assert code == 0 and {p.name for p in (tmp_path / "heat").iterdir()} == {"scores.csv", "00.bmp.png"}
 
 
@@ -315,7 +374,8 @@ def test_predict_among_its_own_pictures(model, parts_folder, tmp_path, capsys):
 
 def test_fit_crops(parts_folder, tmp_path, capsys):
     "A detector that was trained on crops takes crops."
-    assert run(capsys, "fit", parts_folder, "--size", "64", "--epochs", "1", "--policy", "crop", "--out", tmp_path / "m.safetensors", "--device", "cpu")[0] == 0
+    assert (run(capsys, "fit", parts_folder, "--size", "64", "--epochs", "1", "--policy", "crop", "--out",
+                tmp_path / "m.safetensors", "--device", "cpu")[0] == 0)
     assert Detector.load(tmp_path / "m.safetensors").seen_through() == Transform(64, "crop")
 
 
@@ -324,7 +384,8 @@ def test_run_of_bad_input(parts_folder, toy, tmp_path, capsys):
     shutil.copytree(toy, tmp_path / "toy")
     image = sorted((tmp_path / "toy/weave/train/good").iterdir())[0]
     image.write_bytes(image.read_bytes()[:200])
-    code, _, err = run(capsys, "run", "--preset", "smoke", "--data-root", tmp_path / "toy", "--category", "weave", "--out", tmp_path / "runs", "--device", "cpu")
+    code, _, err = run(capsys, "run", "--preset", "smoke", "--data-root", tmp_path / "toy", "--category", "weave",
+                       "--out", tmp_path / "runs", "--device", "cpu")
     assert code == 2 and image.name in err and "run.ipynb" in err
 
 
@@ -332,7 +393,8 @@ def test_predict_bad_images(model, tmp_path, capsys):
     "An empty folder or a broken image: exit code 2, the file named, no table."
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.png").write_bytes(b"no image")
-    for given, words in ((tmp_path / "empty", "no image"), (tmp_path / "broken.png", "cannot be decoded"), (tmp_path / "none.png", "missing")):
+    for given, words in ((tmp_path / "empty", "no image"), (tmp_path / "broken.png", "cannot be decoded"),
+                         (tmp_path / "none.png", "missing")):
         code, _, err = run(capsys, "predict", model, given, "--out", tmp_path / "out")
         assert code == 2 and given.name in err and words in err
     assert not (tmp_path / "out" / "scores.csv").exists()
@@ -340,8 +402,11 @@ def test_predict_bad_images(model, tmp_path, capsys):
 
 # -- runs and reports ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags, name", [([], "fastflow"), (["--method", "hgad", "--altub"], "hgad-altub"), (["--tag", "half/lr"], "fastflow-half_lr"),
-                                         (["--method", "cflow", "--altub", "--tag", "wide"], "cflow-altub-wide")], ids=str)
+@pytest.mark.parametrize("flags, name",
+                         [([], "fastflow"), (["--method", "hgad", "--altub"], "hgad-altub"),
+                          (["--tag", "half/lr"], "fastflow-half_lr"),
+                                         (["--method", "cflow", "--altub", "--tag", "wide"], "cflow-altub-wide")],
+                                         ids=str)
 def test_names_of_run_folders(flags, name):
     "Tell method, AltUB, tag, data, category, preset and seed apart."
     assert run_name(parser().parse_args(["run", *flags]), "a/b", 3) == f"{name}-toy-a_b-demo-3"
@@ -350,7 +415,9 @@ def test_names_of_run_folders(flags, name):
 def test_run(finished):
     "A run folder with its executed notebook, and a report."
     (folder,) = [p for p in finished.iterdir() if p.is_dir()]
-    assert folder.name == "fastflow-toy-weave-smoke-0" and (folder / "metrics.json").is_file() and (folder / "run.ipynb").is_file()
+    assert folder.name == "fastflow-toy-weave-smoke-0"
+    assert (folder / "metrics.json").is_file()
+    assert (folder / "run.ipynb").is_file()
     assert (finished / "report.html").is_file()
 
 
@@ -360,7 +427,9 @@ def test_report(finished, capsys):
     code, out, _ = run(capsys, "report", finished)
     page = (finished / "report.html").read_text()
     assert code == 0 and "last epoch" in out and "best on test" in out and f"report: {finished / 'report.html'}" in out
-    assert page.count("<img") == 4 and "best on test" in page and not re.findall(r"""(?:src|href)="(?!data:)(?!fastflow-toy)[^"]*""", page)
+    assert page.count("<img") == 4
+    assert "best on test" in page
+    assert not re.findall(r"""(?:src|href)="(?!data:)(?!fastflow-toy)[^"]*""", page)
     metrics = json.loads((finished / "fastflow-toy-weave-smoke-0/metrics.json").read_text())["results"]["last"]["weave"]
     assert f"{metrics['image_auroc']:.3f}" in out and f"{metrics['aupro_30']:.3f}" in page
 
@@ -375,7 +444,8 @@ def test_report_leaves_out_what_is_not_complete(finished, tmp_path, capsys):
     m["config"]["seed"] = 1
     m["results"]["last"]["weave"]["image_auroc"] = 0.5
     (second / "metrics.json").write_text(json.dumps(m))
-    first = json.loads((root / "fastflow-toy-weave-smoke-0/metrics.json").read_text())["results"]["last"]["weave"]["image_auroc"]
+    first = json.loads(
+        (root / "fastflow-toy-weave-smoke-0/metrics.json").read_text())["results"]["last"]["weave"]["image_auroc"]
     _, out, _ = run(capsys, "report", root)
     assert f"{(first + 0.5) / 2:.3f} ± {np.std([first, 0.5], ddof=1):.3f}" in out
     (second / "metrics.json").unlink()
@@ -383,7 +453,9 @@ def test_report_leaves_out_what_is_not_complete(finished, tmp_path, capsys):
     assert "±" not in out
 
 
-@pytest.mark.parametrize("command, waits", [(("bench", "--only", "fastflow"), None), (("data", "check", "nowhere", "--dataset", "mvtec"), "passive")], ids=["bench", "others"])
+@pytest.mark.parametrize("command, waits",
+                         [(("bench", "--only", "fastflow"), None),
+                          (("data", "check", "nowhere", "--dataset", "mvtec"), "passive")], ids=["bench", "others"])
 def test_waiting_threads_sleep_but_in_a_bench(command, waits, monkeypatch, capsys):
     "A bench measures what a plain script would have; everything else leaves the cores to its neighbours."
     from flowrepro import bench
@@ -397,7 +469,8 @@ def test_waiting_threads_sleep_but_in_a_bench(command, waits, monkeypatch, capsy
 
 def test_summary_names_what_differs(capsys):
     rows = [(method, "toy", "smoke", "weave", "last epoch", 1, *["0.900"] * 4) for method in ("FastFlow", "CFLOW-AD")]
-    keys, metrics = ["method", "dataset", "preset", "category", "protocol"], ["image AUROC", "pixel AUROC", "pixel AP", "AUPRO@0.3"]
+    keys, metrics = (["method", "dataset", "preset", "category", "protocol"],
+                     ["image AUROC", "pixel AUROC", "pixel AP", "AUPRO@0.3"])
     table = pd.DataFrame(rows, columns=[*keys, "seeds", *metrics]).set_index(keys)
     print_summary(table)
     both = capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""Readers, transforms, toy drawing and checks of flowrepro.data, with bad input; real images through FLOWREPRO_TEST_DATA."""
+"""Readers, transforms, toy drawing and checks of flowrepro.data, with bad input;
+real images through FLOWREPRO_TEST_DATA."""
 import hashlib, os, shutil, struct, zlib
 from pathlib import Path
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 from flowrepro import data as D
-from flowrepro.data import DataError, Dataset, Record, Transform, check, check_report, cropped_defects, load, make_toy, read
+from flowrepro.data import (
+    DataError, Dataset, Record, Transform, check, check_report, cropped_defects, load, make_toy, read
+)
 
 REAL = Path(os.environ.get("FLOWREPRO_TEST_DATA") or Path(__file__).resolve().parents[1]/".."/"shared"/"data")
 
@@ -34,7 +37,9 @@ def mvtec3d(root, cat="bagel"):
     for part, defect, n in (("train", "good", 3), ("validation", "good", 2), ("test", "good", 2), ("test", "hole", 2)):
         for i in range(n):
             put(root/cat/part/defect/"rgb"/f"{i:03}.png")
-            if part == "test": put(root/cat/part/defect/"gt"/f"{i:03}.png", value=0, spot=(2, 2) if defect == "hole" else None, mode="L")
+            if part == "test":
+                put(root/cat/part/defect/"gt"/f"{i:03}.png", value=0, spot=(2, 2) if defect == "hole" else None,
+                    mode="L")
     return root
 
 def flat(root, masks="masks", n=7):
@@ -44,7 +49,9 @@ def flat(root, masks="masks", n=7):
         if masks: put(root/masks/"dent"/f"{i}.png", value=0, spot=(3, 3), mode="L")
     return root
 
-def counts(records): return tuple(sum(r.split == s and r.label == y for r in records) for s, y in (("train", 0), ("test", 0), ("test", 1)))
+def counts(records):
+    return tuple(sum(r.split == s and r.label == y for r in records)
+                 for s, y in (("train", 0), ("test", 0), ("test", 1)))
 
 def says(call, *words):
     with pytest.raises(DataError) as e: call()
@@ -54,18 +61,24 @@ def says(call, *words):
 
 def test_mvtec(tmp_path):
     mvtec(tmp_path); mvtec(tmp_path, "screw")
-    (tmp_path/"nut"/"test"/"bent"/"Thumbs.db").touch(); (tmp_path/"nut"/"test"/".hidden").mkdir(); (tmp_path/"nut"/"train"/"good"/"._0.png").touch(); (tmp_path/"license.txt").touch()
+    (tmp_path/"nut"/"test"/"bent"/"Thumbs.db").touch()
+    (tmp_path/"nut"/"test"/".hidden").mkdir()
+    (tmp_path/"nut"/"train"/"good"/"._0.png").touch(); (tmp_path/"license.txt").touch()
     r = read("mvtec", tmp_path)
-    assert counts(r) == (6, 4, 4) and {x.category for x in r} == {"nut", "screw"} and {x.defect for x in r} == {"good", "bent"}
+    assert counts(r) == (6, 4, 4)
+    assert {x.category for x in r} == {"nut", "screw"}
+    assert {x.defect for x in r} == {"good", "bent"}
     assert counts(read("mvtec", tmp_path, "nut")) == counts(read("mvtec", str(tmp_path), ["screw"])) == (3, 2, 2)
     assert all((x.mask is not None) == bool(x.label) for x in r)
     assert r == read("mvtec", tmp_path)
 
 def test_btad_bmp_and_png(tmp_path):
-    mvtec(tmp_path, "01", "ok", "ko", "bmp", "{}.png"); mvtec(tmp_path, "02", "ok", "ko", "png", "{}.png"); mvtec(tmp_path, "03", "ok", "ko", "bmp", "{}.bmp")
+    mvtec(tmp_path, "01", "ok", "ko", "bmp", "{}.png")
+    mvtec(tmp_path, "02", "ok", "ko", "png", "{}.png"); mvtec(tmp_path, "03", "ok", "ko", "bmp", "{}.bmp")
     r = read("btad", tmp_path)
     assert counts(r) == (9, 6, 6) and {x.defect for x in r} == {"good", "ko"}
-    assert {(x.image.suffix, x.mask.suffix) for x in r if x.label} == {(".bmp", ".png"), (".png", ".png"), (".bmp", ".bmp")}
+    assert ({(x.image.suffix, x.mask.suffix) for x in r if x.label}
+            == {(".bmp", ".png"), (".png", ".png"), (".bmp", ".bmp")})
     train, test = load("btad", tmp_path, "03", Transform(8))
     assert test[len(test) - 1].mask.sum() == 1 and test.masks().shape == (4, 8, 8)
 
@@ -85,13 +98,16 @@ def visa(root):
     for i in range(3): body.append(("cashew", "train", "normal", f"cashew/Data/Images/Normal/{i}.JPG", ""))
     for i in range(2):
         body.append(("cashew", "test", "normal", f"cashew/Data/Images/Normal/{i + 3}.JPG", ""))
-        body.append(("cashew", "test", "anomaly", f"cashew/Data/Images/Anomaly/{i}.JPG", f"cashew/Data/Masks/Anomaly/{i}.png"))
+        body.append(("cashew", "test", "anomaly", f"cashew/Data/Images/Anomaly/{i}.JPG",
+                     f"cashew/Data/Masks/Anomaly/{i}.png"))
     for *_, image, mask in body:
         put(root/image)
-        if mask: put(root/mask, value=0, mode="L"); im = Image.open(root/mask); im.putpixel((2, 2), 7); im.save(root/mask)
+        if mask:
+            put(root/mask, value=0, mode="L"); im = Image.open(root/mask); im.putpixel((2, 2), 7); im.save(root/mask)
     body.append(("pcb1", "train", "normal", "pcb1/Data/Images/Normal/0.JPG", ""))         # a category that is not here
     (root/"split_csv").mkdir()
-    (root/"split_csv"/"1cls.csv").write_text("object,split,label,image,mask\n" + "".join(",".join(b) + "\n" for b in body))
+    (root/"split_csv"/"1cls.csv").write_text("object,split,label,image,mask\n"
+                                             + "".join(",".join(b) + "\n" for b in body))
     return root
 
 def test_visa_synthetic(tmp_path):
@@ -120,13 +136,17 @@ def test_visa_errors(tmp_path):
 
 def test_mvtec3d_leaves_no_image_out(tmp_path):
     d = mvtec3d(tmp_path)/"bagel"
-    for n, x in (("train/good/xyz", "000.tiff"), ("test/hole/xyz", "000.tiff"), ("calibration", "camera_parameters.json")): (d/n).mkdir(); (d/n/x).touch()
+    for n, x in (("train/good/xyz", "000.tiff"), ("test/hole/xyz", "000.tiff"),
+                 ("calibration", "camera_parameters.json")):
+        (d/n).mkdir(); (d/n/x).touch()
     assert counts(read("mvtec3d", tmp_path)) == (3, 2, 2)
     (d/"validation/good/rgb/001.png").write_bytes(b"no image")
     assert counts(read("mvtec3d", tmp_path)) == (3, 2, 2)               # a run does not use it
     c, p = check(tmp_path, "mvtec3d", progress=False)
-    assert any("validation" in x and "001.png" in x and "cannot be decoded" in x for x in p) and c.set_index("split").normal.to_dict() == {"train": 3, "validation": 2, "test": 2}
-    for n in ("bagel/stray.png", "bagel/train/good/stray3.png", "bagel/validation/good/stray4.png", "bagel/test/hole/stray5.png", "bagel/tests/hole/rgb/6.png"):
+    assert any("validation" in x and "001.png" in x and "cannot be decoded" in x for x in p)
+    assert c.set_index("split").normal.to_dict() == {"train": 3, "validation": 2, "test": 2}
+    for n in ("bagel/stray.png", "bagel/train/good/stray3.png", "bagel/validation/good/stray4.png",
+              "bagel/test/hole/stray5.png", "bagel/tests/hole/rgb/6.png"):
         put(tmp_path/n); words = (d/"tests", "not read") if "tests" in n else (n, "without a label")
         says(lambda: read("mvtec3d", tmp_path), *words)
         assert any(all(str(w) in x for w in words) for x in check(tmp_path, "mvtec3d", progress=False)[1])
@@ -137,11 +157,16 @@ def test_mvtec3d_leaves_no_image_out(tmp_path):
 
 def test_mvtec3d_read_as_another_data_set(tmp_path):
     mvtec3d(tmp_path)
-    for d, root in (("mvtec", tmp_path), ("folder", tmp_path/"bagel")): says(lambda: read(d, root), f"read {tmp_path} with dataset mvtec3d")
-    assert check(tmp_path, "mvtec", progress=False)[1] == [f"{tmp_path/'bagel'}: the layout of MVTec 3D-AD; read {tmp_path} with dataset mvtec3d"]
+    for d, root in (("mvtec", tmp_path), ("folder", tmp_path/"bagel")):
+        says(lambda: read(d, root), f"read {tmp_path} with dataset mvtec3d")
+    assert (check(tmp_path, "mvtec", progress=False)[1]
+            == [f"{tmp_path/'bagel'}: the layout of MVTec 3D-AD; read {tmp_path} with dataset mvtec3d"])
 
-@pytest.mark.parametrize("stray,words", [("stray.png", "without a label"), ("cashew/0.png", "without a label"), ("cashew/Data/1.JPG", "without a label"), ("cashew/Data/Image/2.JPG", "not read"),
-                                         ("cashew/more/3.JPG", "not read"), ("cashew/Data/Masks/Anomaly/77.png", "a mask without an image")])
+@pytest.mark.parametrize("stray,words",
+                         [("stray.png", "without a label"), ("cashew/0.png", "without a label"),
+                          ("cashew/Data/1.JPG", "without a label"), ("cashew/Data/Image/2.JPG", "not read"),
+                                         ("cashew/more/3.JPG", "not read"),
+                                         ("cashew/Data/Masks/Anomaly/77.png", "a mask without an image")])
 def test_visa_leaves_no_image_out(tmp_path, stray, words):
     put(visa(tmp_path)/stray)
     named = tmp_path/stray if words != "not read" else (tmp_path/stray).parent
@@ -150,14 +175,17 @@ def test_visa_leaves_no_image_out(tmp_path, stray, words):
     assert any(str(named) in x and words in x for x in p) and c.normal.sum() == 5
 
 def test_visa_broken_rows(tmp_path):
-    "A row that ends early, one that is there twice, an anomaly without a mask: each is named by its line; a line too long or empty is none."
+    """A row that ends early, one that is there twice, an anomaly without a mask: each is named by its line; a
+    line too long or empty is none."""
     table = visa(tmp_path)/"split_csv"/"1cls.csv"
     head, *body = table.read_text().splitlines()
     assert body[-2].startswith("cashew,test,anomaly") and len(body) == 8
-    body = [body[0] + ",more", "", "cashew,train", "cashew,train,normal", body[3], body[3], *body[4:6], ",".join(body[6].split(",")[:4])]
+    body = [body[0] + ",more", "", "cashew,train", "cashew,train,normal", body[3], body[3], *body[4:6],
+            ",".join(body[6].split(",")[:4])]
     table.write_text("\n".join([head, *body]) + "\n")
     problems = check(tmp_path, "visa", progress=False)[1]
-    for words in (("line 4", "image ''"), ("line 5", "label 'normal', image ''"), ("line 7", "3.JPG", "already"), ("line 10", "1.JPG", "no mask")):
+    for words in (("line 4", "image ''"), ("line 5", "label 'normal', image ''"), ("line 7", "3.JPG", "already"),
+                  ("line 10", "1.JPG", "no mask")):
         assert [x for x in problems if all(w in x for w in words)], words
     assert not [x for x in problems if "line 2" in x or "line 3" in x]
 
@@ -166,7 +194,9 @@ def test_visa_folder_without_rows(tmp_path):
     (tmp_path/"cashew"/"Data"/"Masks"/"Anomaly"/"1.png").unlink()
     says(lambda: read("visa", tmp_path), tmp_path/"extra", "no rows")
     c, p = check(tmp_path, "visa", progress=False)
-    assert list(zip(c.normal, c.anomalous)) == [(3, 0), (2, 2)] and any("extra" in x and "no rows" in x for x in p) and any("1.png" in x and "missing" in x for x in p)
+    assert list(zip(c.normal, c.anomalous)) == [(3, 0), (2, 2)]
+    assert any("extra" in x and "no rows" in x for x in p)
+    assert any("1.png" in x and "missing" in x for x in p)
 
 def test_visa_csv_encodings(tmp_path):
     csv = visa(tmp_path)/"split_csv"/"1cls.csv"; text = csv.read_text(); r = read("visa", tmp_path)
@@ -180,7 +210,9 @@ def test_visa_csv_encodings(tmp_path):
 @pytest.mark.parametrize("masks", ["masks", "ground_truth", None])
 def test_folder_flat(tmp_path, masks):
     r = read("folder", flat(tmp_path/"screws", masks, 11))
-    assert counts(r) == (9, 2, 2) and [x.image.name for x in r if x.split == "test" and not x.label] == ["3.JPG", "8.JPG"]   # by name: 0 1 10 2 3 | 4 5 6 7 8 | 9
+    # by name: 0 1 10 2 3 | 4 5 6 7 8 | 9
+    assert counts(r) == (9, 2, 2)
+    assert [x.image.name for x in r if x.split == "test" and not x.label] == ["3.JPG", "8.JPG"]
     assert {x.category for x in r} == {"screws"}
     _, test = load("folder", tmp_path/"screws", transform=Transform(8))
     assert test.has_masks == bool(masks)
@@ -227,7 +259,10 @@ def test_union(tmp_path):
     c, p = check(f"mvtec={a},btad={b}", "union", progress=False)
     assert set(c.category) == {"mvtec/nut", "btad/01"} and any("btad/01 train" in x and "400" in x for x in p)
     c, p = check(f"mvtec={a},btad={tmp_path/'nope'}", "union", progress=False)
-    assert list(zip(c.category, c.normal, c.anomalous)) == [("mvtec/nut", 3, 0), ("mvtec/nut", 2, 2)] and len(p) == 1 and str(tmp_path/"nope") in p[0] and "no such folder" in p[0]
+    assert list(zip(c.category, c.normal, c.anomalous)) == [("mvtec/nut", 3, 0), ("mvtec/nut", 2, 2)]
+    assert len(p) == 1
+    assert str(tmp_path/"nope") in p[0]
+    assert "no such folder" in p[0]
     says(lambda: read("union", f"mvtec={a},btad={tmp_path/'nope'}"), "nope", "no such folder")
 
 # -- errors -------------------------------------------------------------------------------------------------------
@@ -235,10 +270,13 @@ def test_union(tmp_path):
 def test_unknown_and_missing_root(tmp_path):
     says(lambda: read("mvtek", tmp_path), "mvtek", "allowed", "mvtec3d", "union")
     says(lambda: read("mvtec", mvtec(tmp_path), "nuts"), "nuts", "available: nut")
-    for d in ("mvtec", "btad", "visa", "mvtec3d", "folder", "toy"): says(lambda: read(d, tmp_path/"absent"), tmp_path/"absent", "no such folder")
+    for d in ("mvtec", "btad", "visa", "mvtec3d", "folder", "toy"):
+        says(lambda: read(d, tmp_path/"absent"), tmp_path/"absent", "no such folder")
     for d in ("mvtec", "visa", "folder"): says(lambda: read(d), "needs a root")
 
-@pytest.mark.parametrize("dataset,make,low", [("mvtec", mvtec, "nut"), ("mvtec", mvtec, "nut/train"), ("mvtec", mvtec, "nut/train/good"), ("mvtec3d", mvtec3d, "bagel"), ("mvtec3d", mvtec3d, "bagel/test/hole")])
+@pytest.mark.parametrize("dataset,make,low",
+                         [("mvtec", mvtec, "nut"), ("mvtec", mvtec, "nut/train"), ("mvtec", mvtec, "nut/train/good"),
+                          ("mvtec3d", mvtec3d, "bagel"), ("mvtec3d", mvtec3d, "bagel/test/hole")])
 def test_wrong_level(tmp_path, dataset, make, low):
     root = make(tmp_path/"x"/"set")
     says(lambda: read(dataset, root/low), "too low", f"use root {root.resolve()} ", low.split("/")[0])
@@ -260,10 +298,12 @@ def broken(tmp_path, change):
 @pytest.mark.parametrize("change,words", [
     (lambda d: (d/"ground_truth/bent/001_mask.png").unlink(), ("001.png", "mask is missing", "001_mask.png")),
     (lambda d: (d/"test/bent/001.png").unlink(), ("001_mask.png", "without an image")),
-    (lambda d: put(d/"ground_truth/bent/001_mask.png", (8, 9), 0, (1, 1), "L"), ("001_mask.png", "8×9", "8×8", "resize")),
+    (lambda d: put(d/"ground_truth/bent/001_mask.png", (8, 9), 0, (1, 1), "L"),
+     ("001_mask.png", "8×9", "8×8", "resize")),
     (lambda d: put(d/"test/stray.png"), ("stray.png", "without a label", "move")),
     (lambda d: put(d/"tests/bent/0.png"), ("nut/tests", "not read", "train, test, ground_truth", "rename")),
-    (lambda d: (d/"train/good/9.png").symlink_to("gone.png"), ("9.png", "link that leads nowhere (gone.png)", "restore its target")),
+    (lambda d: (d/"train/good/9.png").symlink_to("gone.png"),
+     ("9.png", "link that leads nowhere (gone.png)", "restore its target")),
     (lambda d: (d/"test/scratch").symlink_to("gone"), ("test/scratch", "link that leads nowhere")),
     (lambda d: (d.parent/"bolt").symlink_to("gone"), ("bolt", "link that leads nowhere")),
     (lambda d: put(d/"stray.JPG"), ("stray.JPG", "without a label")),
@@ -282,14 +322,18 @@ def test_broken_layout(tmp_path, change, words):
 
 def test_folders_without_images_may_lie_in_a_category(tmp_path):
     d = mvtec(tmp_path)/"nut"
-    for n in ("notes/2020/readme.txt", "license.txt", "LICENSE", "notes/.cache/0.png", "notes/__MACOSX/1.png", ".thumbs/2.png", "notes/._3.png"): (d/n).parent.mkdir(parents=True, exist_ok=True); (d/n).touch()
+    for n in ("notes/2020/readme.txt", "license.txt", "LICENSE", "notes/.cache/0.png", "notes/__MACOSX/1.png",
+              ".thumbs/2.png", "notes/._3.png"):
+        (d/n).parent.mkdir(parents=True, exist_ok=True); (d/n).touch()
     (d/"readme.md").symlink_to("gone.md")
     assert counts(read("mvtec", tmp_path)) == counts(read("folder", d)) == (3, 2, 2)
 
 def test_links_that_lead_nowhere(tmp_path):
     (tmp_path/"root").symlink_to(tmp_path/"gone")
     says(lambda: read("mvtec", tmp_path/"root"), tmp_path/"root", "link that leads nowhere", tmp_path/"gone")
-    for call in (lambda: D.open_image(tmp_path/"root"), lambda: D.open_mask(tmp_path/"root"), lambda: D._header(tmp_path/"root")): says(call, tmp_path/"root", "link that leads nowhere")
+    for call in (lambda: D.open_image(tmp_path/"root"), lambda: D.open_mask(tmp_path/"root"),
+                 lambda: D._header(tmp_path/"root")):
+        says(call, tmp_path/"root", "link that leads nowhere")
     for n, words in (("Masks/Anomaly/1.png", "its mask"), ("Images/Normal/1.JPG", "1cls.csv line 3")):
         if not (tmp_path/"v").is_dir(): visa(tmp_path/"v")
         p = tmp_path/"v"/"cashew"/"Data"/n; p.unlink(); p.symlink_to("gone")
@@ -314,20 +358,26 @@ def deep_png(a):
     h, w, c = (*a.shape, 1)[:3]
     raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in a)
     chunk = lambda tag, d: struct.pack(">I", len(d)) + tag + d + struct.pack(">I", zlib.crc32(tag + d))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 16, {1: 0, 2: 4, 3: 2, 4: 6}[c], 0, 0, 0)) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    return (b"\x89PNG\r\n\x1a\n"
+            + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 16, {1: 0, 2: 4, 3: 2, 4: 6}[c], 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
 
 def deep_tiff(a):
     "Uncompressed 16-bit RGB tiff."
     h, w, _ = a.shape
-    tags = [(256, 4, 1, w), (257, 4, 1, h), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 14), (277, 3, 1, 3), (278, 4, 1, h), (279, 4, 1, a.nbytes)]
-    return struct.pack("<2sHI3H", b"II", 42, 14 + a.nbytes, 16, 16, 16) + a.astype("<u2").tobytes() + struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *t) for t in tags) + bytes(4)
+    tags = [(256, 4, 1, w), (257, 4, 1, h), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 14),
+            (277, 3, 1, 3), (278, 4, 1, h), (279, 4, 1, a.nbytes)]
+    return (struct.pack("<2sHI3H", b"II", 42, 14 + a.nbytes, 16, 16, 16) + a.astype("<u2").tobytes()
+            + struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *t) for t in tags) + bytes(4))
 
 def test_sixteen_bits_in_color(tmp_path):
     a = np.full((6, 8, 3), 40000, np.uint16)
-    for name, content in (("rgb.png", deep_png(a)), ("rgba.png", deep_png(np.dstack([a, a])[..., :4])), ("la.png", deep_png(a[..., :2])), ("rgb.tif", deep_tiff(a))):
+    for name, content in (("rgb.png", deep_png(a)), ("rgba.png", deep_png(np.dstack([a, a])[..., :4])),
+                          ("la.png", deep_png(a[..., :2])), ("rgb.tif", deep_tiff(a))):
         (tmp_path/name).write_bytes(content)
         assert np.asarray(Image.open(tmp_path/name)).max() == 156           # what Pillow makes of it
-        for call in (D.open_image, D.open_mask): says(lambda: call(tmp_path/name), name, "more than 8 bits per channel", "convert")
+        for call in (D.open_image, D.open_mask):
+            says(lambda: call(tmp_path/name), name, "more than 8 bits per channel", "convert")
         with Image.open(tmp_path/name) as im:
             for _ in range(2): says(lambda: D.open_image(im), name, "more than 8 bits per channel")
     m = np.zeros((6, 8), np.uint16); m[2, 3] = 1; (tmp_path/"gray.png").write_bytes(deep_png(m))
@@ -359,7 +409,8 @@ def test_crop_equals_torchvision(shape, interpolation):
     want = T.CenterCrop(32)(T.Resize(32, mode)(a))
     got = Transform(32, "crop", interpolation).image(a)
     assert got.dtype == torch.uint8 and np.array_equal(got.permute(1, 2, 0).numpy(), np.asarray(want))
-    assert np.array_equal(Transform(32, "squash", interpolation).image(a).permute(1, 2, 0).numpy(), np.asarray(T.Resize((32, 32), mode)(a)))
+    assert np.array_equal(Transform(32, "squash", interpolation).image(a).permute(1, 2, 0).numpy(),
+                          np.asarray(T.Resize((32, 32), mode)(a)))
 
 def test_transform_options():
     for bad in (dict(policy="pad"), dict(interpolation="cubic"), dict(size=0), dict(rotate=-1), dict(mask_size=0)):
@@ -392,10 +443,12 @@ def test_cropped_defects_are_counted(tmp_path):
     rs = [record("gone", 0, 4), record("half", 8, 12), record("kept", 12, 18)]
     t = cropped_defects(Dataset(rs)).set_index(cropped_defects(rs).path.map(lambda p: Path(p).stem))
     assert t.lost.to_dict() == {"gone": 1.0, "half": 0.5} and t.wholly.to_dict() == {"gone": True, "half": False}
-    with pytest.warns(UserWarning, match=r"1 of 3 anomalous images.*gone\.png"): Dataset(rs, Transform(10, "crop")).masks()
+    with pytest.warns(UserWarning, match=r"1 of 3 anomalous images.*gone\.png"):
+        Dataset(rs, Transform(10, "crop")).masks()
     assert Dataset(rs, Transform(10, "squash")).masks().any((1, 2)).all()
     with pytest.warns(UserWarning) as said: Dataset([*rs, record("void", 0, 0)], Transform(10, "crop")).masks()
-    for w, (name, why) in zip(said, (("void", "empty in its file"), ("gone", "after policy 'crop'")), strict=True): assert f"1 of 4 anomalous images, first {tmp_path/name}.png" in str(w.message) and why in str(w.message)
+    for w, (name, why) in zip(said, (("void", "empty in its file"), ("gone", "after policy 'crop'")), strict=True):
+        assert f"1 of 4 anomalous images, first {tmp_path/name}.png" in str(w.message) and why in str(w.message)
     (tmp_path/"kept_mask.png").write_bytes(b"no image"); problems = []
     says(lambda: cropped_defects(rs), "kept_mask.png", "cannot be decoded")
     assert len(cropped_defects(rs, problems.append)) == 2 and "kept_mask.png" in problems[0]
@@ -408,7 +461,11 @@ def test_dataset_views(tmp_path):
     ds = Dataset(read("mvtec", tmp_path), Transform(8))
     assert ds.categories == ["nut", "screw"] and ds.labels.sum() == 4 and len(ds) == 14
     f = ds.filter("nut", "test", 1)
-    assert len(f) == 2 and f.transform == ds.transform and f[0].defect == "bent" and f[0].image.dtype == torch.uint8 and f[0].mask.dtype == torch.bool
+    assert len(f) == 2
+    assert f.transform == ds.transform
+    assert f[0].defect == "bent"
+    assert f[0].image.dtype == torch.uint8
+    assert f[0].mask.dtype == torch.bool
     assert len(ds.filter("none")) == 0
 
 # -- check --------------------------------------------------------------------------------------------------------
@@ -416,9 +473,11 @@ def test_dataset_views(tmp_path):
 def test_check_finds_everything(tmp_path):
     mvtec(tmp_path, "bottle"); d = tmp_path/"bottle"
     (d/"train/good/002.png").write_bytes((d/"train/good/002.png").read_bytes()[:-30])
-    (d/"ground_truth/bent/001_mask.png").unlink(); put(d/"test/stray.png"); put(d/"ground_truth/bent/000_mask.png", value=0, mode="L")
+    (d/"ground_truth/bent/001_mask.png").unlink()
+    put(d/"test/stray.png"); put(d/"ground_truth/bent/000_mask.png", value=0, mode="L")
     c, p = check(tmp_path, "mvtec", progress=False)
-    for words in (("002.png", "cannot be decoded"), ("001.png", "mask is missing"), ("stray.png",), ("000_mask.png", "empty"), ("bottle train", "officially 209"), ("bottle test", "20 and 63")):
+    for words in (("002.png", "cannot be decoded"), ("001.png", "mask is missing"), ("stray.png",),
+                  ("000_mask.png", "empty"), ("bottle train", "officially 209"), ("bottle test", "20 and 63")):
         assert any(all(w in x for w in words) for x in p), words
     assert len(p) == 6 and c.set_index("split").official_normal.to_dict() == {"train": 209, "test": 20}
     text = check_report(c, p, None, "mvtec")
@@ -428,13 +487,17 @@ def test_check_finds_everything(tmp_path):
 
 def test_official_totals():
     total = lambda d: tuple(map(sum, zip(*D.OFFICIAL[d].values())))
-    assert total("mvtec") == (3629, 467, 1258) and total("mvtec3d") == (2656, 249, 948) and total("btad") == (1799, 451, 290) and total("visa") == (8659, 962, 1200)
+    assert total("mvtec") == (3629, 467, 1258)
+    assert total("mvtec3d") == (2656, 249, 948)
+    assert total("btad") == (1799, 451, 290)
+    assert total("visa") == (8659, 962, 1200)
     assert [len(D.OFFICIAL[d]) for d in ("mvtec", "btad", "visa", "mvtec3d")] == [15, 3, 12, 10]
 
 # -- toy ----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory): return make_toy(tmp_path_factory.mktemp("toy")/"t", seed=0, size=64, n_train=3, n_test_good=2, n_per_defect=2)
+def toy(tmp_path_factory):
+    return make_toy(tmp_path_factory.mktemp("toy")/"t", seed=0, size=64, n_train=3, n_test_good=2, n_per_defect=2)
 
 def digest(root, pixels):
     h = hashlib.sha256()
@@ -472,7 +535,8 @@ def test_toy_masks_are_exact(category):
 
 def test_toy_is_written_once_and_never_over_other_files(toy, tmp_path):
     p = next(toy.rglob("*.png")); before = p.stat().st_mtime_ns
-    assert make_toy(toy, seed=0, size=64, n_train=3, n_test_good=2, n_per_defect=2) == toy and p.stat().st_mtime_ns == before
+    assert make_toy(toy, seed=0, size=64, n_train=3, n_test_good=2, n_per_defect=2) == toy
+    assert p.stat().st_mtime_ns == before
     says(lambda: make_toy(toy, seed=1), toy, "empty or a new folder")
     (tmp_path/"mine").mkdir(); (tmp_path/"mine"/"a.txt").touch()
     says(lambda: make_toy(tmp_path/"mine"), "mine")
@@ -507,7 +571,8 @@ def test_contact_sheet(toy):
 def test_real_bottle():
     root = real("mvtec_ad")
     r = read("mvtec", root, "bottle")
-    assert counts(r) == (209, 20, 63) and {x.defect for x in r} == {"good", "broken_large", "broken_small", "contamination"}
+    assert counts(r) == (209, 20, 63)
+    assert {x.defect for x in r} == {"good", "broken_large", "broken_small", "contamination"}
     assert counts(read("folder", root/"bottle")) == (209, 20, 63)
     says(lambda: read("mvtec", root/"bottle"), "too low", "category=bottle")
     says(lambda: read("mvtec", root.parent), "too high", root)
@@ -524,7 +589,8 @@ def test_real_visa():
     import csv
     from collections import Counter
     n = Counter((x["object"], x["split"], x["label"]) for x in csv.DictReader(open(root/"split_csv"/"1cls.csv")))
-    assert D.OFFICIAL["visa"] == {c: (n[c, "train", "normal"], n[c, "test", "normal"], n[c, "test", "anomaly"]) for c in D.OFFICIAL["visa"]}
+    assert (D.OFFICIAL["visa"] == {c: (n[c, "train", "normal"], n[c, "test", "normal"], n[c, "test", "anomaly"])
+                                   for c in D.OFFICIAL["visa"]})
 
 def test_real_tiny_visa():
     root = real("tiny_visa_fryum")
@@ -537,13 +603,19 @@ def test_real_tiny_visa():
 
 
 def test_absent_categories():
-    assert D.absent_categories("btad", ["01", "03"]) == ["02"] and D.absent_categories("toy", []) == [] and len(D.absent_categories("mvtec", ["bottle"])) == 14
+    assert D.absent_categories("btad", ["01", "03"]) == ["02"]
+    assert D.absent_categories("toy", []) == []
+    assert len(D.absent_categories("mvtec", ["bottle"])) == 14
     here = ["toy/weave", *(f"btad/{c}" for c in ("01", "03")), *(f"mvtec/{c}" for c in D.OFFICIAL["mvtec"])]
     assert D.absent_categories("union", here) == ["btad/02"] and D.absent_categories("union", ["toy/bolt"]) == []
-    counts = pd.DataFrame([(c, "test", 1, 1, np.nan, np.nan) for c in here], columns=["category", "split", "normal", "anomalous", "official_normal", "official_anomalous"])
+    counts = pd.DataFrame([(c, "test", 1, 1, np.nan, np.nan) for c in here],
+                          columns=["category", "split", "normal", "anomalous", "official_normal", "official_anomalous"])
     assert "not here: btad/02 (1 of 18 official categories)" in check_report(counts, [], None, "union")
 
 
 def test_many_problems():
     text = check_report(D.check_records([], "visa", [], False)[0], [f"{i}.JPG: missing" for i in range(2000)])
-    assert "2000 problems:" in text and "49.JPG" in text and "50.JPG" not in text and text.endswith("and 1950 more; mend these first")
+    assert "2000 problems:" in text
+    assert "49.JPG" in text
+    assert "50.JPG" not in text
+    assert text.endswith("and 1950 more; mend these first")

@@ -48,7 +48,8 @@ def trainable(model) -> int:
 # -- what stands before the flow -----------------------------------------------------------------------------------
 
 def test_standardise_measures_the_training_images(features, stand_in):
-    "After `prepare`, each channel of the training features has mean 0 and deviation 1; a dead channel is only centered."
+    """After `prepare`, each channel of the training features has mean 0 and deviation 1; a
+    dead channel is only centered."""
     model = FastFlow(stand_in(features.shapes), steps=1)
     x = features.bank[slice(None)]
     assert all(torch.equal(norm(v), v) for norm, v in zip(model.norms, x))
@@ -66,7 +67,8 @@ def test_standardise_is_not_trained_and_is_saved(features, stand_in):
     model = FastFlow(stand_in(features.shapes), steps=1)
     model.prepare(features.bank)
     assert not list(model.norms.parameters())
-    assert {k for k in model.state_dict() if k.startswith("norms")} == {f"norms.{i}.{n}" for i in range(2) for n in ("mean", "std")}
+    assert ({k for k in model.state_dict() if k.startswith("norms")}
+            == {f"norms.{i}.{n}" for i in range(2) for n in ("mean", "std")})
 
 
 def test_prepare_only_standardises(features, stand_in):
@@ -81,7 +83,8 @@ def test_prepare_only_standardises(features, stand_in):
 def test_norm_layers():
     shape = (4, 6, 5)
     x = torch.randn(3, *shape) * 4 + 2
-    parameters = {kind: sum(p.numel() for p in norm_layer(kind, shape).parameters()) for kind in ("standard", "layer", "layer-fixed", "none")}
+    parameters = {kind: sum(p.numel() for p in norm_layer(kind, shape).parameters())
+                  for kind in ("standard", "layer", "layer-fixed", "none")}
     assert parameters == {"standard": 0, "layer": 240, "layer-fixed": 0, "none": 0}
     assert torch.equal(norm_layer("none", shape)(x), x) and isinstance(norm_layer("standard", shape), Standardise)
     expected = (x - x.mean((1, 2, 3), keepdim=True)) / (x.var((1, 2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
@@ -126,7 +129,10 @@ def test_loss_is_a_density(stand_in):
     torch.testing.assert_close(model.loss([x]) + constant, -normal.log_prob(x.flatten()).sum())
 
 
-@pytest.mark.parametrize("method, settings", [(FastFlow, {}), (CFlow, dict(code=4)), (HGAD, dict(code=4, base="standard", categories=["a"]))], ids=["eq-fastflow", "eq-cflow", "one normal"])
+@pytest.mark.parametrize("method, settings",
+                         [(FastFlow, {}), (CFlow, dict(code=4)),
+                          (HGAD, dict(code=4, base="standard", categories=["a"]))],
+                          ids=["eq-fastflow", "eq-cflow", "one normal"])
 def test_gradient_of_the_loss(method, settings, stand_in):
     "Against finite differences in float64, in the features and in every parameter of the first step."
     torch.manual_seed(1)
@@ -138,7 +144,8 @@ def test_gradient_of_the_loss(method, settings, stand_in):
 
 
 def test_base_class_asks_for_a_method(stand_in):
-    model = Detector(stand_in([(4, 2, 2)]), Score(), {"norm": "none"}, lambda shape: nn.Identity(), lambda shape: nn.Identity())
+    model = Detector(stand_in([(4, 2, 2)]), Score(), {"norm": "none"}, lambda shape: nn.Identity(),
+                     lambda shape: nn.Identity())
     for name in ("losses", "parts"):
         with pytest.raises(NotImplementedError, match=f"Detector defines no {name}"):
             getattr(model, name)([torch.zeros(1, 4, 2, 2)])
@@ -149,7 +156,8 @@ def test_base_class_asks_for_a_method(stand_in):
 def published(name, stand_in, **more) -> FastFlow:
     settings = FASTFLOW_PUBLISHED[name] | more
     backbone = stand_in(SHAPES[name], settings["size"])
-    return FastFlow(backbone, **{k: v for k, v in settings.items() if k not in ("levels", "size")}, score=PUBLISHED["fastflow"])
+    return FastFlow(backbone, **{k: v for k, v in settings.items() if k not in ("levels", "size")},
+                    score=PUBLISHED["fastflow"])
 
 
 @pytest.mark.parametrize("name", FASTFLOW_PUBLISHED)
@@ -161,7 +169,8 @@ def test_published_settings_take_a_step(name, stand_in):
         loss = model.loss(x)
         loss.backward()
         parts = model.parts(x)
-    assert loss.shape == () and [p.base.shape for p in parts] == [p.logdet.shape for p in parts] == [(2, *s[1:]) for s in SHAPES[name]]
+    assert loss.shape == ()
+    assert [p.base.shape for p in parts] == [p.logdet.shape for p in parts] == [(2, *s[1:]) for s in SHAPES[name]]
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
 
 
@@ -177,7 +186,10 @@ def test_published_resnet18_in_numbers(stand_in):
             p -= 1e-3 * p.grad / size
         assert loss.isfinite() and model.loss(x) < loss
         maps, images = model.score_parts(model.parts(x))
-    assert maps.shape == (1, 256, 256) and images.shape == (1,) and maps.isfinite().all() and -1 <= maps.min() <= maps.max() == images[0] <= 0
+    assert maps.shape == (1, 256, 256)
+    assert images.shape == (1,)
+    assert maps.isfinite().all()
+    assert -1 <= maps.min() <= maps.max() == images[0] <= 0
 
 
 @pytest.mark.parametrize("name, kernels, millions", [
@@ -186,7 +198,8 @@ def test_published_parameter_counts(name, kernels, millions, stand_in):
     "Trained parameters without norms, in millions to one decimal; and by a formula of their own."
     with torch.device("meta"):
         model = published(name, stand_in, kernels=kernels)
-    own = sum((k**2 * h * h + h) + (k**2 * h * 2 * h + 2 * h) + 4 * h for h in (s[0] // 2 for s in SHAPES[name]) for k in (kernels * 8)[:8])
+    own = sum((k**2 * h * h + h) + (k**2 * h * 2 * h + 2 * h) + 4 * h for h in (s[0] // 2 for s in SHAPES[name])
+              for k in (kernels * 8)[:8])
     assert trainable(model) == own and round(own / 1e6, 1) == millions
 
 
@@ -196,7 +209,9 @@ def test_published_transformers(name, stand_in):
     with torch.device("meta"):
         model = published(name, stand_in)
     convs = [s.coupling.subnet.first for s in model.flows[0].steps]
-    assert len(convs) == 20 and {c.weight.shape[:2] for c in convs} == {(61, 384)} and [c.kernel_size[0] for c in convs] == [3, 1] * 10
+    assert len(convs) == 20
+    assert {c.weight.shape[:2] for c in convs} == {(61, 384)}
+    assert [c.kernel_size[0] for c in convs] == [3, 1] * 10
     assert trainable(model) == 20 * (61 + 2 * 384 + 2 * 768) + 10 * (9 + 1) * 61 * 3 * 384
 
 
@@ -222,15 +237,19 @@ def test_predict_takes_images_in_every_form(trained, parts_folder, tmp_path):
     dataset = Dataset([by_path[f.resolve()] for f in files], Transform(32))
     pixels = torch.stack([s.image for s in (dataset[i] for i in range(len(dataset)))])
     maps, scores = trained.predict(dataset)
-    assert maps.shape == (6, 32, 32) and scores.shape == (6,) and maps.dtype == scores.dtype == torch.float32 and maps.isfinite().all()
-    forms = {"paths": files, "strings": [str(f) for f in files], "folder": tmp_path, "folder as text": str(tmp_path), "tensor": pixels,
-             "floats": pixels / 255, "generator": (f for f in files)}
+    assert maps.shape == (6, 32, 32)
+    assert scores.shape == (6,)
+    assert maps.dtype == scores.dtype == torch.float32
+    assert maps.isfinite().all()
+    forms = {"paths": files, "strings": [str(f) for f in files], "folder": tmp_path, "folder as text": str(tmp_path),
+             "tensor": pixels, "floats": pixels / 255, "generator": (f for f in files)}
     for form, given in forms.items():
         for a, b in zip(trained.predict(given), (maps, scores)):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=form)
     for one in (files[2], str(files[2]), pixels[2], pixels[2:3]):
         a, b = trained.predict(one)
-        torch.testing.assert_close(a, maps[2:3], rtol=1e-5, atol=1e-5), torch.testing.assert_close(b, scores[2:3], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a, maps[2:3], rtol=1e-5,
+                                   atol=1e-5), torch.testing.assert_close(b, scores[2:3], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(scores[:3], scores[3:])
 
 
@@ -238,7 +257,8 @@ def test_predict_does_not_depend_on_the_batch(trained, images):
     maps, scores = trained.predict(images)
     for batch in (1, 2, 3, 100):
         a, b = trained.predict(images, batch=batch)
-        torch.testing.assert_close(a, maps, rtol=1e-5, atol=1e-5), torch.testing.assert_close(b, scores, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a, maps, rtol=1e-5,
+                                   atol=1e-5), torch.testing.assert_close(b, scores, rtol=1e-5, atol=1e-5)
     a, b = trained.predict(images.flip(0))
     torch.testing.assert_close(b.flip(0), scores, rtol=1e-5, atol=1e-5)
 
@@ -277,13 +297,15 @@ def test_predict_open_images(trained, parts_folder):
 
 
 def test_predict_sees_as_in_training(tiny_backbone, parts_folder, tmp_path):
-    "The way images became square is saved with the detector: files give the scores of the data set that it was evaluated on."
+    """The way images became square is saved with the detector: files give the scores of the
+    data set that it was evaluated on."""
     train, test = load("folder", parts_folder, transform=Transform(32, policy="crop", interpolation="lanczos"))
     model = FastFlow(tiny_backbone(), steps=1).fit(train, epochs=1, batch=4, progress=False)
     model.save(tmp_path / "m.safetensors")
     again = Detector.load(tmp_path / "m.safetensors")
     files = [r.image for r in test.records]
-    assert again.seen_through() == train.transform and torch.allclose(model.predict(test)[1], again.predict(files)[1], atol=1e-6)
+    assert again.seen_through() == train.transform
+    assert torch.allclose(model.predict(test)[1], again.predict(files)[1], atol=1e-6)
     assert not torch.allclose(again.predict(files)[1], again.predict(files, transform=Transform(32))[1], atol=1e-4)
 
 
@@ -306,7 +328,8 @@ def test_predict_bad_input(trained, tiny_backbone, tmp_path, images):
     "Each says what to do."
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    for given, words in ((tmp_path / "empty", "no image in this folder"), (tmp_path / "broken.png", "cannot be decoded"), (tmp_path / "none.png", "missing")):
+    for given, words in ((tmp_path / "empty", "no image in this folder"),
+                         (tmp_path / "broken.png", "cannot be decoded"), (tmp_path / "none.png", "missing")):
         with pytest.raises(DataError, match=words) as error:
             trained.predict(given)
         assert given.name in str(error.value)
@@ -315,11 +338,15 @@ def test_predict_bad_input(trained, tiny_backbone, tmp_path, images):
     unfair = FastFlow(tiny_backbone(), steps=1, score=PUBLISHED["cflow"])
     with pytest.raises(ValueError, match="whole test set"):
         unfair.predict(images)
-    for given, words in ((torch.zeros(2, 1, 32, 32), r"\(1, 32, 32\): this detector takes \(3, 32, 32\)"), (torch.zeros(2, 3, 64, 64), r"\(3, 64, 64\)"),
+    for given, words in ((torch.zeros(2, 1, 32, 32), r"\(1, 32, 32\): this detector takes \(3, 32, 32\)"),
+                         (torch.zeros(2, 3, 64, 64), r"\(3, 64, 64\)"),
                          (images.float(), "divide by 255"), (torch.full((1, 3, 32, 32), float("nan")), "nan"),
-                         (np.zeros((2, 3, 32, 32), np.float32), "an image is a path, a PIL image"), ([7], "an image is a path"), (None, "an image is a path"),
-                         (np.zeros((3, 32, 32), np.uint8), "an image is a path"), (np.zeros((0, 0, 3), np.uint8), "an image is a path"),
-                         (np.zeros((32, 32, 3), np.uint16), "of uint16"), (Image.new("I;16", (32, 32)), "more than 8 bits")):
+                         (np.zeros((2, 3, 32, 32), np.float32), "an image is a path, a PIL image"),
+                         ([7], "an image is a path"), (None, "an image is a path"),
+                         (np.zeros((3, 32, 32), np.uint8), "an image is a path"),
+                         (np.zeros((0, 0, 3), np.uint8), "an image is a path"),
+                         (np.zeros((32, 32, 3), np.uint16), "of uint16"),
+                         (Image.new("I;16", (32, 32)), "more than 8 bits")):
         with pytest.raises(DataError, match=words):
             trained.predict(given)
 
@@ -343,7 +370,8 @@ def test_predict_nothing(trained, nothing):
 # -- every part matters --------------------------------------------------------------------------------------------
 
 def test_scores_depend_on_every_part(trained, images):
-    "Of every level, the base density changes map and score; the log-determinant changes the map, and the score if it is asked to."
+    """Of every level, the base density changes map and score; the log-determinant changes the map,
+    and the score if it is asked to."""
     with torch.no_grad():
         parts = trained.parts(trained.backbone(images))
     mine = replace(trained.score, logdet=0.5)
@@ -360,10 +388,12 @@ def test_scores_depend_on_every_part(trained, images):
 
 
 def test_scores_depend_on_every_tensor(trained, images, tmp_path):
-    "Every trained or measured tensor, and every level of the features, moves the maps; but not the last shuffle, as N(0, I) knows no order."
+    """Every trained or measured tensor, and every level of the features, moves the maps; but not the last
+    shuffle, as N(0, I) knows no order."""
     trained.save(tmp_path / "m.safetensors")
     maps, _ = trained.predict(images)
-    for key in load_file(tmp_path / "m.safetensors").keys() - {"flows.0.steps.1.mixing.perm", "flows.1.steps.1.mixing.perm"}:
+    for key in load_file(tmp_path / "m.safetensors").keys() - {"flows.0.steps.1.mixing.perm",
+                                                               "flows.1.steps.1.mixing.perm"}:
         model = Detector.load(tmp_path / "m.safetensors")
         tensor = dict(model.named_parameters()).get(key, dict(model.named_buffers()).get(key))
         with torch.no_grad():
@@ -377,7 +407,8 @@ def test_scores_depend_on_every_tensor(trained, images, tmp_path):
 
 
 def test_calibration_is_of_the_training_images(trained, parts_folder):
-    "Means and deviations of each level's base density and log-determinant over them, no entropy, and the largest log-likelihood."
+    """Means and deviations of each level's base density and log-determinant over them, no entropy,
+    and the largest log-likelihood."""
     train, _ = load("folder", parts_folder, transform=Transform(32))
     with torch.no_grad():
         parts = trained.parts(trained.backbone(torch.stack([train[i].image for i in range(len(train))])))
@@ -401,7 +432,8 @@ def rewrite(source, target, tensors=None, **about):
     "A copy of a detector's file with other tensors or other metadata."
     with safe_open(str(source), "pt") as f:
         old = f.metadata()
-    save_file(load_file(source) if tensors is None else tensors, str(target), metadata={k: v for k, v in (old | about).items() if v is not None})
+    save_file(load_file(source) if tensors is None else tensors, str(target),
+              metadata={k: v for k, v in (old | about).items() if v is not None})
     return target
 
 
@@ -412,8 +444,10 @@ def saved(trained, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(steps=2), dict(steps=1, norm="layer", soft=True, score=PUBLISHED["fastflow"]), dict(steps=3, kernels=(1, 3), ratio=0.5, clamp=1.5, rule="unit-gain", norm="none",
-    score=Score(logdet=0.5, normalise="none", top=0.1, levels="linear")), dict(steps=1, norm="layer-fixed", score=Score(logdet=0.5, normalise="none", image="max"))])
+    dict(steps=2), dict(steps=1, norm="layer", soft=True, score=PUBLISHED["fastflow"]),
+    dict(steps=3, kernels=(1, 3), ratio=0.5, clamp=1.5, rule="unit-gain", norm="none",
+    score=Score(logdet=0.5, normalise="none", top=0.1, levels="linear")),
+    dict(steps=1, norm="layer-fixed", score=Score(logdet=0.5, normalise="none", image="max"))])
 def test_save_and_load(settings, tiny_backbone, images, tmp_path):
     "The same settings, the same numbers, whatever seed is set meanwhile."
     model = FastFlow(tiny_backbone(levels=(1, 2, 3), weights="random:4"), **settings)
@@ -423,14 +457,21 @@ def test_save_and_load(settings, tiny_backbone, images, tmp_path):
     model.save(tmp_path / "m.safetensors")
     torch.manual_seed(99)
     again = Detector.load(tmp_path / "m.safetensors")
-    assert type(again) is FastFlow and again.config == model.config and again.score == model.score and again.backbone.config() == model.backbone.config()
+    assert type(again) is FastFlow
+    assert again.config == model.config
+    assert again.score == model.score
+    assert again.backbone.config() == model.backbone.config()
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     assert all(torch.equal(a, b) for a, b in zip(model.predict(images), again.predict(images)))
-    assert all(torch.equal(a, b) for a, b in zip(model.predict(images), FastFlow.load(str(tmp_path / "m.safetensors")).predict(images)))
+    assert all(torch.equal(a, b)
+               for a, b in zip(model.predict(images), FastFlow.load(str(tmp_path / "m.safetensors")).predict(images)))
 
 
-DENSE = [(CFlow, dict(code=8, fibers=64)), (CFlow, dict(code=4, fibers=None, base="diagonal", per="scalar", norm="layer")), (HGAD, dict(code=8, categories=["b", "a"], centres=3)),
-         (HGAD, dict(code=4, categories=["a"], base="classes", class_mode="inferred-top")), (HGAD, dict(code=4, categories=["a", "b"], base="diagonal")),
+DENSE = [(CFlow, dict(code=8, fibers=64)),
+         (CFlow, dict(code=4, fibers=None, base="diagonal", per="scalar", norm="layer")),
+         (HGAD, dict(code=8, categories=["b", "a"], centres=3)),
+         (HGAD, dict(code=4, categories=["a"], base="classes", class_mode="inferred-top")),
+         (HGAD, dict(code=4, categories=["a", "b"], base="diagonal")),
          (FastFlow, dict(base="diagonal", per="position"))]
 
 
@@ -448,7 +489,8 @@ def test_save_and_load_of_every_method(method, settings, tiny_backbone, images, 
         assert all(torch.equal(a, b) for a, b in zip(model.predict(images), again.predict(images)))
         assert not any("code" in k for k in again.state_dict())
     other = FastFlow if method is HGAD else HGAD
-    with pytest.raises(DataError, match=f"m.safetensors holds method {method.method}, not {other.method}: use {method.__name__}.load, or Detector.load"):
+    with pytest.raises(DataError, match=f"m.safetensors holds method {method.method}, not {other.method}: "
+                                        f"use {method.__name__}.load, or Detector.load"):
         other.load(tmp_path / "m.safetensors")
 
 
@@ -467,7 +509,8 @@ def test_no_method_mixes_images(method, settings, features, stand_in):
 
 def test_file_holds_no_backbone(saved, trained):
     assert not any(k.startswith("backbone") for k in load_file(saved))
-    assert saved.stat().st_size < 4.5 * sum(v.numel() for k, v in trained.state_dict().items() if not k.startswith("backbone")) + 50_000
+    assert (saved.stat().st_size < 4.5
+            * sum(v.numel() for k, v in trained.state_dict().items() if not k.startswith("backbone")) + 50_000)
 
 
 def test_load_nothing(tmp_path):
@@ -476,7 +519,8 @@ def test_load_nothing(tmp_path):
             Detector.load(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello" * 100, b"\x10" + b"\0" * 7 + b"{" * 16], ids=["empty", "text", "broken header"])
+@pytest.mark.parametrize("content", [b"", b"hello" * 100, b"\x10" + b"\0" * 7 + b"{" * 16],
+                         ids=["empty", "text", "broken header"])
 def test_load_something_else(content, tmp_path):
     "A file that is no safetensors file is named."
     path = tmp_path / "model.safetensors"
@@ -505,9 +549,12 @@ def test_load_tampered(saved, tmp_path):
     state = load_file(saved)
     key = "flows.0.steps.1.mixing.gamma"
     n = len(state[key])
-    for name, tensors, words in (("less", {k: v for k, v in state.items() if k != key}, f"{key} is none in the file, ({n},) in the detector"),
-                                 ("more", state | {key + "2": state[key].clone()}, f"{key}2 is ({n},) in the file, none in the detector"),
-                                 ("shape", state | {key: state[key][:-1].clone()}, f"{key} is ({n - 1},) in the file, ({n},) in the detector")):
+    for name, tensors, words in (("less", {k: v for k, v in state.items() if k != key},
+                                  f"{key} is none in the file, ({n},) in the detector"),
+                                 ("more", state | {key + "2": state[key].clone()},
+                                  f"{key}2 is ({n},) in the file, none in the detector"),
+                                 ("shape", state | {key: state[key][:-1].clone()},
+                                  f"{key} is ({n - 1},) in the file, ({n},) in the detector")):
         with pytest.raises(DataError) as error:
             Detector.load(rewrite(saved, tmp_path / f"{name}.safetensors", tensors))
         assert words in str(error.value) and f"{name}.safetensors" in str(error.value)
@@ -517,7 +564,9 @@ def test_load_other_settings(saved, tmp_path):
     "Tensors that do not fit the settings beside them."
     with safe_open(str(saved), "pt") as f:
         config = json.loads(f.metadata()["config"])
-    with pytest.raises(DataError, match=r"deeper.safetensors does not fit: flows.0.steps.2.\S+ is none in the file, \([\d, ]+\) in the detector"):
+    with pytest.raises(DataError,
+                       match=r"deeper.safetensors does not fit: flows.0.steps.2.\S+ is none in the file, "
+                             r"\([\d, ]+\) in the detector"):
         Detector.load(rewrite(saved, tmp_path / "deeper.safetensors", config=json.dumps(config | {"steps": 3})))
 
 
@@ -536,7 +585,8 @@ def test_backbone_weights_from_a_file(tiny_backbone, images, tmp_path):
     import timm
     net = timm.create_model("test_resnet.r160_in1k")
     torch.save(net.state_dict(), tmp_path / "weights.pth")
-    model = FastFlow(tiny_backbone(weights=str(tmp_path / "weights.pth")), steps=1, score=Score(logdet=0.5, normalise="none"))
+    model = FastFlow(tiny_backbone(weights=str(tmp_path / "weights.pth")), steps=1,
+                     score=Score(logdet=0.5, normalise="none"))
     model.save(tmp_path / "m.safetensors")
     with pytest.raises(DataError, match="pass that file as weights="):
         Detector.load(tmp_path / "m.safetensors")

@@ -7,14 +7,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flowrepro import bases, detectors, hgad
 from flowrepro.scores import PUBLISHED, Score, calibration, score_batch
 
-METHODS = [("fastflow", dict(steps=2)), ("fastflow", dict(steps=2, soft=True, norm="layer", base="diagonal", per="position")),
+METHODS = [("fastflow", dict(steps=2)),
+           ("fastflow", dict(steps=2, soft=True, norm="layer", base="diagonal", per="position")),
            ("cflow", dict(steps=2, code=8)), ("cflow", dict(steps=2, code=8, fibers=16, base="diagonal")),
-           ("hgad", dict(steps=2, code=8, centres=3)), ("hgad", dict(steps=2, code=8, base="classes", norm="layer-fixed")), ("hgad", dict(steps=2, code=8, base="standard"))]
+           ("hgad", dict(steps=2, code=8, centres=3)),
+           ("hgad", dict(steps=2, code=8, base="classes", norm="layer-fixed")),
+           ("hgad", dict(steps=2, code=8, base="standard"))]
 
 
 @pytest.mark.parametrize("method, settings", METHODS, ids=str)
 def test_everything_stays_on_the_gpu(method, settings, tiny_backbone, monkeypatch):
-    "Features, losses, parts of every class mode, calibration, maps and image scores, of the default and of the published form."
+    """Features, losses, parts of every class mode, calibration, maps and image scores, of the
+    default and of the published form."""
     for module in (bases, hgad):
         monkeypatch.setattr(module, "check_label", lambda *_: None)  # looks at values
     model = detectors.DETECTORS[method](tiny_backbone(64), **settings)
@@ -23,7 +27,8 @@ def test_everything_stays_on_the_gpu(method, settings, tiny_backbone, monkeypatc
     published = PUBLISHED[method] if method != "hgad" or model.mixture else PUBLISHED["cflow"]
     with FakeTensorMode():
         moved(model, "cuda")
-        features, labels = model.backbone(torch.zeros(4, 3, 64, 64, dtype=torch.uint8)), torch.zeros(4, dtype=torch.int64, device="cuda")
+        features, labels = (model.backbone(torch.zeros(4, 3, 64, 64, dtype=torch.uint8)),
+                            torch.zeros(4, dtype=torch.int64, device="cuda"))
         got = [*features, *model.losses(features, labels, torch.Generator())]
         parts = model.parts(features, labels)
         stats = calibration(parts)

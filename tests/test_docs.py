@@ -108,7 +108,8 @@ def site(tmp_path_factory) -> Path:
 def browser(tmp_path_factory):
     "One browser for all pages, or a skip that says what is missing."
     names = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
-    found = [p for n in names if (p := shutil.which(n)) and subprocess.run([p, "--version"], capture_output=True).returncode == 0]
+    found = [p for n in names
+             if (p := shutil.which(n)) and subprocess.run([p, "--version"], capture_output=True).returncode == 0]
     if not found:
         pytest.skip(f"no browser on PATH (looked for {', '.join(names)}): pages were not loaded")
     browser = Browser(found[0], tmp_path_factory.mktemp("profile"))
@@ -168,7 +169,8 @@ def test_every_notebook_has_its_page(site):
         assert page.is_file(), f"{path.name} has no page {page.relative_to(site)}"
         cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
         hidden = ("#| hide", "#| export", "#| output: false", "#| include: false")
-        images = sum("image/png" in o.get("data", {}) for c in cells if not "".join(c["source"]).startswith(hidden) for o in c["outputs"])
+        images = sum("image/png" in o.get("data", {}) for c in cells if not "".join(c["source"]).startswith(hidden)
+                     for o in c["outputs"])
         assert page.read_text().count('src="data:image/png') >= images, f"{page.name} lost pictures of {path.name}"
 
 
@@ -190,11 +192,15 @@ def test_pages_are_readable_elsewhere(site):
 
 def test_faults_of_a_site_are_found(tmp_path):
     "Planted remote assets and broken links are reported, ordinary links are not."
-    (tmp_path / "good.html").write_text('<a href="https://example.org">x</a><a id="top" href="#top">x</a><a href="good.html#top">x</a>')
+    (tmp_path / "good.html").write_text('<a href="https://example.org">x</a><a id="top" href="#top">x</a><a '
+                                        'href="good.html#top">x</a>')
     assert docs.remote_assets(tmp_path) == docs.broken_links(tmp_path) == []
-    (tmp_path / "bad.html").write_text('<img alt="x" src="https://example.org/a.png"><a href="none.html">x</a><a href="good.html#none">x</a>'
-                                       '<link href="//example.org/a.css" rel="stylesheet"><script src=http://example.org/a.js></script>')
-    (tmp_path / "a.css").write_text("@import 'https://example.org/b.css'; p { background: url(https://example.org/c.png) }")
+    (tmp_path / "bad.html").write_text('<img alt="x" src="https://example.org/a.png"><a href="none.html">x</a><a '
+                                       'href="good.html#none">x</a>'
+                                       '<link href="//example.org/a.css" rel="stylesheet"><script '
+                                       'src=http://example.org/a.js></script>')
+    (tmp_path / "a.css").write_text("@import 'https://example.org/b.css'; p { background: "
+                                    "url(https://example.org/c.png) }")
     assert len(docs.remote_assets(tmp_path)) == 5
     assert docs.broken_links(tmp_path) == ["bad.html: good.html#none", "bad.html: none.html"]
 
@@ -212,7 +218,8 @@ def test_formulas():
 def test_finished_page():
     "TeX becomes MathML, KaTeX goes, links into the site become relative, a method's link falls back to its class."
     page = ('<head><link href="https://cdn.jsdelivr.net/npm/katex@0.16/dist/katex.min.css" rel="stylesheet"></head>'
-            '<a href="https://x.org/y/a.html#cls.fit">1</a><a href="https://x.org/y/a.html#cls.own">2</a><a href="https://x.org/z">3</a>'
+            '<a href="https://x.org/y/a.html#cls.fit">1</a><a href="https://x.org/y/a.html#cls.own">2</a><a '
+            'href="https://x.org/z">3</a>'
             '<span class="math inline">\\(a &lt; b\\)</span>')
     text = docs.finish("sub/p.html", page, "https://x.org/y/", {"#cls", "#cls.own"})
     assert "katex" not in text and "<math" in text and 'href="https://x.org/z"' in text
@@ -221,11 +228,14 @@ def test_finished_page():
 
 def test_cross_references():
     "Labels are numbered in order and references become links; code is left alone; a lost reference is an error."
-    cells = [{"cell_type": "markdown", "source": "@fig-b and @eq-a, a@fig-b.org, `@fig-none`.\n\n$$\nx\n$$ {#eq-a}\n\n: Cap {#tbl-t}\n\n![Cap](a.png){#fig-a}\n```\n@eq-none\n```\n"},
+    cells = [{"cell_type": "markdown", "source": "@fig-b and @eq-a, a@fig-b.org, `@fig-none`.\n\n$$\nx\n$$ "
+                                                 "{#eq-a}\n\n: "
+                                                 "Cap {#tbl-t}\n\n![Cap](a.png){#fig-a}\n```\n@eq-none\n```\n"},
              {"cell_type": "code", "source": '#| label: fig-b\n#| fig-cap: "A: b"\nplot()'}]
     docs.cross_reference("p", cells)
     text = cells[0]["source"]
-    for part in ("[Figure 2](#fig-b) and [Equation 1](#eq-a), a@fig-b.org, `@fig-none`.", r"\label{eq-a:1}$$", ": Table 1: Cap {#tbl-t}",
+    for part in ("[Figure 2](#fig-b) and [Equation 1](#eq-a), a@fig-b.org, `@fig-none`.", r"\label{eq-a:1}$$",
+                 ": Table 1: Cap {#tbl-t}",
                  "![Figure 1: Cap](a.png){#fig-a}", "```\n@eq-none\n```"):
         assert part in text
     assert '#| fig-cap: "Figure 2: A: b"' in cells[1]["source"]

@@ -1,4 +1,5 @@
-"""Exported programs against the detectors they are made of: every method, every kind of file, any number of images, and what cannot be written."""
+"""Exported programs against the detectors they are made of: every method, every kind of file, any
+number of images, and what cannot be written."""
 import json
 import logging
 import subprocess
@@ -85,8 +86,11 @@ def test_onnx_model(name, trained, tmp_path):
     assert Score(**json.loads(said["score"])) == detector.score
 
 
-@pytest.mark.parametrize("change", [dict(levels="linear", normalise="none", logdet=1.0, image_logdet=0.5, image_criterion="likelihood"),
-                                    dict(smooth=0.0, image="top", top=0.02, criterion="product", image_criterion="entropy")], ids=["linear", "product"])
+@pytest.mark.parametrize("change",
+                         [dict(levels="linear", normalise="none", logdet=1.0, image_logdet=0.5,
+                               image_criterion="likelihood"),
+                                    dict(smooth=0.0, image="top", top=0.02, criterion="product",
+                                         image_criterion="entropy")], ids=["linear", "product"])
 def test_every_form_of_the_score(change, trained, tmp_path, monkeypatch):
     detector = trained["hgad"]
     plain = detector.predict(noise(2))
@@ -128,7 +132,8 @@ def test_a_file_that_says_something_else(trained, tmp_path):
     file, program = tmp_path / "m.pt2", module.Program(trained["fastflow"])
     export(trained["fastflow"], file, noise(3))
     assert check_written(module.run_pt2, file, program, noise(3)) < 1e-4
-    for wrong in (lambda path, x: tuple(1.01 * t for t in program(x)), lambda path, x: tuple(t * float("nan") for t in program(x)),
+    for wrong in (lambda path, x: tuple(1.01 * t for t in program(x)),
+                  lambda path, x: tuple(t * float("nan") for t in program(x)),
                   lambda path, x: (program(x)[0], program(x)[1] + (len(x) == 1))):
         file.write_bytes(b"")
         with pytest.raises(RuntimeError, match="differs from the detector"):
@@ -137,7 +142,8 @@ def test_a_file_that_says_something_else(trained, tmp_path):
 
 
 @pytest.mark.parametrize("name, ending, category, words", [
-    ("fastflow", ".bin", None, "onnx, .pt2"), ("fastflow", "", None, "onnx, .pt2"), ("hgad known", ".pt2", None, "must be given"), ("hgad known", ".pt2", "spoon", "bolt"),
+    ("fastflow", ".bin", None, "onnx, .pt2"), ("fastflow", "", None, "onnx, .pt2"),
+    ("hgad known", ".pt2", None, "must be given"), ("hgad known", ".pt2", "spoon", "bolt"),
 ])
 def test_what_cannot_be_written(name, ending, category, words, trained, tmp_path):
     with pytest.raises(ValueError, match=words):
@@ -156,7 +162,9 @@ def test_detectors_that_cannot_be_written(trained, tiny_backbone, tmp_path, monk
         export(trained["cflow"], tmp_path / "m.pt2", noise(3))
 
 
-@pytest.mark.parametrize("given, words", [(255 * noise(3), "divide by 255"), (noise(3)[..., :16], "this detector takes"), (noise(3) - 0.5, r"lie in \[0, 1\]")])
+@pytest.mark.parametrize("given, words",
+                         [(255 * noise(3), "divide by 255"), (noise(3)[..., :16], "this detector takes"),
+                          (noise(3) - 0.5, r"lie in \[0, 1\]")])
 def test_images_that_predict_refuses(given, words, trained, tmp_path):
     "A program traced for another size, or compared on no image at all, would be of no use."
     with pytest.raises(ValueError, match=words):
@@ -182,9 +190,11 @@ def test_command(trained, toy, tmp_path, capsys):
     trained["hgad known"].save(tmp_path / "m.safetensors")
     call, own = ["export", str(tmp_path / "m.safetensors")], str(toy / "bolt/train")
     assert main([*call, own, "--out", str(tmp_path / "new/m.pt2"), "--category", "bolt"]) == 0
-    assert "MiB, differs from the detector by" in (out := capsys.readouterr().out) and str(tmp_path / "new/m.pt2") in out
+    assert "MiB, differs from the detector by" in (out := capsys.readouterr().out)
+    assert str(tmp_path / "new/m.pt2") in out
     agree(torch.export.load(tmp_path / "new/m.pt2").module()(noise(1)), trained["hgad known"], noise(1), "bolt")
-    wrong = {".onnx, .pt2": [*call, own, "--out", str(tmp_path / "m.txt")], "no detector": ["export", str(tmp_path / "none"), own, "--out", "m.pt2"],
+    wrong = {".onnx, .pt2": [*call, own, "--out", str(tmp_path / "m.txt")],
+             "no detector": ["export", str(tmp_path / "none"), own, "--out", "m.pt2"],
              "no image": [*call, str(tmp_path / "new"), "--out", str(tmp_path / "m.pt2"), "--category", "bolt"]}
     for words, arguments in wrong.items():
         assert main(arguments) == 2 and words in capsys.readouterr().err

@@ -30,14 +30,16 @@ class Transform:
 class Data:
     "A folder of images; `delay` seconds for each."
     def __init__(self, folder, transform=Transform(), delay=0.0):
-        self.records, self.transform, self.delay = tuple(SimpleNamespace(image=p) for p in sorted(Path(folder).glob("*.png"))), transform, delay
+        self.records, self.transform, self.delay = (
+            tuple(SimpleNamespace(image=p) for p in sorted(Path(folder).glob("*.png"))), transform, delay)
         self.opened = 0
     def __len__(self): return len(self.records)
     def __getitem__(self, i):
         time.sleep(self.delay); self.opened += 1
         im = Image.open(self.records[i].image).resize((self.transform.size,)*2)
         if self.transform.random: im = im.rotate((2*torch.rand(()).item() - 1)*self.transform.rotate)
-        return SimpleNamespace(image=torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous(), path=self.records[i].image)
+        return SimpleNamespace(image=torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous(),
+                               path=self.records[i].image)
 
 
 class Net(nn.Module):
@@ -61,7 +63,8 @@ def folder(tmp_path):
 
 def bank(data, net=None, **kw): return FeatureBank(data, net or Net(), progress=False, **kw)
 def direct(data): return Net()(torch.stack([data[i].image for i in range(len(data))]))
-def close(a, b, tol=1e-5): return all(p.shape == q.shape and torch.allclose(p, q, rtol=tol, atol=tol) for p, q in zip(a, b, strict=True))
+def close(a, b, tol=1e-5):
+    return all(p.shape == q.shape and torch.allclose(p, q, rtol=tol, atol=tol) for p, q in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -72,16 +75,22 @@ def test_same_features_everywhere(folder, tmp_path, dtype, eps, cached):
     for where in ("device", "ram", "disk"):
         b = bank(data, where=where, dtype=dtype, cache=tmp_path/where if cached else None, batch=4)
         got = b[i]
-        assert all(g.dtype == torch.float32 and ((g - w).abs() <= eps*w.abs() + 1e-6).all() for g, w in zip(got, want, strict=True))
-        assert b.nbytes == 11*(256 + 96)*(4 if dtype == "float32" else 2) and len(b) == 11 and b.shapes == Net().shapes and b.seconds > 0
+        assert all(g.dtype == torch.float32 and ((g - w).abs() <= eps*w.abs() + 1e-6).all()
+                   for g, w in zip(got, want, strict=True))
+        assert b.nbytes == 11*(256 + 96)*(4 if dtype == "float32" else 2)
+        assert len(b) == 11
+        assert b.shapes == Net().shapes
+        assert b.seconds > 0
 
 
 @pytest.mark.parametrize("where", ["ram", "disk"])
 def test_indices(folder, where):
     data = Data(folder); b, want = bank(data, where=where), direct(Data(folder))
     mask = np.zeros(11, bool); mask[[1, 4]] = True
-    for idx, rows in ((2, [2]), (-1, [10]), (np.int64(3), [3]), (slice(1, 9, 3), [1, 4, 7]), (slice(None, None, -5), [10, 5, 0]), ([5, 0, -1], [5, 0, 10]),
-                      (np.array([2, 2]), [2, 2]), (torch.tensor([9], dtype=torch.int32), [9]), (mask, [1, 4]), ([], []), (torch.randperm(11), None)):
+    for idx, rows in ((2, [2]), (-1, [10]), (np.int64(3), [3]), (slice(1, 9, 3), [1, 4, 7]),
+                      (slice(None, None, -5), [10, 5, 0]), ([5, 0, -1], [5, 0, 10]),
+                      (np.array([2, 2]), [2, 2]), (torch.tensor([9], dtype=torch.int32), [9]), (mask, [1, 4]), ([], []),
+                      (torch.randperm(11), None)):
         rows = idx if rows is None else rows
         assert close(b[idx], [w[rows] for w in want])
     for bad in (11, [-12], [0.5], np.zeros(10, bool)):
@@ -93,15 +102,21 @@ def test_batch_is_the_callers_own(folder, tmp_path):
     for where in ("ram", "disk"):
         b = bank(Data(folder), where=where, cache=tmp_path)
         for y in b[:]: y.zero_()
-        assert close(b[:], direct(Data(folder))) and close(bank(Data(folder), where=where, cache=tmp_path)[:], direct(Data(folder)))
+        assert close(b[:], direct(Data(folder)))
+        assert close(bank(Data(folder), where=where, cache=tmp_path)[:], direct(Data(folder)))
 
 
 def test_found_again_unless_anything_changes(folder, tmp_path):
     data = Data(folder); first = bank(data, cache=tmp_path/"c"); opened = data.opened
     for where in ("ram", "disk", "auto"):
         again = bank(data, where=where, cache=tmp_path/"c")
-        assert again.found and again.seconds == 0.0 and again.key == first.key and close(again[:], first[:], 0) and data.opened == opened
-    others = [bank(Data(folder, Transform(17)), Small(), cache=tmp_path/"c"), bank(data, dtype="bfloat16", cache=tmp_path/"c"),
+        assert again.found
+        assert again.seconds == 0.0
+        assert again.key == first.key
+        assert close(again[:], first[:], 0)
+        assert data.opened == opened
+    others = [bank(Data(folder, Transform(17)), Small(), cache=tmp_path/"c"),
+              bank(data, dtype="bfloat16", cache=tmp_path/"c"),
               bank(data, Net(seed=1), cache=tmp_path/"c"), bank(data, Net(gain=2.), cache=tmp_path/"c")]
     p = sorted(folder.glob("*"))[5]; raw = bytearray(p.read_bytes())
     p.write_bytes(bytes(raw) + b"\0")                                              # one byte after the image's end
@@ -117,7 +132,9 @@ class Small(Net):
 
 def test_weights_and_levels_of_a_real_backbone_are_in_the_key(folder):
     from flowrepro.backbones import Backbone
-    make = lambda **kw: ft.bank_key(Data(folder), Backbone(**dict(name="resnet18", levels=(1,), weights="random", size=64) | kw), "float32")
+    make = lambda **kw: ft.bank_key(Data(folder),
+                                    Backbone(**dict(name="resnet18", levels=(1,), weights="random", size=64) | kw),
+                                    "float32")
     keys = [make(), make(weights="random:1"), make(levels=(2,)), make(pyramid=(.5,)), make(dtype="bfloat16")]
     assert len(set(keys)) == 5 and make() == keys[0]
 
@@ -126,7 +143,9 @@ def test_weights_and_levels_of_a_real_backbone_are_in_the_key(folder):
 def files(cache): return sorted(p.name for p in cache.iterdir() if not p.name.endswith(".lock"))
 
 
-@pytest.mark.parametrize("damage", ["truncate", "grow", "zero", "first", "last", "no data", "no header", "half header", "list header", "other key", "other shapes"])
+@pytest.mark.parametrize("damage",
+                         ["truncate", "grow", "zero", "first", "last", "no data", "no header", "half header",
+                          "list header", "other key", "other shapes"])
 def test_damaged_files_are_refilled(folder, tmp_path, damage):
     data, cache = Data(folder), tmp_path/"c"
     key = bank(data, cache=cache).key[:32]; raw, head = cache/f"{key}.bin", cache/f"{key}.json"
@@ -169,12 +188,19 @@ def test_a_killed_fill_leaves_nothing_that_is_believed(folder, tmp_path, capfd):
     while not list(cache.glob("*.bin.tmp")) and time.time() < until: time.sleep(0.01)
     time.sleep(0.4); os.kill(p.pid, signal.SIGKILL); p.join()
     left = list(cache.glob("*.bin.tmp"))
-    assert p.exitcode == -signal.SIGKILL and len(left) == 1 and not list(cache.glob("*.json")) and not (tmp_path/"out").exists()
-    other = bank(Data(folder), Net(seed=9), cache=cache)                          # a fill of another bank clears the remains too
+    assert p.exitcode == -signal.SIGKILL
+    assert len(left) == 1
+    assert not list(cache.glob("*.json"))
+    assert not (tmp_path/"out").exists()
+    # a fill of another bank clears the remains too
+    other = bank(Data(folder), Net(seed=9), cache=cache)
     assert not left[0].exists() and not other.found
     left[0].write_bytes(b"remains")
     b = bank(Data(folder), cache=cache, where="disk")
-    assert not b.found and close(b[:], direct(Data(folder))) and not list(cache.glob("*.tmp")) and bank(Data(folder), cache=cache).found
+    assert not b.found
+    assert close(b[:], direct(Data(folder)))
+    assert not list(cache.glob("*.tmp"))
+    assert bank(Data(folder), cache=cache).found
 
 
 def test_two_processes_fill_one_bank(folder, tmp_path, capfd):
@@ -185,8 +211,11 @@ def test_two_processes_fill_one_bank(folder, tmp_path, capfd):
     for p in ps: p.join(60)
     assert [p.exitcode for p in ps] == [0, 0]
     a, b = (torch.load(tmp_path/f"out{i}") for i in range(2))
-    assert sorted((a["found"], b["found"])) == [False, True] and close(a["features"], b["features"], 0) and close(a["features"], direct(Data(folder)))
-    assert [Path(n).suffix for n in files(cache)] == [".bin", ".json"] and "another process computes these features" in capfd.readouterr().err
+    assert sorted((a["found"], b["found"])) == [False, True]
+    assert close(a["features"], b["features"], 0)
+    assert close(a["features"], direct(Data(folder)))
+    assert [Path(n).suffix for n in files(cache)] == [".bin", ".json"]
+    assert "another process computes these features" in capfd.readouterr().err
 
 
 # ---- refusals ----
@@ -205,7 +234,10 @@ def test_random_transform_is_refused_or_fixed(folder, tmp_path):
 
 def test_live_features(folder):
     data = Data(folder, Transform(rotate=45.)); live = LiveFeatures(data, Net(), batch=2)
-    assert len(live) == 11 and live.shapes == Net().shapes and not close(live[0], live[0]) and [len(y) for y in live[[]]] == [0, 0]
+    assert len(live) == 11
+    assert live.shapes == Net().shapes
+    assert not close(live[0], live[0])
+    assert [len(y) for y in live[[]]] == [0, 0]
     assert close(LiveFeatures(Data(folder), Net(), batch=2)[[3, -1, 0]], [w[[3, 10, 0]] for w in direct(Data(folder))])
 
 
@@ -221,7 +253,8 @@ def test_empty_data_and_wrong_size(folder, tmp_path):
 
 
 def test_values_beyond_float16(folder):
-    with pytest.raises(ValueError, match="00.png.*float16.*bfloat16"): bank(Data(folder), Net(gain=1e5), dtype="float16")
+    with pytest.raises(ValueError, match="00.png.*float16.*bfloat16"):
+        bank(Data(folder), Net(gain=1e5), dtype="float16")
     assert bank(Data(folder), Net(gain=1e5), dtype="bfloat16")[0][0].isfinite().all()
 
 
@@ -242,14 +275,16 @@ def test_place_by_size(folder, monkeypatch):
 
 @pytest.mark.parametrize("line, tree, names", [
     ("0::/slurm/job_1/step", "", ("memory.max", "memory.current", "inactive_file")),
-    ("4:cpu,memory:/slurm/job_1/step", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))])
+    ("4:cpu,memory:/slurm/job_1/step", "memory",
+     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))])
 def test_limit_of_a_job(tmp_path, line, tree, names):
     "The limit may be that of a group around the process's own; what only caches files is free."
     (own := tmp_path/"cgroup").write_text(f"3:cpuset:/\n{line}\n")
     job, step = (tmp_path/tree/p for p in ("slurm/job_1", "slurm/job_1/step"))
     step.mkdir(parents=True)
     for group, limit, used, cached in ((job, "16000", "9000", "5000"), (step, "max", "9000", "5000")):
-        for name, text in zip((*names[:2], "memory.stat"), (limit, used, f"anon 1\n{names[2]} {cached}\n")): (group/name).write_text(text)
+        for name, text in zip((*names[:2], "memory.stat"), (limit, used, f"anon 1\n{names[2]} {cached}\n")):
+            (group/name).write_text(text)
     assert ft.group_free(own, tmp_path) == [12000] and ft.group_free(tmp_path/"none", tmp_path) == []
 
 
@@ -270,7 +305,8 @@ def test_cache_that_cannot_be_written_is_still_read(folder, tmp_path):
 def test_channel_stats(folder):
     data = Data(folder); b = bank(data); y = direct(data)
     for (m, s), v in zip(channel_stats(b, chunk=4), y, strict=True):
-        assert torch.allclose(m, v.mean((0, 2, 3)), atol=1e-5) and torch.allclose(s, v.std((0, 2, 3), correction=0), rtol=1e-4)
+        assert torch.allclose(m, v.mean((0, 2, 3)), atol=1e-5)
+        assert torch.allclose(s, v.std((0, 2, 3), correction=0), rtol=1e-4)
     part = channel_stats(b, [0, 5])[0][0]
     assert torch.allclose(part, y[0][[0, 5]].mean((0, 2, 3)), atol=1e-5)
     with pytest.raises(ValueError): channel_stats(b, [])

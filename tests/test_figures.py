@@ -1,4 +1,5 @@
-"""The figures of the papers: what is drawn against the data of fake runs, the files written, the captions, runs that are missing."""
+"""The figures of the papers: what is drawn against the data of fake runs, the files
+written, the captions, runs that are missing."""
 import json
 import subprocess
 import sys
@@ -35,25 +36,34 @@ def fake_history(draw) -> pd.DataFrame:
 def fake_scores(draw, categories) -> pd.DataFrame:
     "Twenty images a category, half of them anomalous and scored higher by and large."
     labels = np.tile([0, 1], 10)
-    return pd.concat([pd.DataFrame({"image": [f"{i}.png" for i in range(20)], "category": c, "defect": np.where(labels, "cut", "good"), "label": labels,
+    return pd.concat(
+        [pd.DataFrame({"image": [f"{i}.png" for i in range(20)], "category": c,
+                       "defect": np.where(labels, "cut", "good"), "label": labels,
                                     "score": draw.standard_normal(20) + 1.5 * labels}) for c in categories])
 
 
 def fake_latents(draw, categories, variant) -> dict:
     "Two levels; learned bases with AltUB, centres and their trace with HGAD, none with one Gaussian."
     n = 24 * len(categories)
-    arrays = {"level": 1, "z": draw.standard_normal((n, CHANNELS)).astype(np.float16), "category": np.repeat(categories, 24),
+    arrays = {"level": 1, "z": draw.standard_normal((n, CHANNELS)).astype(np.float16),
+              "category": np.repeat(categories, 24),
               "defective": np.tile([False, True], n // 2), "trace/epochs": np.array(EPOCHS)}
     for l in (0, 1):
-        arrays |= {f"mean{l}": draw.normal(0, 0.2, CHANNELS).astype(np.float32), f"var{l}": (0.5 + draw.random(CHANNELS)).astype(np.float32)}
+        arrays |= {f"mean{l}": draw.normal(0, 0.2, CHANNELS).astype(np.float32),
+                   f"var{l}": (0.5 + draw.random(CHANNELS)).astype(np.float32)}
         if variant.endswith("altub") and not variant.startswith("hgad"):
             shape = (len(EPOCHS), CHANNELS) if variant.startswith("cflow") else (len(EPOCHS), CHANNELS, 1, 1)
-            arrays |= {f"trace/{l}.mean": draw.normal(0, 0.1, shape), f"trace/{l}.log_scale": draw.normal(-0.1, 0.1, shape)}
+            arrays |= {f"trace/{l}.mean": draw.normal(0, 0.1, shape),
+                       f"trace/{l}.log_scale": draw.normal(-0.1, 0.1, shape)}
     if variant in ("hgad", "hgad-altub"):
-        steps = np.array([5, 0.1, 0.1, 0.1])[:, None, None] * draw.standard_normal((len(EPOCHS), len(categories), CHANNELS))
+        steps = (np.array([5, 0.1, 0.1, 0.1])[:, None, None]
+                 * draw.standard_normal((len(EPOCHS), len(categories), CHANNELS)))
         mu = np.cumsum(steps, axis=0)
-        arrays |= {"trace/1.mu": mu, "trace/1.phi": np.zeros((len(EPOCHS), len(categories))), "classes": np.array(categories),
-                   "centres": (mu[-1][:, None] + np.concatenate([np.zeros((1, CHANNELS)), draw.standard_normal((2, CHANNELS))])).astype(np.float16)}
+        arrays |= {"trace/1.mu": mu, "trace/1.phi": np.zeros((len(EPOCHS), len(categories))),
+                   "classes": np.array(categories),
+                   "centres": (mu[-1][:, None]
+                               + np.concatenate([np.zeros((1, CHANNELS)), draw.standard_normal((2, CHANNELS))])).astype(
+                                   np.float16)}
         own = np.array([list(categories).index(c) for c in arrays["category"]])
         arrays["z"] = (mu[-1][own] + draw.standard_normal((n, CHANNELS))).astype(np.float16)
     return arrays
@@ -65,11 +75,14 @@ def fake_pictures(draw, categories, side: int = 16) -> dict:
     mask = np.zeros((n, side, side), bool)
     mask[label == 1, 4:9, 5:12] = True
     low = np.repeat(np.arange(len(categories), dtype=float), 2)
-    return dict(image=draw.integers(0, 255, (n, side, side, 3), dtype=np.uint8), mask=mask, map=draw.random((n, side, side)).astype(np.float16),
-                category=np.repeat(categories, 2), defect=np.where(label, "broken_large", "good"), label=label, low=low, high=low + 1)
+    return dict(image=draw.integers(0, 255, (n, side, side, 3), dtype=np.uint8), mask=mask,
+                map=draw.random((n, side, side)).astype(np.float16),
+                category=np.repeat(categories, 2), defect=np.where(label, "broken_large", "good"), label=label, low=low,
+                high=low + 1)
 
 
-def fake_run(root: Path, variant: str, category: str, seed: int = 0, preset: str = "demo", categories=None, without=()) -> Path:
+def fake_run(root: Path, variant: str, category: str, seed: int = 0, preset: str = "demo", categories=None,
+             without=()) -> Path:
     "A run folder with the files that figures read."
     categories = categories or (TOYS if category == "all" else (category,))
     draw = np.random.default_rng([seed, *f"{variant}{category}".encode()])
@@ -78,8 +91,8 @@ def fake_run(root: Path, variant: str, category: str, seed: int = 0, preset: str
     entry = MATRIX["variants"][variant]
     settings = {"backbone": {"name": "resnet18"}, "transform": {"size": 96}, "schedule": {"epochs": 7, "batch": 8},
                 "detector": {"class_mode": "inferred"} if category == "all" else {}}
-    config = dict(method=entry["method"], altub=entry.get("altub", False), dataset="toy", data_root=None, category=category, preset=preset, seed=seed,
-                  settings=settings)
+    config = dict(method=entry["method"], altub=entry.get("altub", False), dataset="toy", data_root=None,
+                  category=category, preset=preset, seed=seed, settings=settings)
     files = {"history.csv": lambda p: fake_history(draw).to_csv(p, index=False),
              "scores.csv": lambda p: fake_scores(draw, categories).to_csv(p, index=False),
              "latents.npz": lambda p: np.savez(p, **fake_latents(draw, categories, variant)),
@@ -119,7 +132,8 @@ def every(tmp_path_factory) -> dict[str, figures.Figure]:
     "All seven, each from its own runs of two seeds."
     made = {}
     for name, draw in FIGURES.items():
-        made[name] = draw(make_runs(tmp_path_factory.mktemp(name), name, ("weave", "bolt"), seeds=(0, 1)), MATRIX, "demo")
+        made[name] = draw(make_runs(tmp_path_factory.mktemp(name), name, ("weave", "bolt"), seeds=(0, 1)), MATRIX,
+                          "demo")
     return made
 
 
@@ -145,11 +159,13 @@ def test_files(every, name, tmp_path):
 def test_captions_name_the_setting(every, name):
     "Data, backbone, size, length, seeds and protocol, from the runs' configurations; no folder of this machine."
     caption = every[name].caption
-    setting = ("toy data", "resnet18 at 96 px", "7 epochs, batch 8", "seeds 0, 1;", "preset demo, which is not the papers' setting", "last epoch")
+    setting = ("toy data", "resnet18 at 96 px", "7 epochs, batch 8", "seeds 0, 1;",
+               "preset demo, which is not the papers' setting", "last epoch")
     for words in (f"**{name}.", *setting):
         assert words in caption, words
     assert "Missing" not in caption and "/tmp" not in caption
-    assert {"unified": "one model for all categories", "stability": ": weave"}.get(MATRIX["outputs"][name]["role"], ": bolt, weave") in caption
+    assert ({"unified": "one model for all categories",
+             "stability": ": weave"}.get(MATRIX["outputs"][name]["role"], ": bolt, weave") in caption)
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -195,7 +211,8 @@ def test_F1_draws_the_history(tmp_path):
     for gap in artists(figure, "gap-"):
         np.testing.assert_allclose(gap.get_ydata(), (0.97, 0.8))
     assert texts(figure).count("−0.170") == 4 and figure.caption.count("−0.170 and −0.170") == 2
-    assert not [t for ax in figure.drawing.axes for t in ax.get_xticklabels() if "0.170" in t.get_text()], "no tick of an axis"
+    assert not [t for ax in figure.drawing.axes for t in ax.get_xticklabels() if "0.170" in t.get_text()], (
+        "no tick of an axis")
 
 
 def test_F1_as_committed():
@@ -207,7 +224,8 @@ def test_F1_as_committed():
         for metric, name in (("image_auroc", "image AUROC"), ("pixel_auroc", "pixel AUROC")):
             gaps = []
             for variant in ("fastflow-published", "fastflow-altub-published"):
-                each = [pd.read_csv(ROOT / f"results/ablations/{variant}-toy-{category}-demo-{seed}/history.csv")[metric].dropna() for seed in range(3)]
+                folders = [ROOT / f"results/ablations/{variant}-toy-{category}-demo-{seed}" for seed in range(3)]
+                each = [pd.read_csv(f / "history.csv")[metric].dropna() for f in folders]
                 gaps.append(f"{np.mean([h.iloc[-1] - h.max() for h in each]):.3f}".replace("-", "−"))
             assert f"{category} {name} {' and '.join(gaps)}" in caption
 
@@ -242,7 +260,8 @@ def test_F2_moments_and_bars(tmp_path):
     np.testing.assert_allclose(points, np.stack([arrays["mean1"], arrays["var1"]], 1))
     assert len(artists(figure, "latent-0")) == 4 and len(artists(figure, "base-0")) == 2
     own = [np.load(r["path"] / "latents.npz") for r in runs if r["path"].name.startswith("fastflow-toy")]
-    kl = [np.mean([0.5 * (v - np.log(v) + m**2 - 1) for l in "01" for m, v in zip(a[f"mean{l}"], a[f"var{l}"])]) for a in own]
+    kl = [np.mean([0.5 * (v - np.log(v) + m**2 - 1) for l in "01" for m, v in zip(a[f"mean{l}"], a[f"var{l}"])])
+          for a in own]
     bars = artists(figure, "bar-")
     assert len(bars) == 6, "N(0, I) for four methods, the learned base for two"
     assert np.isclose(next(b for b in bars if b.get_gid() == "bar-0").get_width(), np.mean(kl), rtol=1e-5)
@@ -254,7 +273,8 @@ def test_F2_moments_and_bars(tmp_path):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (CHANNELS,), (CHANNELS, 1, 1), (CHANNELS, 3, 2)])
 @pytest.mark.parametrize("scale", [True, False])
 def test_learned_base_of_any_shape(shape, scale):
-    "Scalar, per channel, per position; without a scale it is 1. Per position, the moments of the mixture over positions."
+    """Scalar, per channel, per position; without a scale it is 1. Per position, the moments
+    of the mixture over positions."""
     draw = np.random.default_rng(0)
     m, s = draw.normal(size=(2, *shape)), draw.normal(0, 0.3, (2, *shape))
     arrays = {"mean0": np.zeros(CHANNELS), "trace/0.mean": m} | ({"trace/0.log_scale": s} if scale else {})
@@ -307,11 +327,13 @@ def test_F4_tells_overlap_and_auroc(tmp_path):
 
 
 def test_F4_tells_how_many(tmp_path):
-    "The numbers of images and positions in the panels; a category without anomalous positions has a place that says so."
+    """The numbers of images and positions in the panels; a category without anomalous
+    positions has a place that says so."""
     runs = make_runs(tmp_path, "F4")
     for run in runs:
         arrays = dict(np.load(run["path"] / "latents.npz"))
-        np.savez(run["path"] / "latents.npz", **arrays | {"defective": arrays["defective"] & (arrays["category"] != "bolt")})
+        np.savez(run["path"] / "latents.npz",
+                 **arrays | {"defective": arrays["defective"] & (arrays["category"] != "bolt")})
     figure = FIGURES["F4"](runs, MATRIX, "demo")
     assert texts(figure).count("40 normal\n40 anomalous") == 2 and texts(figure).count("60 normal\n36 anomalous") == 2
     assert texts(figure).count("one kind only") == 1 and texts(figure).count("bolt") == 2
@@ -364,13 +386,17 @@ def test_F7_of_one_category(tmp_path):
 def test_without_runs(name, tmp_path):
     "No drawing; the caption holds the commands, and an older drawing does not stay."
     figure = FIGURES[name]([], MATRIX, "real")
-    assert figure.drawing is None and "papermill nbs/experiments/run.ipynb" in figure.caption and figure.caption.count("papermill") <= 2
+    assert figure.drawing is None
+    assert "papermill nbs/experiments/run.ipynb" in figure.caption
+    assert figure.caption.count("papermill") <= 2
     for suffix in ("svg", "png"):
         (tmp_path / f"{name}.{suffix}").write_text("old")
     assert figure.save(tmp_path) == [tmp_path / f"{name}.md"] and [p.name for p in tmp_path.iterdir()] == [f"{name}.md"]
 
 
-@pytest.mark.parametrize("name, file", [("F1", "history.csv"), ("F2", "latents.npz"), ("F3", "pictures.npz"), ("F5", "latents.npz"), ("F7", "latents.npz")])
+@pytest.mark.parametrize("name, file",
+                         [("F1", "history.csv"), ("F2", "latents.npz"), ("F3", "pictures.npz"), ("F5", "latents.npz"),
+                          ("F7", "latents.npz")])
 def test_runs_without_the_file(name, file, tmp_path):
     "One run without it is left out with a word; none with it, and there is no drawing."
     variants = MATRIX["outputs"][name]["variants"]
@@ -390,7 +416,8 @@ def test_F7_needs_centres(tmp_path):
     path = tmp_path / "hgad-altub-toy-all-demo-0/latents.npz"
     np.savez(path, **{k: v for k, v in np.load(path).items() if k != "classes"})
     figure = FIGURES["F7"](read_runs(tmp_path), MATRIX, "demo")
-    assert "hold no latents.npz with classes: hgad-altub-toy-all-demo-0" in figure.caption and len(artists(figure, "path-")) == len(TOYS)
+    assert "hold no latents.npz with classes: hgad-altub-toy-all-demo-0" in figure.caption
+    assert len(artists(figure, "path-")) == len(TOYS)
 
 
 def test_one_seed_of_three_is_said(tmp_path):
@@ -400,7 +427,8 @@ def test_one_seed_of_three_is_said(tmp_path):
     assert "seed 0 of 3 planned" in figure.caption and "Missing" not in figure.caption
 
 
-@pytest.mark.parametrize("notebook, names", [("altub_figures", ("F1", "F2", "F3")), ("hgad_figures", ("F4", "F5", "F6", "F7"))])
+@pytest.mark.parametrize("notebook, names",
+                         [("altub_figures", ("F1", "F2", "F3")), ("hgad_figures", ("F4", "F5", "F6", "F7"))])
 def test_notebook_writes_its_figures(notebook, names, tmp_path):
     "The cells of an experiment notebook, run with other parameters, write every figure of theirs."
     for name in names:
@@ -415,7 +443,8 @@ def test_notebook_writes_its_figures(notebook, names, tmp_path):
             exec("".join(cell["source"]), scope)
             if "parameters" in cell["metadata"].get("tags", []):
                 scope |= {"runs": str(tmp_path), "out_dir": str(tmp_path / "out")}
-    assert sorted(p.name for p in (tmp_path / "out/figures").iterdir()) == sorted(f"{n}.{k}" for n in names for k in ("md", "png", "svg"))
+    assert (sorted(p.name for p in (tmp_path / "out/figures").iterdir())
+            == sorted(f"{n}.{k}" for n in names for k in ("md", "png", "svg")))
 
 
 def test_import_needs_no_drawing_library():
@@ -429,26 +458,40 @@ def test_report_shows_captions_and_what_is_missing(tmp_path):
     FIGURES["F1"](make_runs(tmp_path / "runs", "F1"), MATRIX, "demo").save(tmp_path / "figures")
     FIGURES["F2"]([], MATRIX, "real").save(tmp_path / "figures")
     page = outputs_section(tmp_path)
-    assert page.count("<img") == 1 and "<b>F1. Does the last epoch keep what the best one had?</b>" in page and "**" not in page and "```" not in page
+    assert page.count("<img") == 1
+    assert "<b>F1. Does the last epoch keep what the best one had?</b>" in page
+    assert "**" not in page
+    assert "```" not in page
     missing = page[page.index("<section id=F2>"):]
-    assert "<h3>F2</h3><p class='note'><b>F2. Is the latent of normal images N(0, I)?</b> Not drawn at preset real" in missing
-    assert "<code>DATA</code>" in missing and "<pre>mkdir -p runs/reproduce/fastflow-mvtec-bottle-real-0 &amp;&amp; papermill" in missing and "-p data_root DATA/mvtec_ad" in missing
+    assert ("<h3>F2</h3><p class='note'><b>F2. Is the latent of normal images N(0, "
+            "I)?</b> Not drawn at preset real" in missing)
+    assert "<code>DATA</code>" in missing
+    assert "<pre>mkdir -p runs/reproduce/fastflow-mvtec-bottle-real-0 &amp;&amp; papermill" in missing
+    assert "-p data_root DATA/mvtec_ad" in missing
 
 
 def test_loss_is_called_what_it_is():
     "Every method has its own, as it is trained."
     words = lambda method, **detector: " ".join(loss_words({"method": method, "settings": {"detector": detector}}))
-    assert words("fastflow") == "−log-likelihood (nats an image) sum over levels" and "log σ" in words("cflow") and "nats" not in words("cflow")
-    assert "HGAD" in words("hgad", base="hierarchical", joint=True) and "sum" in words("hgad", base="hierarchical", joint=True)
+    assert words("fastflow") == "−log-likelihood (nats an image) sum over levels"
+    assert "log σ" in words("cflow")
+    assert "nats" not in words("cflow")
+    assert "HGAD" in words("hgad", base="hierarchical", joint=True)
+    assert "sum" in words("hgad", base="hierarchical", joint=True)
     assert words("hgad", base="standard", joint=False) == "−log-likelihood (nats a dimension) mean over levels"
 
 
 def test_hardest_of_every_category():
-    "Each category has its own threshold; failures from the furthest, successes from the nearest on; a single kind has no failures."
-    table = pd.DataFrame({"category": [*"aaaaaabbbbc"], "label": [0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 0], "score": [1, 2, 7, 3, 6, 9, 10, 20, 30, 5, 0.0]})
+    """Each category has its own threshold; failures from the furthest, successes from the nearest on;
+    a single kind has no failures."""
+    table = pd.DataFrame({"category": [*"aaaaaabbbbc"], "label": [0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 0],
+                          "score": [1, 2, 7, 3, 6, 9, 10, 20, 30, 5, 0.0]})
     assert thresholds(table).tolist() == [3.0] * 6 + [30.0] * 4 + [np.inf]
     groups = hardest(table, 9)
-    assert list(groups) == ["failures: missed", "failures: false alarms", "successes: just found", "successes: just passed"]
+    assert (list(groups) == ["failures: missed", "failures: false alarms", "successes: just found",
+                             "successes: just passed"])
     assert sorted(i for rows in groups.values() for i in rows) == list(range(11))
-    assert groups["failures: missed"] == [9] and groups["failures: false alarms"] == [2] and groups["successes: just found"] == [3, 8, 4, 5]
+    assert groups["failures: missed"] == [9]
+    assert groups["failures: false alarms"] == [2]
+    assert groups["successes: just found"] == [3, 8, 4, 5]
     assert groups["successes: just passed"] == [1, 0, 7, 6, 10]

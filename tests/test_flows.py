@@ -1,4 +1,5 @@
-"""One battery over every flow: inverse, Jacobian, gradients, independence, conditions, storage, precision, FrEIA; and bad input."""
+"""One battery over every flow: inverse, Jacobian, gradients, independence, conditions,
+storage, precision, FrEIA; and bad input."""
 import math
 from dataclasses import dataclass
 
@@ -9,7 +10,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowrepro import flows
-from flowrepro.flows import UNIT, Coupling, conv_flow, dense_flow, from_freia, log_scale, positional_code, positive, random_rotation, to_freia
+from flowrepro.flows import (
+    UNIT, Coupling, conv_flow, dense_flow, from_freia, log_scale, positional_code, positive, random_rotation, to_freia
+)
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,11 @@ def test_logdet_is_that_of_the_jacobian(case, random):
     places = [(n, p) for n in range(2) for p in range(4)] if case.dense else [(0,), (1,)]
     for place in places:
         own, c = x[place], None if cond is None else cond[place[1]] if case.dense else cond[0]
-        one = (lambda v: flow(v, c)[0]) if case.dense else (lambda v: flow(v[None], None if c is None else c[None])[0][0])
+        one = ((lambda v: flow(v, c)[0]) if case.dense
+               else (lambda v: flow(v[None], None if c is None else c[None])[0][0]))
         jacobian = torch.autograd.functional.jacobian(one, own).reshape(own.numel(), own.numel())
-        close(logdet[place], torch.linalg.slogdet(jacobian).logabsdet, 5e-6 if case.soft else 1e-9)  # rotations are kept in float32
+        # rotations are kept in float32
+        close(logdet[place], torch.linalg.slogdet(jacobian).logabsdet, 5e-6 if case.soft else 1e-9)
     if random:
         assert logdet.abs().max() > 0.05, "a log-determinant of zero shows nothing"
 
@@ -149,7 +154,8 @@ def test_samples_do_not_see_each_other(case):
 
 @pytest.mark.parametrize("case", [c for c in CASES.values() if c.c_cond], ids=[n for n, c in CASES.items() if c.c_cond])
 def test_condition_once_or_for_every_sample(case):
-    "A condition per position gives what the same one repeated for every sample gives, and another one gives something else."
+    """A condition per position gives what the same one repeated for every sample gives, and
+    another one gives something else."""
     flow, (x, cond) = case.build(), case.inputs()
     full = cond.expand(len(x), *cond.shape[-2:] if case.dense else cond.shape[1:]).clone()
     for a, b in zip(flow(x, cond), flow(x, full)):
@@ -241,7 +247,8 @@ def rows(case: Case, x, cond):
     return x, None if cond is None else [cond.expand(len(x), -1, -1, -1)]
 
 
-published = pytest.mark.parametrize("case", [c for c in CASES.values() if c.rule == "published"], ids=[n for n, c in CASES.items() if c.rule == "published"])
+published = pytest.mark.parametrize("case", [c for c in CASES.values() if c.rule == "published"],
+                                    ids=[n for n, c in CASES.items() if c.rule == "published"])
 
 
 @published
@@ -253,7 +260,8 @@ def test_freia_weights_give_freia_numbers(case):
     z, logdet = flow(x, cond)
     theirs_z, theirs_logdet = twin(*rows(case, x, cond))
     close(z, theirs_z.view_as(z), 1e-10), close(logdet, theirs_logdet.view_as(logdet), 1e-10)
-    ours, theirs = (torch.autograd.grad(a.square().sum() - b.sum(), x)[0] for a, b in ((z, logdet), (theirs_z, theirs_logdet)))
+    ours, theirs = (torch.autograd.grad(a.square().sum() - b.sum(), x)[0]
+                    for a, b in ((z, logdet), (theirs_z, theirs_logdet)))
     close(ours, theirs, 1e-9)
 
 
@@ -301,7 +309,8 @@ def test_freia_dict_of_another_flow(case):
 
 @pytest.mark.parametrize("channels", [0, 1])
 def test_too_few_channels(channels):
-    for make in (lambda: conv_flow(channels, steps=1), lambda: dense_flow(channels, steps=1), lambda: Coupling(channels, 4, None, 0, 2.0, "published")):
+    for make in (lambda: conv_flow(channels, steps=1), lambda: dense_flow(channels, steps=1),
+                 lambda: Coupling(channels, 4, None, 0, 2.0, "published")):
         with pytest.raises(ValueError, match="too few"):
             make()
 
@@ -327,7 +336,8 @@ def test_global_scale():
 
 @pytest.mark.parametrize("channels, height, width", [(4, 3, 5), (8, 1, 1), (16, 7, 2), (128, 14, 20)])
 def test_position_code(channels, height, width):
-    "Sines and cosines, in turn, of the column in the first half of the channels and of the row in the second, at rates from 1 to near 1e-4."
+    """Sines and cosines, in turn, of the column in the first half of the channels and of the row in the
+    second, at rates from 1 to near 1e-4."""
     code = positional_code(channels, height, width)
     assert code.shape == (channels, height, width) and code.dtype == torch.float32
     half, expected = channels // 2, torch.empty(channels, height, width, dtype=torch.float64)
@@ -437,12 +447,16 @@ def doubles(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("lead", [(), (4,), (2, 3)], ids=str)
 @pytest.mark.parametrize("coded", [False, True], ids=["alone", "with code"])
 def test_gradients_of_the_products(lead, coded):
-    "The network's two layers, the rotation and the shuffle, against finite differences; a second derivative is refused, not wrong."
+    """The network's two layers, the rotation and the shuffle, against finite differences; a second
+    derivative is refused, not wrong."""
     torch.manual_seed(0)
     perm, shuffle = flows.random_rotation(5).double(), torch.randperm(5)
     scale = (torch.rand(5, dtype=torch.double) + 0.5).requires_grad_()
     code, wide = (doubles(*lead, 2), 5) if coded else (None, 3)
-    layers = [(flows.Layers.apply, (doubles(*lead, 3), code, doubles(*lead[k:], 6), doubles(6, wide), doubles(4, 6), doubles(4))) for k in range(len(lead) + 1)]
+    layers = [
+        (flows.Layers.apply,
+         (doubles(*lead, 3), code, doubles(*lead[k:], 6), doubles(6, wide), doubles(4, 6), doubles(4)))
+         for k in range(len(lead) + 1)]
     def shuffled(d):  # over axis d of `lead` and the channels
         wide = lambda v: v if d == -1 else v.view(-1, *[1] * (len(lead) - d))
         return lambda y, g, o: flows.Shuffle.apply(y.transpose(-1, d), wide(g), wide(o), shuffle, d)
@@ -453,7 +467,9 @@ def test_gradients_of_the_products(lead, coded):
         with pytest.raises(RuntimeError, match="once_differentiable"): grad.sum().backward()
 
 
-@pytest.mark.parametrize("shape, to", [((3, 4, 5), (5,)), ((3, 4, 5), (4, 5)), ((3, 4, 5), (3, 4, 5)), ((3, 4, 5), (1, 4, 5)), ((3, 4, 5), (3, 1, 5)), ((200, 5), (5,)), ((1, 5), (5,))], ids=str)
+@pytest.mark.parametrize("shape, to",
+                         [((3, 4, 5), (5,)), ((3, 4, 5), (4, 5)), ((3, 4, 5), (3, 4, 5)), ((3, 4, 5), (1, 4, 5)),
+                          ((3, 4, 5), (3, 1, 5)), ((200, 5), (5,)), ((1, 5), (5,))], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_the_sum_of_what_was_shared(shape, to, dtype):
     t = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -466,7 +482,8 @@ def test_the_sum_of_what_was_shared(shape, to, dtype):
 def test_codes_by_position_and_by_row_give_the_same(rows):
     "Latent, log-determinant and every gradient, the table's too, with fewer and with more rows than positions."
     torch.manual_seed(0)
-    flow, table, index, x = flows.dense_flow(7, 3, 4).double(), doubles(12, 4), torch.randint(12, (rows,)), doubles(rows, 7)
+    flow, table, index, x = (flows.dense_flow(7, 3, 4).double(), doubles(12, 4), torch.randint(12, (rows,)),
+                             doubles(rows, 7))
     def all_of(cond):
         z, logdet = flow(x, cond)
         return z, logdet, *torch.autograd.grad(z.square().sum() / 2 - logdet.sum(), [x, table, *flow.parameters()])
@@ -478,7 +495,8 @@ def test_codes_by_position_and_by_row_give_the_same(rows):
 
 class Operations(TorchDispatchMode):
     "Counts the operations that do work; views and empty tensors do none."
-    VIEWS = {"view", "_unsafe_view", "t", "transpose", "expand", "split", "split_with_sizes", "slice", "select", "unsqueeze", "squeeze", "detach", "permute", "unbind", "_reshape_alias"}
+    VIEWS = {"view", "_unsafe_view", "t", "transpose", "expand", "split", "split_with_sizes", "slice", "select",
+             "unsqueeze", "squeeze", "detach", "permute", "unbind", "_reshape_alias"}
     count = 0
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
@@ -506,9 +524,12 @@ def test_fewer_operations_than_freia(kind):
 
 
 COMPILED = {
-    "conv": lambda: (conv_flow(6, 3), torch.randn(2, 6, 5, 5)), "conv, rotations": lambda: (conv_flow(6, 3, soft=True), torch.randn(2, 6, 5, 5)),
-    "dense": lambda: (dense_flow(6, 3), torch.randn(20, 6)), "dense, codes of each row": lambda: (dense_flow(6, 3, 4), torch.randn(20, 6), torch.randn(20, 4)),
-    "dense, table of codes": lambda: (dense_flow(6, 3, 4), torch.randn(20, 6), (torch.randn(7, 4), torch.arange(20) % 7)),
+    "conv": lambda: (conv_flow(6, 3), torch.randn(2, 6, 5, 5)),
+    "conv, rotations": lambda: (conv_flow(6, 3, soft=True), torch.randn(2, 6, 5, 5)),
+    "dense": lambda: (dense_flow(6, 3), torch.randn(20, 6)),
+    "dense, codes of each row": lambda: (dense_flow(6, 3, 4), torch.randn(20, 6), torch.randn(20, 4)),
+    "dense, table of codes": lambda: (dense_flow(6, 3, 4), torch.randn(20, 6),
+                                      (torch.randn(7, 4), torch.arange(20) % 7)),
 }
 
 
@@ -520,5 +541,6 @@ def test_compiles_in_one_piece(kind):
         z, logdet = f(*given)
         return [z, *torch.autograd.grad(z.square().sum() - logdet.sum(), list(flow.parameters()))]
     torch._dynamo.reset()
-    for got, want in zip(gradients(torch.compile(flow, backend="aot_eager", fullgraph=True)), gradients(flow), strict=True):
+    for got, want in zip(gradients(torch.compile(flow, backend="aot_eager", fullgraph=True)), gradients(flow),
+                         strict=True):
         close(got, want, 1e-5)

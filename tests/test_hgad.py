@@ -1,4 +1,5 @@
-"""HGAD: every loss term against plain formulas and finite differences, its two stages; and the detector: class modes, categories, groups, files."""
+"""HGAD: every loss term against plain formulas and finite differences, its two stages; and the
+detector: class modes, categories, groups, files."""
 import json
 import math
 from dataclasses import replace
@@ -21,8 +22,10 @@ from flowrepro.training import Schedule, fit, optimizers_of
 STAGE_ONE, STAGE_TWO = ["L_g", "L_mi", "L_e"], ["L_g", "L_mi", "L_e", "L_in", "L_z"]
 NAMES = ("mu", "delta", "phi", "psi")
 SIZES = {  # images, positions, channels, categories, centres
-    "usual": (3, 4, 5, 3, 3), "one position": (4, 1, 3, 3, 2), "one category": (2, 3, 4, 1, 3), "one centre": (3, 2, 3, 2, 1),
-    "one of everything": (1, 1, 2, 1, 1), "more categories than channels": (3, 2, 2, 5, 2), "one channel": (2, 3, 1, 2, 2)}
+    "usual": (3, 4, 5, 3, 3), "one position": (4, 1, 3, 3, 2), "one category": (2, 3, 4, 1, 3),
+    "one centre": (3, 2, 3, 2, 1),
+    "one of everything": (1, 1, 2, 1, 1), "more categories than channels": (3, 2, 2, 5, 2),
+    "one channel": (2, 3, 1, 2, 2)}
 every_size = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
 
 
@@ -83,7 +86,8 @@ def test_terms_of_other_draws(seed):
         assert value.item() == pytest.approx(plain(*given)[name], rel=1e-12)
 
 
-MOVED = {"L_g": ("z", "logdet", "mu", "phi"), "L_mi": ("z", "mu"), "L_e": ("z", "mu"), "L_in": ("z", "logdet", "delta", "psi"), "L_z": ("z", "logdet", "delta", "psi")}
+MOVED = {"L_g": ("z", "logdet", "mu", "phi"), "L_mi": ("z", "mu"), "L_e": ("z", "mu"),
+         "L_in": ("z", "logdet", "delta", "psi"), "L_z": ("z", "logdet", "delta", "psi")}
 
 
 @every_size
@@ -102,7 +106,8 @@ def test_gradients_by_finite_differences(name, size):
 
     assert torch.autograd.gradcheck(term, tuple(moved.values()))
     fixed = [v.detach().requires_grad_() for v in (z, logdet)]
-    rest = {k: v for k, v in ({"z": fixed[0], "logdet": fixed[1]} | dict(mixture.named_parameters())).items() if k not in moved}
+    rest = {k: v for k, v in ({"z": fixed[0], "logdet": fixed[1]} | dict(mixture.named_parameters())).items()
+            if k not in moved}
     loss = hgad_terms(*fixed, label, mixture)[name]
     for k, g in zip(rest, torch.autograd.grad(loss, list(rest.values()), allow_unused=True)):
         assert g is None or not g.any(), f"{name} moves {k}"
@@ -147,7 +152,8 @@ def test_main_centres_do_not_move_inside_categories(name, size):
     z, logdet, label, mixture = make(size)
     (g,) = torch.autograd.grad(hgad_terms(z, logdet, label, mixture)[name], mixture.mu, allow_unused=True)
     assert g is None or not g.any()
-    whole, first = (torch.autograd.grad(hgad_loss(hgad_terms(z, logdet, label, mixture, intra)), mixture.mu)[0] for intra in (True, False))
+    whole, first = (torch.autograd.grad(hgad_loss(hgad_terms(z, logdet, label, mixture, intra)), mixture.mu)[0]
+                    for intra in (True, False))
     torch.testing.assert_close(whole, first, rtol=1e-12, atol=1e-13)
 
 
@@ -161,7 +167,8 @@ def test_order_does_not_matter(size):
         terms = hgad_terms(a, b, c, mixture)
         for name, value in expected.items():
             torch.testing.assert_close(terms[name], value, rtol=1e-12, atol=1e-12)
-        grads = [torch.autograd.grad(hgad_loss(t), list(mixture.parameters()), retain_graph=True) for t in (terms, expected)]
+        grads = [torch.autograd.grad(hgad_loss(t), list(mixture.parameters()), retain_graph=True)
+                 for t in (terms, expected)]
         for x, y in zip(*grads):
             torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11)
 
@@ -192,7 +199,9 @@ def test_affinities(size):
     z, _, label, mixture = make(size)
     of = lambda c: (z[:, :, None] * c).sum(-1) - c.square().sum(-1) / 2
     _, main, own = affinities(z, mixture, label, own=True)
-    torch.testing.assert_close(main, of(mixture.mu)), torch.testing.assert_close(own, of(mixture.all_centres()[label][:, None]))
+    torch.testing.assert_close(main,
+                               of(mixture.mu)), torch.testing.assert_close(own,
+                                                                           of(mixture.all_centres()[label][:, None]))
     _, again, none = affinities(z, mixture, label, own=False)
     torch.testing.assert_close(again, main)
     assert none is None
@@ -205,13 +214,15 @@ def test_smoothing():
     for s, terms in at.items():
         torch.testing.assert_close(terms["L_mi"], (1 - s) * at[0.0]["L_mi"] + s * at[1.0]["L_mi"])
         assert all(torch.equal(terms[k], at[0.0][k]) for k in STAGE_TWO if k != "L_mi")
-    others = torch.stack([hgad_terms(*given[:2], torch.full((3,), y), given[3], smoothing=0.0)["L_mi"] for y in range(3)])
+    others = torch.stack([hgad_terms(*given[:2], torch.full((3,), y), given[3], smoothing=0.0)["L_mi"]
+                          for y in range(3)])
     torch.testing.assert_close(at[1.0]["L_mi"], others.mean())
     torch.testing.assert_close(hgad_terms(*given)["L_mi"], at[0.02]["L_mi"])
 
 
 def test_bounds():
-    "With equal weights: the information is at most log K, and is that at the own centre, far from the others; the entropy lies between 0 and log K."
+    """With equal weights: the information is at most log K, and is that at the own centre, far from the others; the
+    entropy lies between 0 and log K."""
     for seed in range(20):
         z, logdet, label, mixture = make((3, 4, 5, 4, 2), seed)
         nn.init.zeros_(mixture.phi)
@@ -221,7 +232,8 @@ def test_bounds():
         mixture.mu.copy_(torch.eye(4, 5) * 30)
     sure = hgad_terms(mixture.mu[label][:, None].expand(3, 4, 5), logdet, label, mixture, smoothing=0.0)
     assert abs(sure["L_mi"] - math.log(4)) < 1e-10 and abs(sure["L_e"]) < 1e-10
-    even = hgad_terms(torch.full((3, 4, 5), 7.0, dtype=torch.float64) * torch.tensor([1.0, 1, 1, 1, 0]), logdet, label, mixture)
+    even = hgad_terms(torch.full((3, 4, 5), 7.0, dtype=torch.float64) * torch.tensor([1.0, 1, 1, 1, 0]), logdet, label,
+                      mixture)
     assert abs(even["L_e"] - math.log(4)) < 1e-10
 
 
@@ -238,7 +250,8 @@ def test_far_away(distance):
         z = (z + distance).requires_grad_()
         terms = hgad_terms(z, logdet, label, mixture)
         hgad_loss(terms).backward()
-        assert all(t.isfinite() for t in terms.values()) and all(p.grad.isfinite().all() for p in (z, *mixture.parameters()))
+        assert all(t.isfinite() for t in terms.values())
+        assert all(p.grad.isfinite().all() for p in (z, *mixture.parameters()))
 
 
 def test_float32_is_near_float64():
@@ -283,8 +296,10 @@ def test_no_gather_of_centres(size):
 
 
 @pytest.mark.parametrize("label, words", [
-    (torch.tensor([0, 1, 3]), "labels 0 to 3.*categories 0 to 2"), (torch.tensor([0, -1, 1]), "labels -1 to 1"), (torch.tensor([0, 1]), "for each of the 3 images"),
-    (torch.tensor([0, 1, 2, 0]), "for each of the 3 images"), (torch.tensor(1), "for each of the 3 images"), (torch.zeros(3, 4, dtype=torch.long), "for each of the 3 images"),
+    (torch.tensor([0, 1, 3]), "labels 0 to 3.*categories 0 to 2"), (torch.tensor([0, -1, 1]), "labels -1 to 1"),
+    (torch.tensor([0, 1]), "for each of the 3 images"),
+    (torch.tensor([0, 1, 2, 0]), "for each of the 3 images"), (torch.tensor(1), "for each of the 3 images"),
+    (torch.zeros(3, 4, dtype=torch.long), "for each of the 3 images"),
     (torch.tensor([0.0, 1.0, 2.0]), "float32"), (torch.tensor([True, False, True]), "bool")], ids=str)
 @pytest.mark.parametrize("intra", [True, False])
 def test_labels_that_make_no_sense(label, words, intra):
@@ -347,7 +362,8 @@ def test_losses_are_the_terms_of_each_level(stand_in):
     model, joint, x = detector(stand_in, **kw), detector(stand_in, joint=True, **kw), features()
     for epoch, intra in ((0, False), (24, True)):
         model.begin(epoch, 25), joint.begin(epoch, 25)
-        expected = [hgad_loss(hgad_terms(z, j, LABELS, b, intra, 0.1), 0.7, 30.0, 0.2) for b, (z, j) in zip(model.bases, model.latents(x))]
+        expected = [hgad_loss(hgad_terms(z, j, LABELS, b, intra, 0.1), 0.7, 30.0, 0.2)
+                    for b, (z, j) in zip(model.bases, model.latents(x))]
         torch.testing.assert_close(list(model.losses(x, LABELS)), expected)
         torch.testing.assert_close(list(joint.losses(x, LABELS)), [sum(expected)])
 
@@ -362,7 +378,9 @@ def test_a_level_is_computed_after_the_step_of_the_one_before(stand_in):
     assert next(losses).item() != untouched[1].item()
 
 
-@pytest.mark.parametrize("stage_one, epochs, first", [(0.08, 25, 2), (0.08, 200, 16), (0.0, 10, 0), (1.0, 10, None), (0.5, 5, 3), (0.1, 10, 1), (0.08, 12, 1), (0.3, 10, 3)])
+@pytest.mark.parametrize("stage_one, epochs, first",
+                         [(0.08, 25, 2), (0.08, 200, 16), (0.0, 10, 0), (1.0, 10, None), (0.5, 5, 3), (0.1, 10, 1),
+                          (0.08, 12, 1), (0.3, 10, 3)])
 def test_begin_switches_the_stage(stage_one, epochs, first, stand_in):
     "Of the public code's 25 meta-epochs of 8 passes, two are the first stage."
     model = detector(stand_in, stage_one=stage_one)
@@ -418,20 +436,23 @@ def test_entropy_needs_no_label(stand_in):
         q = (-(z[:, :, None] - model.bases[level].mu).square().sum(-1) / 2).softmax(-1)
         expected = -torch.distributions.Categorical(q).entropy()
         for mode in CLASS_MODES:
-            torch.testing.assert_close(model.parts(x, LABELS, mode)[level].entropy.flatten(1), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(model.parts(x, LABELS, mode)[level].entropy.flatten(1), expected, rtol=1e-4,
+                                       atol=1e-5)
         assert (expected <= 0).all() and (expected >= -math.log(3)).all()
 
 
 @pytest.mark.parametrize("base", ["hierarchical", "classes"])
 def test_inferred_is_the_marginal(base, stand_in):
-    "Without labels or whatever they are; with equal weights of K categories never below the known category's less log K, never above the best one's."
+    """Without labels or whatever they are; with equal weights of K categories never below the known category's less
+    log K, never above the best one's."""
     model, x = detector(stand_in, base=base).double(), [v.double() for v in features()]
     inferred = model.parts(x, class_mode="inferred")
     assert all(torch.equal(a, b) for p, q in zip(inferred, model.parts(x, LABELS, "inferred")) for a, b in zip(p, q))
     each = [model.parts(x, torch.full((6,), y), "known") for y in range(3)]
     for level, (d, *_) in enumerate(SHAPES):
         known = torch.stack([e[level].base for e in each])
-        assert (inferred[level].base >= known - math.log(3) / d - 1e-12).all() and (inferred[level].base <= known.amax(0) + 1e-12).all()
+        assert (inferred[level].base >= known - math.log(3) / d - 1e-12).all()
+        assert (inferred[level].base <= known.amax(0) + 1e-12).all()
         torch.testing.assert_close(inferred[level].base * d, (known * d).logsumexp(0) - math.log(3))
 
 
@@ -504,7 +525,8 @@ def test_adopt(stand_in):
     assert model.config["categories"] is None and not list(model.bases.parameters())
     model.adopt(c for c in CATEGORIES)
     assert model.config["categories"] == CATEGORIES and [b.mu.shape for b in model.bases] == [(3, 6), (3, 5)]
-    assert [b.psi.shape for b in model.bases] == [(3, 5), (3, 5)] and [model.number_of(c) for c in CATEGORIES] == [0, 1, 2]
+    assert [b.psi.shape for b in model.bases] == [(3, 5), (3, 5)]
+    assert [model.number_of(c) for c in CATEGORIES] == [0, 1, 2]
     double = detector(stand_in, base="classes")
     assert [type(b) for b in double.bases] == [ClassMixture] * 2
 
@@ -512,7 +534,8 @@ def test_adopt(stand_in):
 def test_a_category_not_trained_on(stand_in, toy):
     "Named, and the known ones with it; alone, in a data set, before any training."
     model = detector(stand_in)
-    with pytest.raises(DataError, match="category 'screw': this model knows bolt, nut, pin; train it on that category, too"):
+    with pytest.raises(DataError, match="category 'screw': this model knows bolt, nut, pin; "
+                                        "train it on that category, too"):
         model.number_of("screw")
     with pytest.raises(DataError, match="'weave': this model knows bolt, nut, pin"):
         model.labels_of(load("toy", toy, "weave", Transform(32))[0])
@@ -550,7 +573,8 @@ def two(toy) -> tuple[Dataset, Dataset]:
 def trained(tiny_backbone, two) -> HGAD:
     "Trained for some epochs on two categories; tests do not change it."
     torch.manual_seed(0)
-    return HGAD(tiny_backbone(**PYRAMID), **SMALL, stage_one=0.3, joint=True).fit(two[0], epochs=4, batch=4, progress=False)
+    return HGAD(tiny_backbone(**PYRAMID), **SMALL, stage_one=0.3,
+                joint=True).fit(two[0], epochs=4, batch=4, progress=False)
 
 
 def with_mode(model: HGAD, mode: str, path) -> HGAD:
@@ -558,7 +582,8 @@ def with_mode(model: HGAD, mode: str, path) -> HGAD:
     model.save(path)
     with safe_open(str(path), "pt") as f:
         about = f.metadata()
-    save_file(load_file(path), str(path), metadata=about | {"config": json.dumps(json.loads(about["config"]) | {"class_mode": mode})})
+    save_file(load_file(path), str(path),
+              metadata=about | {"config": json.dumps(json.loads(about["config"]) | {"class_mode": mode})})
     return HGAD.load(path)
 
 
@@ -577,13 +602,17 @@ def test_predict_in_every_form(mode, trained, two, tmp_path):
     "A data set tells its categories itself; images are told one; without, known refuses and the others infer."
     model, test = with_mode(trained, mode, tmp_path / "m.safetensors"), two[1]
     maps, scores = model.predict(test)
-    assert maps.shape == (len(test), 32, 32) and scores.shape == (len(test),) and maps.isfinite().all() and scores.isfinite().all()
+    assert maps.shape == (len(test), 32, 32)
+    assert scores.shape == (len(test),)
+    assert maps.isfinite().all()
+    assert scores.isfinite().all()
     for category in test.categories:
         rows = [i for i, r in enumerate(test.records) if r.category == category]
         own = test.filter(category=category)
         for given in (pixels(own), own, [r.image for r in own.records]):
             a, b = model.predict(given, category=category)
-            torch.testing.assert_close(a, maps[rows], rtol=1e-4, atol=1e-5), torch.testing.assert_close(b, scores[rows], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(a, maps[rows], rtol=1e-4,
+                                       atol=1e-5), torch.testing.assert_close(b, scores[rows], rtol=1e-4, atol=1e-5)
     if mode == "known":
         with pytest.raises(ValueError, match="class_mode='known'"):
             model.predict(pixels(test))
@@ -591,7 +620,8 @@ def test_predict_in_every_form(mode, trained, two, tmp_path):
         assert not torch.allclose(model.predict(pixels(test)[:1], category=wrong)[0], maps[:1])
     else:
         a, b = model.predict(pixels(test))
-        torch.testing.assert_close(a, maps, rtol=1e-4, atol=1e-5), torch.testing.assert_close(b, scores, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, maps, rtol=1e-4,
+                                   atol=1e-5), torch.testing.assert_close(b, scores, rtol=1e-4, atol=1e-5)
 
 
 def test_predict_does_not_depend_on_the_batch(trained, two, tmp_path):
@@ -602,7 +632,8 @@ def test_predict_does_not_depend_on_the_batch(trained, two, tmp_path):
     maps, scores = model.predict(test)
     for batch in (1, 5, 100):
         a, b = model.predict(mixed, batch=batch)
-        torch.testing.assert_close(a, maps[order], rtol=1e-4, atol=1e-5), torch.testing.assert_close(b, scores[order], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, maps[order], rtol=1e-4,
+                                   atol=1e-5), torch.testing.assert_close(b, scores[order], rtol=1e-4, atol=1e-5)
 
 
 def test_predict_a_category_not_trained_on(trained, toy, two):
@@ -630,13 +661,16 @@ def test_fit_refuses_another_category(tiny_backbone, two):
 
 
 def test_training_learns_the_categories(stand_in, bank_of):
-    "Features whose categories differ: the information about them rises on every level, the most probable category is the right one, and its density exceeds another's."
+    """Features whose categories differ: the information about them rises on every level, the most probable category is
+    the right one, and its density exceeds another's."""
     g = torch.Generator().manual_seed(0)
     labels = torch.arange(24) % 3
-    bank = bank_of(*(torch.randn(24, *s, generator=g) + 2 * torch.nn.functional.one_hot(labels, s[0])[:, :, None, None] for s in SHAPES))
+    bank = bank_of(*(torch.randn(24, *s, generator=g) + 2 * torch.nn.functional.one_hot(labels, s[0])[:, :, None, None]
+                     for s in SHAPES))
     model, x = detector(stand_in, spread=0.0, joint=True, stage_one=0.2), bank[torch.arange(24)]
     model.prepare(bank)
-    information = lambda: torch.stack([hgad_terms(z, j, labels, b, intra=False)["L_mi"] for b, (z, j) in zip(model.bases, model.latents(x))])
+    information = lambda: torch.stack(
+        [hgad_terms(z, j, labels, b, intra=False)["L_mi"] for b, (z, j) in zip(model.bases, model.latents(x))])
     before = information()
     fit(model, bank, Schedule(epochs=25, batch=8, lr=2e-2), labels, progress=False)
     with torch.no_grad():
@@ -672,16 +706,20 @@ def test_groups_in_a_step(stand_in, bank_of):
         fit(model, bank_of(*features()), Schedule(epochs=1, batch=6, lr=1e-3, weight_decay=0.0), LABELS, progress=False)
         moved[rate] = {n: (p.detach() - before[n]) for n, p in model.named_parameters()}
     for n in moved[1.0]:
-        torch.testing.assert_close(moved[3.0][n], moved[1.0][n] * (3 if n.endswith(("mu", "delta")) else 1), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(moved[3.0][n], moved[1.0][n] * (3 if n.endswith(("mu", "delta")) else 1), rtol=1e-3,
+                                   atol=1e-6)
     adam, _ = optimizers_of(model, Schedule(weight_decay=1e-4, betas=(0.95, 0.99)), None)
-    assert [g["weight_decay"] for g in adam.param_groups] == [1e-4, 0.0, 0.0] and {g["betas"] for g in adam.param_groups} == {(0.95, 0.99)}
+    assert [g["weight_decay"] for g in adam.param_groups] == [1e-4, 0.0, 0.0]
+    assert {g["betas"] for g in adam.param_groups} == {(0.95, 0.99)}
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings", [
     {}, dict(base="classes", class_mode="known", joint=True), dict(base="standard"), dict(base="diagonal", soft=False),
-    dict(categories=None, score=PUBLISHED["hgad"]), dict(centres=1, categories=["nut"], lambda2=100.0, stage_one=0.5, centre_rate=3.0, rule="unit-gain", norm="layer")], ids=str)
+    dict(categories=None, score=PUBLISHED["hgad"]),
+    dict(centres=1, categories=["nut"], lambda2=100.0, stage_one=0.5, centre_rate=3.0, rule="unit-gain", norm="layer")],
+    ids=str)
 def test_save_and_load(settings, tiny_backbone, tmp_path):
     "Categories, settings, score and tensors; with categories or before it has any."
     torch.manual_seed(1)
@@ -695,30 +733,35 @@ def test_save_and_load(settings, tiny_backbone, tmp_path):
     for again in (HGAD.load(tmp_path / "m.safetensors"), Detector.load(tmp_path / "m.safetensors")):
         assert type(again) is HGAD and again.config == model.config and again.score == model.score
         state = again.state_dict()
-        assert state.keys() == model.state_dict().keys() and all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+        assert state.keys() == model.state_dict().keys()
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
         if model.config["categories"]:
             images = torch.rand(3, 3, 32, 32)
             x, y = model.backbone(images), torch.zeros(3, dtype=torch.long)
-            assert all(torch.equal(a, b) for p, q in zip(model.parts(x, y), again.parts(x, y)) for a, b in zip(p, q) if a is not None)
+            assert all(torch.equal(a, b) for p, q in zip(model.parts(x, y), again.parts(x, y)) for a, b in zip(p, q)
+                       if a is not None)
 
 
 def test_position_codes_are_not_saved(trained, tmp_path):
     "They follow from the sizes."
     trained.save(tmp_path / "m.safetensors")
     keys = load_file(tmp_path / "m.safetensors").keys()
-    assert not [k for k in keys if "code" in k] and {k for k in keys if k.startswith("bases.1")} == {f"bases.1.{n}" for n in NAMES}
+    assert not [k for k in keys if "code" in k]
+    assert {k for k in keys if k.startswith("bases.1")} == {f"bases.1.{n}" for n in NAMES}
 
 
 def test_load_another_method(tiny_backbone, tmp_path):
     "Both methods are named, and what to use instead; `Detector.load` takes any."
-    makers = {"fastflow": (FastFlow, {}), "cflow": (CFlow, dict(code=4, fibers=8)), "hgad": (HGAD, dict(categories=CATEGORIES, code=4))}
+    makers = {"fastflow": (FastFlow, {}), "cflow": (CFlow, dict(code=4, fibers=8)),
+              "hgad": (HGAD, dict(categories=CATEGORIES, code=4))}
     for name, (kind, kw) in makers.items():
         path = tmp_path / f"{name}.safetensors"
         kind(tiny_backbone(levels=(1,)), steps=1, **kw).save(path)
         assert type(Detector.load(path)) is kind
         for other, (wrong, _) in makers.items():
             if other != name:
-                with pytest.raises(DataError, match=f"{name}.safetensors holds method {name}, not {other}: use {kind.__name__}.load"):
+                with pytest.raises(DataError, match=f"{name}.safetensors holds method {name}, not {other}: "
+                                                    f"use {kind.__name__}.load"):
                     wrong.load(path)
 
 
@@ -734,7 +777,8 @@ def test_load_other_sizes(change, names, tiny_backbone, tmp_path):
     HGAD(tiny_backbone(levels=(1,)), CATEGORIES, **SMALL).save(tmp_path / "m.safetensors")
     with safe_open(str(tmp_path / "m.safetensors"), "pt") as f:
         about = f.metadata()
-    save_file(load_file(tmp_path / "m.safetensors"), str(tmp_path / "other.safetensors"), metadata=about | {"config": json.dumps(json.loads(about["config"]) | change)})
+    save_file(load_file(tmp_path / "m.safetensors"), str(tmp_path / "other.safetensors"),
+              metadata=about | {"config": json.dumps(json.loads(about["config"]) | change)})
     with pytest.raises(DataError, match="other.safetensors does not fit") as error:
         HGAD.load(tmp_path / "other.safetensors")
     assert all(n in str(error.value) for n in names), str(error.value)
@@ -761,9 +805,12 @@ def test_position_codes_come_in_fours(code, stand_in):
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(base="mixture"), "base 'mixture': one of hierarchical, classes, standard, diagonal"), (dict(class_mode="guess"), "class_mode 'guess': one of known, inferred, inferred-top"),
-    (dict(stage_one=1.5), "stage_one 1.5"), (dict(stage_one=-0.1), "stage_one -0.1"), (dict(smoothing=1.0), "smoothing 1.0"), (dict(smoothing=-0.1), "smoothing -0.1"),
-    (dict(centre_rate=0.0), "centre_rate 0.0"), (dict(lambda2=-1.0), "not negative"), (dict(lambda_e=-1.0), "not negative"), (dict(centres=0), "centres 0: a whole number from 1"),
+    (dict(base="mixture"), "base 'mixture': one of hierarchical, classes, standard, diagonal"),
+    (dict(class_mode="guess"), "class_mode 'guess': one of known, inferred, inferred-top"),
+    (dict(stage_one=1.5), "stage_one 1.5"), (dict(stage_one=-0.1), "stage_one -0.1"),
+    (dict(smoothing=1.0), "smoothing 1.0"), (dict(smoothing=-0.1), "smoothing -0.1"),
+    (dict(centre_rate=0.0), "centre_rate 0.0"), (dict(lambda2=-1.0), "not negative"),
+    (dict(lambda_e=-1.0), "not negative"), (dict(centres=0), "centres 0: a whole number from 1"),
     (dict(norm="batch"), "'batch': one of"), (dict(clamp=0.0), "clamp 0.0 must be positive")], ids=str)
 def test_settings_that_make_no_sense(settings, words, stand_in):
     with pytest.raises(ValueError, match=words):
@@ -771,15 +818,22 @@ def test_settings_that_make_no_sense(settings, words, stand_in):
 
 
 def test_defaults(stand_in):
-    "The published ones but for λ2, the standardised features and the inferred category; images by the product, pixels by the likelihood."
+    """The published ones but for λ2, the standardised features and the inferred category; images by the
+    product, pixels by the likelihood."""
     model = HGAD(stand_in([(8, 2, 2)]), CATEGORIES)
-    assert {k: model.config[k] for k in ("steps", "code", "centres", "lambda1", "lambda2", "lambda_e", "smoothing", "stage_one", "clamp", "soft", "norm", "class_mode")} == dict(
-        steps=12, code=256, centres=10, lambda1=1.0, lambda2=1.0, lambda_e=1.0, smoothing=0.02, stage_one=0.08, clamp=1.9, soft=True, norm="standard", class_mode="inferred")
-    assert model.score == replace(Score(), image_criterion="product") and HGAD.labelled and len(model.flows[0].steps) == 12
+    assert {k: model.config[k]
+            for k in ("steps", "code", "centres", "lambda1", "lambda2", "lambda_e", "smoothing", "stage_one", "clamp",
+                      "soft", "norm", "class_mode")} == dict(
+        steps=12, code=256, centres=10, lambda1=1.0, lambda2=1.0, lambda_e=1.0, smoothing=0.02, stage_one=0.08,
+        clamp=1.9, soft=True, norm="standard", class_mode="inferred")
+    assert model.score == replace(Score(), image_criterion="product")
+    assert HGAD.labelled
+    assert len(model.flows[0].steps) == 12
 
 
 def test_affinity_function():
-    "Its values against the definition, its first and second derivatives against finite differences, and no NaN at zero."
+    """Its values against the definition, its first and second derivatives against finite
+    differences, and no NaN at zero."""
     torch.manual_seed(0)
     z, c = (torch.randn(3, n, 5, dtype=torch.double, requires_grad=True) for n in (4, 2))
     half, a = Affinity.apply(z, c)
@@ -791,10 +845,13 @@ def test_affinity_function():
 
 
 def test_spread_reaches_every_level(stand_in):
-    "The offsets of the centres inside a category start `spread` times the published ones; the main centres do not change."
+    """The offsets of the centres inside a category start `spread` times the published ones;
+    the main centres do not change."""
     made = []
     for spread in (1.0, 0.1):
         torch.manual_seed(0)
         made.append(HGAD(stand_in(SHAPES), CATEGORIES, steps=1, code=4, centres=5, spread=spread))
     for wide, narrow in zip(*(m.bases for m in made)):
-        assert torch.allclose(narrow.delta, 0.1 * wide.delta) and torch.equal(narrow.mu, wide.mu) and wide.delta.abs().max() > 0.5
+        assert torch.allclose(narrow.delta, 0.1 * wide.delta)
+        assert torch.equal(narrow.mu, wide.mu)
+        assert wide.delta.abs().max() > 0.5

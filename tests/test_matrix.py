@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from flowrepro.data import OFFICIAL, DataError
-from flowrepro.matrix import MATRIX, MatrixError, belongs, chosen, find_roots, jobs_of, load_matrix, papermill_line, select
+from flowrepro.matrix import (
+    MATRIX, MatrixError, belongs, chosen, find_roots, jobs_of, load_matrix, papermill_line, select
+)
 from flowrepro.runs import configure
 
 M = load_matrix()
@@ -35,19 +37,23 @@ def test_seeds_and_only():
 
 def test_official_categories_where_data_are_missing():
     jobs = jobs_of(M, "paper", {"toy": None}, ["T2"], 1)
-    assert {j.parameters["category"] for j in jobs} == set(OFFICIAL["btad"]) and all(j.missing == ["btad"] for j in jobs)
+    assert {j.parameters["category"] for j in jobs} == set(OFFICIAL["btad"])
+    assert all(j.missing == ["btad"] for j in jobs)
 
 
 def test_union_root(tmp_path):
     (tmp_path / "mvtec_ad").mkdir(), (tmp_path / "visa").mkdir()
     (job,) = jobs_of(M, "real", find_roots(tmp_path), ["T9"], 1)
-    assert job.parameters["dataset"] == "union" and job.parameters["data_root"] == f"mvtec={tmp_path / 'mvtec_ad'},visa={tmp_path / 'visa'},toy=" and not job.missing
+    assert job.parameters["dataset"] == "union"
+    assert job.parameters["data_root"] == f"mvtec={tmp_path / 'mvtec_ad'},visa={tmp_path / 'visa'},toy="
+    assert not job.missing
 
 
 def test_data_are_read_once(monkeypatch):
     "However many tables and seeds need its categories."
     read = []
-    monkeypatch.setattr("flowrepro.matrix.read", lambda dataset, root: read.append(dataset) or [SimpleNamespace(category="bottle")])
+    monkeypatch.setattr("flowrepro.matrix.read",
+                        lambda dataset, root: read.append(dataset) or [SimpleNamespace(category="bottle")])
     jobs = jobs_of(M, "paper", {"mvtec": "x", "btad": "y"})
     assert sorted(read) == ["btad", "mvtec"] and {j.parameters["category"] for j in jobs} == {"bottle", "all"}
 
@@ -90,38 +96,57 @@ MISSPELT = {
     "no title": (drop("variants", "cflow", "title"), "variants: cflow: title is missing"),
     "no method": (drop("variants", "cflow", "method"), "variants: cflow: method is missing"),
     "title": (put("variants", "cflow", "title", value=3), "cflow: title: must be a text"),
-    "method": (put("variants", "cflow", "method", value="cflw"), "cflow: method: 'cflw' is unknown; did you mean 'cflow'"),
-    "altub": (put("variants", "cflow-altub", "altub", value="yess"), "cflow-altub: altub: must be true or false, not 'yess'"),
+    "method": (put("variants", "cflow", "method", value="cflw"),
+               "cflow: method: 'cflw' is unknown; did you mean 'cflow'"),
+    "altub": (put("variants", "cflow-altub", "altub", value="yess"),
+              "cflow-altub: altub: must be true or false, not 'yess'"),
     "overrides": (put("variants", "cflow", "overrides", value=["epochs"]), "cflow: overrides: must be a mapping"),
-    "setting": (put("variants", "altub-mean", "overrides", value={"sclae": False}), "altub-mean: overrides: override 'sclae' is unknown: did you mean .*scale"),
-    "setting of none": (put("variants", "new", value={"title": "x", "method": "hgad", "overrides": {"centrs": 2}}), "new: overrides: override 'centrs' is unknown: did you mean centres"),
+    "setting": (put("variants", "altub-mean", "overrides", value={"sclae": False}),
+                "altub-mean: overrides: override 'sclae' is unknown: did you mean .*scale"),
+    "setting of none": (put("variants", "new", value={"title": "x", "method": "hgad", "overrides": {"centrs": 2}}),
+                        "new: overrides: override 'centrs' is unknown: did you mean centres"),
     "value": (put("variants", "cflow", "overrides", value={"epochs": "many"}), "variants: cflow: overrides"),
     "role": (put("outputs", "T1", "role", value="frist"), "did you mean 'first'"),
     "no role": (drop("outputs", "T1", "role"), "outputs: T1: role is missing"),
     "name": (lambda m: m["outputs"]["T1"]["variants"].append("fastflo"), "did you mean 'fastflow"),
     "no variants": (drop("outputs", "T1", "variants"), "outputs: T1: variants is missing"),
     "variants": (put("outputs", "T1", "variants", value="hgad"), "T1: variants: must be a list"),
-    "notebook": (put("outputs", "T1", "notebook", value="altub_table"), "T1: notebook: 'altub_table' is unknown; did you mean 'altub_tables'"),
-    "run notebook": (put("outputs", "T1", "notebook", value="run"), "T1: notebook: 'run' is unknown; allowed: ablations, "),
+    "notebook": (put("outputs", "T1", "notebook", value="altub_table"),
+                 "T1: notebook: 'altub_table' is unknown; did you mean 'altub_tables'"),
+    "run notebook": (put("outputs", "T1", "notebook", value="run"),
+                     "T1: notebook: 'run' is unknown; allowed: ablations, "),
     "preset": (put("presets", "demo", "unifed", value=[]), "did you mean 'unified'"),
     "no seeds": (drop("presets", "demo", "seeds"), "presets: demo: seeds is missing"),
     "seeds": (put("presets", "demo", "seeds", value="one"), "demo: seeds: must be a whole number from 1, not 'one'"),
     "no seed": (put("presets", "demo", "seeds", value=0), "demo: seeds: must be a whole number"),
-    "run preset": (put("presets", "dmo", value={"seeds": 1, "first": ["toy/weave"]}), "dmo: first: preset: 'dmo' is unknown; did you mean 'demo'"),
-    "role's key": (put("presets", "real", "ablation", value={"data": ["toy/weave"], "prset": "demo"}), "real: ablation: 'prset' is unknown; did you mean 'preset'"),
-    "role's data": (put("presets", "real", "ablation", value={"dta": ["toy/weave"], "preset": "demo"}), "real: ablation: 'dta' is unknown; did you mean 'data'"),
-    "role without data": (put("presets", "real", "ablation", value={"preset": "demo"}), "real: ablation: data is missing"),
-    "role's preset": (put("presets", "real", "ablation", value={"data": ["toy/weave"], "preset": "dmo"}), "ablation: preset: 'dmo' is unknown; did you mean 'demo'"),
+    "run preset": (put("presets", "dmo", value={"seeds": 1, "first": ["toy/weave"]}),
+                   "dmo: first: preset: 'dmo' is unknown; did you mean 'demo'"),
+    "role's key": (put("presets", "real", "ablation", value={"data": ["toy/weave"], "prset": "demo"}),
+                   "real: ablation: 'prset' is unknown; did you mean 'preset'"),
+    "role's data": (put("presets", "real", "ablation", value={"dta": ["toy/weave"], "preset": "demo"}),
+                    "real: ablation: 'dta' is unknown; did you mean 'data'"),
+    "role without data": (put("presets", "real", "ablation", value={"preset": "demo"}),
+                          "real: ablation: data is missing"),
+    "role's preset": (put("presets", "real", "ablation", value={"data": ["toy/weave"], "preset": "dmo"}),
+                      "ablation: preset: 'dmo' is unknown; did you mean 'demo'"),
     "role's form": (put("presets", "demo", "second", value="toy/bolt"), "demo: second: must be a list"),
-    "no category": (put("presets", "demo", "second", value=["toy"]), "demo: second: must be DATASET/CATEGORY.*not 'toy'"),
-    "data set": (put("presets", "demo", "second", value=["toyy/bolt"]), "second: 'toyy' is unknown; did you mean 'toy'"),
-    "part": (put("presets", "real", "unified", value=["mvtec+vsa/all"]), "unified: 'vsa' is unknown; did you mean 'visa'"),
+    "no category": (put("presets", "demo", "second", value=["toy"]),
+                    "demo: second: must be DATASET/CATEGORY.*not 'toy'"),
+    "data set": (put("presets", "demo", "second", value=["toyy/bolt"]),
+                 "second: 'toyy' is unknown; did you mean 'toy'"),
+    "part": (put("presets", "real", "unified", value=["mvtec+vsa/all"]),
+             "unified: 'vsa' is unknown; did you mean 'visa'"),
     "category": (put("presets", "demo", "second", value=["toy/blt"]), "second: 'blt' is unknown; did you mean 'bolt'"),
     "union": (put("presets", "real", "unified", value=["mvtec+visa/each"]), "unified: must be mvtec.visa/all"),
-    "pattern": (put("presets", "smoke", "overrides", value={"altub-epoch": {"altub.every": 2}}), "smoke: overrides: 'altub-epoch' is unknown; did you mean 'altub-epochs'"),
-    "one pattern": (put("presets", "smoke", "overrides", value={"cflow* hgda*": {"epochs": 2}}), "smoke: overrides: 'hgda\\*' is unknown"),
-    "pattern's setting": (put("presets", "smoke", "overrides", value={"cflow*": {"epoch": 2}}), "cflow: overrides, with those of presets: smoke: override 'epoch' is unknown: did you mean .*epochs"),
-    "pattern empty": (put("presets", "smoke", "overrides", value={"cflow*": None}), "smoke: overrides: cflow.: must be a mapping"),
+    "pattern": (put("presets", "smoke", "overrides", value={"altub-epoch": {"altub.every": 2}}),
+                "smoke: overrides: 'altub-epoch' is unknown; did you mean 'altub-epochs'"),
+    "one pattern": (put("presets", "smoke", "overrides", value={"cflow* hgda*": {"epochs": 2}}),
+                    "smoke: overrides: 'hgda\\*' is unknown"),
+    "pattern's setting": (put("presets", "smoke", "overrides", value={"cflow*": {"epoch": 2}}),
+                          "cflow: overrides, with those of presets: smoke: override 'epoch' is unknown: "
+                          "did you mean .*epochs"),
+    "pattern empty": (put("presets", "smoke", "overrides", value={"cflow*": None}),
+                      "smoke: overrides: cflow.: must be a mapping"),
 }
 
 
@@ -135,11 +160,14 @@ def test_misspelt(tmp_path, change, named):
 
 
 def test_what_one_preset_allows(tmp_path):
-    "Settings that only the preset that runs a variant takes, a preset of another name, and a variant that nothing runs."
+    """Settings that only the preset that runs a variant takes, a preset of another name,
+    and a variant that nothing runs."""
     path, m = tmp_path / "experiments.yml", copy.deepcopy(M)
-    m["variants"]["cflow-copies"] = {"title": "four copies", "method": "cflow", "overrides": {"features.copies": 4}}  # paper's preset alone rotates
+    # paper's preset alone rotates
+    m["variants"]["cflow-copies"] = {"title": "four copies", "method": "cflow", "overrides": {"features.copies": 4}}
     m["outputs"] = {"T2": {"notebook": "altub_tables", "role": "second", "variants": ["cflow-copies"]}}
-    m["presets"] = {"paper": {"seeds": 1, "second": ["mvtec/own"]}, "mine": {"seeds": 1, "first": {"data": ["toy/each"], "preset": "demo"}}}
+    m["presets"] = {"paper": {"seeds": 1, "second": ["mvtec/own"]},
+                    "mine": {"seeds": 1, "first": {"data": ["toy/each"], "preset": "demo"}}}
     path.write_text(yaml.safe_dump(m))
     (job,) = jobs_of(load_matrix(path), "paper", find_roots(None))
     assert job.missing == ["mvtec"]

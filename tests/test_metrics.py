@@ -115,7 +115,8 @@ def test_differences_below_float32_are_seen():
     assert len(np.unique(maps.astype(np.float32))) == 1
     e = evaluate(maps, m, bounds=True)
     assert e['pixel_auroc'] == 1 and e['aupro_30'] == pytest.approx(1) and e['pixel_auroc_bound'] == 0
-    assert evaluate(maps, m, bounds=True, tol=1)['pixel_auroc_bound'] == 0.5  # rounded to float32 nothing is known, and it says so
+    # rounded to float32 nothing is known, and it says so
+    assert evaluate(maps, m, bounds=True, tol=1)['pixel_auroc_bound'] == 0.5
 
 
 def test_zeros_of_both_signs_are_tied():
@@ -131,7 +132,8 @@ def test_torch_inputs(dtype):
     g = np.random.default_rng(1); m = masks_of(g)
     x = torch.from_numpy(g.normal(size=m.shape) + m).to(dtype).requires_grad_()
     t = truth(x.detach().double().numpy(), m)
-    e = evaluate(x, torch.from_numpy(m), image_scores=x.amax((1, 2)), labels=torch.from_numpy(m.any((1, 2))).int(), tol=0)
+    e = evaluate(x, torch.from_numpy(m), image_scores=x.amax((1, 2)), labels=torch.from_numpy(m.any((1, 2))).int(),
+                 tol=0)
     assert_equal(e, t)
     if dtype == torch.float16: assert_equal(evaluate(x.detach().numpy(), m, tol=0), t)
 
@@ -203,7 +205,8 @@ def test_intervals_hold_for_every_order_inside_a_bin():
             assert lo - 1e-12 <= v <= hi + 1e-12, (f.__name__, lo, v, hi)
         wy = np.zeros(len(s)); wy[y] = np.concatenate(w)/tot
         u, inv = np.unique(s, return_inverse=True)
-        exact = M.Bins(*(np.bincount(inv, weights=a, minlength=len(u))[::-1] for a in (y*1., ~y*1., wy)), np.ones(len(u), bool))
+        exact = M.Bins(*(np.bincount(inv, weights=a, minlength=len(u))[::-1] for a in (y*1., ~y*1., wy)),
+                       np.ones(len(u), bool))
         for limit in (0.05, 0.3, 1.0):
             lo, hi = M.aupro_interval(b, limit); a, a2 = M.aupro_interval(exact, limit)
             assert abs(a - a2) < 1e-15 and lo - 1e-12 <= a <= hi + 1e-12
@@ -388,7 +391,9 @@ def test_no_warning_on_sound_data():
 
 def test_keys_keep_the_order():
     g = np.random.default_rng(0)
-    v = np.sort(np.concatenate([g.normal(size=500)*10.0**g.integers(-44, 38, 500), [0, 1e-45, -1e-45, 3.4e38, -3.4e38]]).astype(np.float32) + 0)
+    v = np.sort(
+        np.concatenate([g.normal(size=500)*10.0**g.integers(-44, 38, 500), [0, 1e-45, -1e-45, 3.4e38, -3.4e38]]).astype(
+            np.float32) + 0)
     k = M.key(v).astype(np.int64)
     assert ((np.diff(k) > 0) == (np.diff(v) > 0)).all() and (np.diff(k) >= 0).all()
 
@@ -408,17 +413,21 @@ def test_extra_memory_is_small():
 
 @pytest.mark.parametrize("n, fpr", [(19, 0.05), (20, 0.05), (99, 0.01), (9, 0.1), (10, 0.5), (57, 0.23)])
 def test_threshold_holds_its_promise(n, fpr):
-    "By exchangeability, exactly: among n + 1 distinct scores, each one left out in turn, at most a share `fpr` lies above the threshold of the others; one rank higher it would be too many."
+    """By exchangeability, exactly: among n + 1 distinct scores, each one left out in turn, at most a share `fpr` lies
+    above the threshold of the others; one rank higher it would be too many."""
     scores = np.random.default_rng(0).permutation(n + 1).astype(float)
     above = sum(s > fpr_threshold(np.delete(scores, i), fpr) for i, s in enumerate(scores))
     assert above <= fpr * (n + 1) + 1e-9 and above + 1 > fpr * (n + 1) + 1e-9
 
 
-@pytest.mark.parametrize("scores, fpr, words", [(range(18), 0.05, "18 good images .* give 19 or more, or fpr of 0.0526"), (range(9), 0, "between 0 and 1"), (range(9), 1.0, "between 0 and 1"),
+@pytest.mark.parametrize("scores, fpr, words",
+                         [(range(18), 0.05, "18 good images .* give 19 or more, or fpr of 0.0526"),
+                          (range(9), 0, "between 0 and 1"), (range(9), 1.0, "between 0 and 1"),
                                                 ([], 0.1, "no scores"), ([1.0, np.nan], 0.5, "not finite")], ids=str)
 def test_threshold_refuses(scores, fpr, words):
     with pytest.raises(ValueError, match=words): fpr_threshold(np.array(list(scores), float), fpr)
 
 
 def test_threshold_of_ties_and_tensors():
-    assert fpr_threshold(torch.tensor([1.0] * 19)) == 1.0 and fpr_threshold(torch.arange(99, dtype=torch.bfloat16), 0.5) == 49
+    assert fpr_threshold(torch.tensor([1.0] * 19)) == 1.0
+    assert fpr_threshold(torch.arange(99, dtype=torch.bfloat16), 0.5) == 49

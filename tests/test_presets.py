@@ -1,7 +1,8 @@
 """Every preset of every method at full size: it is a valid configuration, and one training step of it works.
 
-Backbones, parameters and features lie on the device `meta`: shapes without storage, no weights to download. What reads values stands aside for that:
-the hash of the backbone's weights, the draw of rotations (its determinant's sign), the range check of labels; and autocast, which torch has not for `meta`.
+Backbones, parameters and features lie on the device `meta`: shapes without storage, no weights to download. What reads
+values stands aside for that: the hash of the backbone's weights, the draw of rotations (its determinant's sign), the
+range check of labels; and autocast, which torch has not for `meta`.
 In numbers, HGAD takes a step on one image.
 """
 import math
@@ -20,9 +21,12 @@ from flowrepro.runs import PRESETS, Config, configure
 from flowrepro.scores import PUBLISHED, Score, score_batch
 from flowrepro.training import Schedule, check_training
 
-WRN, R18, DEIT, CAIT = "wide_resnet50_2.racm_in1k", "resnet18.tv_in1k", "deit_base_distilled_patch16_384.fb_in1k", "cait_m48_448.fb_dist_in1k"
-MVTEC = ["bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill", "screw", "tile", "toothbrush", "transistor", "wood", "zipper"]
-CFLOW_512 = {"bottle", "carpet", "grid", "leather", "screw", "tile", "toothbrush", "wood", "zipper"}  # CFLOW-AD's README; transistor 128, the others 256
+WRN, R18, DEIT, CAIT = ("wide_resnet50_2.racm_in1k", "resnet18.tv_in1k", "deit_base_distilled_patch16_384.fb_in1k",
+                        "cait_m48_448.fb_dist_in1k")
+MVTEC = ["bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill", "screw", "tile",
+         "toothbrush", "transistor", "wood", "zipper"]
+# CFLOW-AD's README; transistor 128, the others 256
+CFLOW_512 = {"bottle", "carpet", "grid", "leather", "screw", "tile", "toothbrush", "wood", "zipper"}
 IMAGES = {"all": 3629}  # normal training images of MVTec AD; about 240 a category
 
 PAPER = {  # parameters, and the shapes of the features
@@ -43,7 +47,8 @@ every_paper_preset = pytest.mark.parametrize("name", PAPER)
 
 def paper(name: str) -> Config:
     "The configuration of a case above, on MVTec AD."
-    return configure(method=name.split()[0], preset="paper", dataset="mvtec", data_root="mvtec", **{"category": "cable"} | PAPER[name][0])
+    return configure(method=name.split()[0], preset="paper", dataset="mvtec", data_root="mvtec",
+                     **{"category": "cable"} | PAPER[name][0])
 
 
 def build(config: Config, backbone) -> Detector:
@@ -80,11 +85,13 @@ LITE_CHANNELS = {2: 40, 3: 112, 4: 320}  # of tf_efficientnet_lite0, strides 8, 
 def lite_shapes(size: int, name: str, levels: tuple, pyramid: tuple) -> list[tuple]:
     "The same of tf_efficientnet_lite0, by arithmetic."
     assert name == "tf_efficientnet_lite0"
-    return [(LITE_CHANNELS[l], side := math.ceil(round(size * scale) / 2 ** (l + 1)), side) for scale in pyramid for l in levels]
+    return [(LITE_CHANNELS[l], side := math.ceil(round(size * scale) / 2 ** (l + 1)), side) for scale in pyramid
+            for l in levels]
 
 
 def batch_of(model: Detector, schedule: Schedule) -> int:
-    "Images of a batch; of CFLOW-AD, which takes hundreds of steps a batch, no more than the smallest level needs for one of them."
+    """Images of a batch; of CFLOW-AD, which takes hundreds of steps a batch, no more than the
+    smallest level needs for one of them."""
     fibers, (_, h, w) = model.config.get("fibers"), model.backbone.shapes[-1]
     return schedule.batch if fibers is None else min(schedule.batch, math.ceil(fibers / (h * w)))
 
@@ -121,12 +128,14 @@ def test_every_preset_is_a_configuration(method, preset, altub):
     "On every data set; each group can be made of its settings, and the numbers of a preset arrive in them."
     assert set(PRESETS) == set(DETECTORS) and set(PRESETS[method]) == {"smoke", "demo", "real", "paper"}
     for dataset in ("toy", "mvtec", "btad", "visa", "mvtec3d", "union", "folder"):
-        config = configure(method=method, preset=preset, altub=altub, dataset=dataset, data_root="somewhere", category="all")
+        config = configure(method=method, preset=preset, altub=altub, dataset=dataset, data_root="somewhere",
+                           category="all")
         s = config.settings
         Transform(**s["transform"]), Score(**s["score"]), Schedule(**s["schedule"]), AltUB(**s["altub"])
         for group, values in PRESETS[method][preset].items():
             for key, value in values.items() if isinstance(values, dict) else ():
-                assert s[group][key] == value or (group, key, dataset) == ("transform", "size", "mvtec"), f"{group}.{key}"
+                assert s[group][key] == value or (group, key, dataset) == ("transform", "size", "mvtec"), (
+                    f"{group}.{key}")
         assert s["detector"]["base"] == ({"hgad": "hierarchical"}.get(method) or ("diagonal" if altub else "standard"))
         assert config.table().loc["evaluations", "value"] == PRESETS[method][preset]["evaluations"]
 
@@ -138,14 +147,17 @@ def test_paper_presets_score_as_published(method):
 
 def test_cflow_sizes():
     "By category of MVTec AD; elsewhere 256."
-    size = lambda **kw: configure(method="cflow", preset="paper", data_root="somewhere", **kw).settings["transform"]["size"]
-    assert {c: size(dataset="mvtec", category=c) for c in MVTEC} == {c: 512 if c in CFLOW_512 else 128 if c == "transistor" else 256 for c in MVTEC}
+    size = lambda **kw: configure(method="cflow", preset="paper", data_root="somewhere",
+                                  **kw).settings["transform"]["size"]
+    assert ({c: size(dataset="mvtec", category=c) for c in MVTEC}
+            == {c: 512 if c in CFLOW_512 else 128 if c == "transistor" else 256 for c in MVTEC})
     assert size(dataset="btad", category="01") == size(dataset="mvtec", category="all") == 256
 
 
 @pytest.mark.parametrize("method", PRESETS)
 def test_shapes_by_arithmetic(method):
-    "The packaged backbone's features are those that the smaller presets are tried on below; the network itself, with random weights."
+    """The packaged backbone's features are those that the smaller presets are tried on below; the
+    network itself, with random weights."""
     s = configure(method=method, preset="smoke").settings
     assert features_of(s["transform"]["size"], **s["backbone"]) == lite_shapes(s["transform"]["size"], **s["backbone"])
 
@@ -161,14 +173,18 @@ def test_backbone_has_these_shapes(name, meta):
 
 @every_paper_preset
 def test_a_step_of_every_paper_preset(name, meta, stand_in):
-    "A batch (`batch_of`): as many losses as there are steps, a gradient for every parameter; in HGAD's first stage none inside categories."
+    """A batch (`batch_of`): as many losses as there are steps, a gradient for every parameter; in HGAD's
+    first stage none inside categories."""
     config = paper(name)
-    schedule, altub = Schedule(**config.settings["schedule"]), AltUB(**config.settings["altub"]) if config.altub else None
+    schedule, altub = (Schedule(**config.settings["schedule"]), AltUB(**config.settings["altub"]) if config.altub
+                       else None)
     model = build(config, stand_in(PAPER[name][1], config.settings["transform"]["size"]))
     check_training(model, IMAGES.get(config.category, 240), schedule, altub)
     inside = {n for n, _ in model.named_parameters() if n.endswith(("delta", "psi"))}
     if inside:
-        assert take_steps(model, schedule, epoch=15) == inside and not model.intra  # the last of the first two meta-epochs
+        # the last of the first two meta-epochs
+        assert take_steps(model, schedule, epoch=15) == inside
+        assert not model.intra
     assert take_steps(model, schedule, epoch=schedule.epochs - 1) == set()
     grouped = [id(p) for g in model.groups(schedule.weight_decay) for p in g["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
@@ -182,12 +198,15 @@ def test_maps_of_every_paper_preset(name, meta, stand_in):
     s = config.settings
     model = build(config, stand_in(shapes := PAPER[name][1], s["transform"]["size"])).eval()
     with torch.no_grad():
-        parts = model.parts([torch.randn(2, *s) for s in shapes], torch.zeros(2, dtype=torch.long) if model.labelled else None)
+        parts = model.parts([torch.randn(2, *s) for s in shapes], torch.zeros(2, dtype=torch.long) if model.labelled
+                            else None)
         assert [(p.base.shape, p.logdet.shape) for p in parts] == [((2, *s[1:]),) * 2 for s in shapes]
         assert all((p.entropy is not None) == model.labelled for p in parts)
         size = s["transform"]["mask_size"] or s["transform"]["size"]
         maps, images = score_batch(parts, size, model.score)
-    assert maps.shape == (2, size, size) and images.shape == (2,) and size == {"hgad": 256}.get(config.method, s["transform"]["size"])
+    assert maps.shape == (2, size, size)
+    assert images.shape == (2,)
+    assert size == {"hgad": 256}.get(config.method, s["transform"]["size"])
 
 
 @pytest.mark.parametrize("preset, altub", [("smoke", False), ("smoke", True), ("demo", False), ("real", False)])
@@ -195,7 +214,9 @@ def test_maps_of_every_paper_preset(name, meta, stand_in):
 def test_a_step_of_every_other_preset(method, preset, altub, meta, stand_in):
     config = configure(method=method, preset=preset, altub=altub)
     schedule = Schedule(**config.settings["schedule"])
-    model = build(config, stand_in(lite_shapes(size := config.settings["transform"]["size"], **config.settings["backbone"]), size))
+    model = build(config,
+                  stand_in(lite_shapes(size := config.settings["transform"]["size"], **config.settings["backbone"]),
+                           size))
     check_training(model, 40, schedule, AltUB(**config.settings["altub"]) if altub else None)
     assert take_steps(model, schedule, epoch=schedule.epochs - 1) == set()
 
@@ -204,10 +225,12 @@ def test_a_step_of_every_other_preset(method, preset, altub, meta, stand_in):
 
 def trained(model: Detector) -> dict[str, int]:
     "Of each kind."
-    return {kind: sum(p.numel() for p in getattr(model, kind).parameters() if p.requires_grad) for kind in ("norms", "flows", "bases")}
+    return {kind: sum(p.numel() for p in getattr(model, kind).parameters() if p.requires_grad)
+            for kind in ("norms", "flows", "bases")}
 
 
-@pytest.mark.parametrize("name, millions", [(WRN, (41.3, 41.3)), (R18, (4.7, 4.9))], ids=["wide_resnet50_2", "resnet18"])
+@pytest.mark.parametrize("name, millions", [(WRN, (41.3, 41.3)), (R18, (4.7, 4.9))],
+                         ids=["wide_resnet50_2", "resnet18"])
 def test_fastflow_parameters_as_published(name, millions, meta, stand_in):
     "The flows', in millions: 41.3 by the paper's table; the public ResNet-18 has 4.7, the paper says 4.9."
     model = build(paper(f"fastflow {name}"), stand_in(PAPER[f"fastflow {name}"][1]))
@@ -216,7 +239,8 @@ def test_fastflow_parameters_as_published(name, millions, meta, stand_in):
 
 @pytest.mark.parametrize("name", [n for n in PAPER if n.startswith("fastflow")])
 def test_fastflow_parameters(name, meta, stand_in):
-    "Two convolutions of the passive half with biases, scale and offset, in each step; LayerNorm's gain and shift before ResNets."
+    """Two convolutions of the passive half with biases, scale and offset, in each step; LayerNorm's
+    gain and shift before ResNets."""
     config, (_, shapes) = paper(name), PAPER[name]
     known = FASTFLOW_PUBLISHED[config.settings["backbone"]["name"]]
     steps = [known["kernels"][k % len(known["kernels"])] for k in range(known["steps"])]
@@ -239,14 +263,17 @@ def dense_step(channels: int, code: int) -> int:
 def test_cflow_parameters(name, meta, stand_in):
     "8 steps, code 128; whatever the size of the image. None are published; 8 rotations a level are not trained."
     model = build(paper(name), stand_in(PAPER[name][1]))
-    assert trained(model) == {"norms": 0, "flows": sum(8 * dense_step(c, 128) for c in (512, 1024, 2048)), "bases": 2 * (512 + 1024 + 2048) if "altub" in name else 0}
+    assert (trained(model) == {"norms": 0, "flows": sum(8 * dense_step(c, 128) for c in (512, 1024, 2048)),
+                               "bases": 2 * (512 + 1024 + 2048) if "altub" in name else 0})
     assert [tuple(s.mixing.perm.shape) for s in model.flows[2].steps] == [(2048, 2048)] * 8
 
 
 def test_hgad_parameters(meta, stand_in):
-    "12 steps, code 256; of each level 15 categories of 10 centres in 200 dimensions, the first of them shared. None are published."
+    """12 steps, code 256; of each level 15 categories of 10 centres in 200 dimensions, the first of
+    them shared. None are published."""
     model = build(paper("hgad"), stand_in(PAPER["hgad"][1]))
-    assert trained(model) == {"norms": 0, "flows": 3 * 12 * dense_step(200, 256), "bases": 3 * (15 * 200 + 15 * 9 * 200 + 15 + 15 * 10)}
+    assert (trained(model) == {"norms": 0, "flows": 3 * 12 * dense_step(200, 256),
+                               "bases": 3 * (15 * 200 + 15 * 9 * 200 + 15 + 15 * 10)})
 
 
 # -- in numbers ----------------------------------------------------------------------------------------------------

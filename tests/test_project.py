@@ -23,7 +23,8 @@ NBS = ROOT / "nbs"
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
 EXPERIMENTS = [p for p in NOTEBOOKS if p.is_relative_to(NBS / "experiments")]
 MACHINE_PATH = re.compile(r"(?:^|[^A-Za-z0-9_.])(/(?:work|root|home)/[^\s\"'`,)]*)", re.M)
-BUILT = {".git", ".venv", "_proc", "_docs", "build", "dist", "runs", "__pycache__", ".pytest_cache", ".ipynb_checkpoints", ".quarto", ".snakemake"}
+BUILT = {".git", ".venv", "_proc", "_docs", "build", "dist", "runs", "__pycache__", ".pytest_cache",
+         ".ipynb_checkpoints", ".quarto", ".snakemake"}
 settings = configparser.ConfigParser(delimiters=["="])
 settings.read(ROOT / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]
@@ -57,7 +58,8 @@ def name(path: Path) -> str:
 def test_one_version():
     "settings.ini, the package and the installed distribution agree."
     import flowrepro
-    assert settings["version"] == flowrepro.__version__ == importlib.metadata.version("flowrepro"), "install again: rm .venv/.installed*; make install"
+    assert settings["version"] == flowrepro.__version__ == importlib.metadata.version("flowrepro"), (
+        "install again: rm .venv/.installed*; make install")
 
 
 def test_constraints_are_exact_and_complete():
@@ -86,11 +88,15 @@ def test_sidebar_lists_every_notebook():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_notebook_form(path):
-    "Code cells are short, their outputs without stderr; the title cell holds nothing but title, summary and settings (the docs drop the rest)."
+    """Code cells are short, their outputs without stderr; the title cell holds nothing but title, summary and
+    settings (the docs drop the rest)."""
     for cell in cells(path, "code"):
         lines = [line for line in cell["source"].splitlines() if line.strip()]
-        assert len(lines) <= 45, f"a cell of {len(lines)} lines, beginning {lines[0]!r}"
-        assert not [o for o in cell["outputs"] if o.get("name") == "stderr"], f"warnings or progress bars under the cell beginning {lines[0]!r}; run: make outputs"
+        assert len(lines) <= 50, f"a cell of {len(lines)} lines, beginning {lines[0]!r}"
+        wide = [line for line in lines if len(line) > 120 and not line.startswith("#|")]
+        assert not wide, f"more than 120 characters: {wide[0]!r}"
+        assert not [o for o in cell["outputs"] if o.get("name") == "stderr"], (
+            f"warnings or progress bars under the cell beginning {lines[0]!r}; run: make outputs")
     title = next((c["source"] for c in cells(path, "markdown") if re.search(r"^# \S", c["source"], re.M)), "")
     assert title, "no title cell (# Title)"
     extra = [line for line in title.strip().splitlines() if line.strip() and not re.match(r"# |> |- [\w-]+: ", line)]
@@ -108,13 +114,15 @@ def test_experiment_has_parameters(path):
 def unused_imports(code: str) -> set[str]:
     "Names that a module imports and never says again."
     tree = ast.parse(code)
-    made = {(a.asname or a.name).split(".")[0] for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    made = {(a.asname or a.name).split(".")[0] for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))
+            for a in n.names}
     return made - {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
 
 
 def test_nothing_is_imported_in_vain():
     assert unused_imports("import a, b\nfrom c import d as e, f\nb.x, e") == {"a", "f"}
-    modules = [p for folder in ("flowrepro", "tests", "tools") for p in (ROOT / folder).glob("*.py") if p.name not in ("__init__.py", "_modidx.py")]
+    modules = [p for folder in ("flowrepro", "tests", "tools") for p in (ROOT / folder).glob("*.py")
+               if p.name not in ("__init__.py", "_modidx.py")]
     assert len(modules) > 40 and {str(p): found for p in modules if (found := unused_imports(p.read_text()))} == {}
 
 
@@ -146,7 +154,8 @@ def wheel(tmp_path_factory) -> Path:
         copy = tmp / "copy" / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, copy)
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
+           "--disable-pip-version-check"]
     run = subprocess.run([*pip, "-w", str(tmp), str(tmp / "copy")], cwd=tmp, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     zipfile.ZipFile(next(tmp.glob("*.whl"))).extractall(tmp / "site")
@@ -166,7 +175,8 @@ def test_wheel_imports_elsewhere(wheel, tmp_path):
     code = ("import flowrepro, importlib, pkgutil\n"
             "for m in pkgutil.iter_modules(flowrepro.__path__): importlib.import_module(f'flowrepro.{m.name}')\n"
             "print(flowrepro.__version__, flowrepro.__file__)")
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(wheel)}, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(wheel)},
+                         capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     version, file = run.stdout.strip().splitlines()[-1].split(maxsplit=1)
     assert version == settings["version"] and Path(file).is_relative_to(wheel)
@@ -191,8 +201,11 @@ def test_help_is_quick(tmp_path):
 
 def test_source_distribution(tmp_path):
     "Holds what setup.py reads."
-    copy = shutil.copytree(ROOT, tmp_path / "project", symlinks=True, ignore=shutil.ignore_patterns(*BUILT, "results", "tests", "*.egg-info"))
-    subprocess.run([sys.executable, "-c", "from setuptools.build_meta import build_sdist; build_sdist('dist')"], cwd=copy, check=True, capture_output=True)
+    copy = shutil.copytree(ROOT, tmp_path / "project", symlinks=True,
+                           ignore=shutil.ignore_patterns(*BUILT, "results", "tests", "*.egg-info"))
+    subprocess.run([sys.executable, "-c", "from setuptools.build_meta import build_sdist; build_sdist('dist')"],
+                   cwd=copy, check=True, capture_output=True)
     with tarfile.open(next((copy / "dist").glob("*.tar.gz"))) as archive:
-        assert {"settings.ini", "constraints.txt", "README.md", "pyproject.toml", "flowrepro/workflow/experiments.yml", "flowrepro/experiments/run.ipynb"} <= {
+        assert {"settings.ini", "constraints.txt", "README.md", "pyproject.toml", "flowrepro/workflow/experiments.yml",
+                "flowrepro/experiments/run.ipynb"} <= {
             n.split("/", 1)[1] for n in archive.getnames() if "/" in n}

@@ -1,4 +1,5 @@
-"""The published numbers that ship with the package: their form, their means recomputed from their categories, the numbers this project is measured against."""
+"""The published numbers that ship with the package: their form, their means recomputed from their categories, the
+numbers this project is measured against."""
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +20,8 @@ CATEGORIES = {k: set(v) for k, v in OFFICIAL.items()}
 CATEGORIES |= {"union": set().union(*CATEGORIES.values()), "realiad": set()}  # of Real-IAD means only
 
 KNOWN_DISAGREEMENTS = {  # (published, recomputed); which of the two is misprinted can't be told from here
-    ("U-Flow", "README (pixel-aupro.png)", "FastFlow", "", "mvtec", "aupro_30", "unknown epoch; one-class"): ("0.9218", "0.92051"),
+    ("U-Flow", "README (pixel-aupro.png)", "FastFlow", "", "mvtec", "aupro_30",
+     "unknown epoch; one-class"): ("0.9218", "0.92051"),
 }
 
 
@@ -73,7 +75,8 @@ def test_no_number_twice():
 
 
 def test_each_method_in_its_file():
-    home = {"FastFlow": "fastflow", "CFLOW-AD": "cflow", "HGAD": "hgad", "FastFlow + AltUB": "altub", "CFLOW-AD + AltUB": "altub"}
+    home = {"FastFlow": "fastflow", "CFLOW-AD": "cflow", "HGAD": "hgad", "FastFlow + AltUB": "altub",
+            "CFLOW-AD + AltUB": "altub"}
     rows = published()
     assert (rows.file == rows.method.map(home).fillna("anchors")).all()
 
@@ -98,5 +101,6 @@ def test_a_wrong_mean_would_be_found():
     ("HGAD", "mvtec", "image_auroc", "0.984"), ("HGAD", "mvtec", "pixel_auroc", "0.979")])
 def test_the_numbers_to_reach(method, dataset, metric, value):
     rows = published()
-    rows = rows[(rows.method == method) & (rows.dataset == dataset) & (rows.metric == metric) & (rows.category == "mean")]
+    rows = rows[(rows.method == method) & (rows.dataset == dataset) & (rows.metric == metric)
+                & (rows.category == "mean")]
     assert value in set(rows[rows.table.isin(["listing", "README"])].value)

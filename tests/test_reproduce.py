@@ -20,7 +20,8 @@ from flowrepro import reproduce as R
 from flowrepro.data import DataError
 from flowrepro.matrix import MatrixError, load_matrix
 
-TINY = {"fastflow": {"title": "FastFlow", "method": "fastflow"}, "fastflow-altub": {"title": "FastFlow + AltUB", "method": "fastflow", "altub": True}}
+TINY = {"fastflow": {"title": "FastFlow", "method": "fastflow"},
+        "fastflow-altub": {"title": "FastFlow + AltUB", "method": "fastflow", "altub": True}}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,8 @@ def folder(tmp_path_factory):
 def write_matrix(top: Path, **changes) -> Path:
     m = load_matrix()
     m["variants"] = {k: v | {"overrides": changes.get(k, {})} for k, v in TINY.items()}
-    m["outputs"] = {name: {"notebook": f"altub_{kind}", "role": "first", "variants": list(TINY)} for name, kind in (("F3", "figures"), ("T1", "tables"))}
+    m["outputs"] = {name: {"notebook": f"altub_{kind}", "role": "first", "variants": list(TINY)}
+                    for name, kind in (("F3", "figures"), ("T1", "tables"))}
     m["presets"] = {"smoke": {"seeds": 1, "first": ["toy/weave"]}, "real": {"seeds": 1, "first": ["toy/weave"]}}
     (top / "matrix.yml").write_text(yaml.safe_dump(m))
     return top / "matrix.yml"
@@ -42,7 +44,8 @@ def write_matrix(top: Path, **changes) -> Path:
 
 def go(top: Path, *more: str, env: dict | None = None, **options) -> subprocess.CompletedProcess:
     command = [FLOWREPRO, "reproduce", "--preset", "smoke", "--matrix", "matrix.yml", "--out", "out", *more]
-    return subprocess.run(command, cwd=top, capture_output=True, text=True, env=os.environ | (env or {}), timeout=300, **options)
+    return subprocess.run(command, cwd=top, capture_output=True, text=True, env=os.environ | (env or {}), timeout=300,
+                          **options)
 
 
 def stamps(top: Path) -> dict[str, int]:
@@ -54,33 +57,44 @@ RUNS = {"fastflow-toy-weave-smoke-0", "fastflow-altub-toy-weave-smoke-0"}
 
 
 def test_runs_then_nothing_then_only_what_changed(folder):
-    "The outputs are drawn, a second call does nothing and says so, a changed setting or seed redoes or adds what depends on it alone."
+    """The outputs are drawn, a second call does nothing and says so, a changed setting or seed redoes or
+    adds what depends on it alone."""
     write_matrix(folder)
     first = go(folder)
-    assert first.returncode == 0 and "T1, percent, last epoch (1 table in out/tables" in first.stdout, first.stdout + first.stderr
+    assert first.returncode == 0 and "T1, percent, last epoch (1 table in out/tables" in first.stdout, (
+        first.stdout + first.stderr)
     before = stamps(folder)
     assert before.keys() == RUNS and "[2/2]" in first.stdout
-    assert {"figures/F3.svg", "figures/F3.png", "tables/T1.csv", "tables/T1.md", "tables/T1.tex", "report.html"} <= {str(p.relative_to(folder / "out")) for p in folder.glob("out/**/*")}
+    assert ({"figures/F3.svg", "figures/F3.png", "tables/T1.csv", "tables/T1.md", "tables/T1.tex", "report.html"}
+            <= {str(p.relative_to(folder / "out")) for p in folder.glob("out/**/*")})
     again = go(folder)
     assert again.returncode == 0 and "nothing to do" in again.stdout and stamps(folder) == before
     write_matrix(folder, **{"fastflow-altub": {"epochs": 3}})
     changed = go(folder)
     after = stamps(folder)
-    assert "[1/1] fastflow-altub" in changed.stdout and {n for n in RUNS if after[n] != before[n]} == {"fastflow-altub-toy-weave-smoke-0"}
+    assert "[1/1] fastflow-altub" in changed.stdout
+    assert {n for n in RUNS if after[n] != before[n]} == {"fastflow-altub-toy-weave-smoke-0"}
     seeds = go(folder, "--seeds", "2")
-    assert "to do: 2" in seeds.stdout and stamps(folder).keys() == RUNS | {n[:-1] + "1" for n in RUNS} and {n: t for n, t in stamps(folder).items() if n in RUNS} == after
+    assert "to do: 2" in seeds.stdout
+    assert stamps(folder).keys() == RUNS | {n[:-1] + "1" for n in RUNS}
+    assert {n: t for n, t in stamps(folder).items() if n in RUNS} == after
     table = lambda: pd.read_csv(folder / "out/tables/T1.csv", dtype=str)
     assert set(table()["seeds"]) == {"2"}
     one = go(folder, "--seeds", "1")
-    assert "nothing to do" in one.stdout and set(table()["seeds"]) == {"1"}  # no run to make, the table drawn of the seeds asked for
+    # no run to make, the table drawn of the seeds asked for
+    assert "nothing to do" in one.stdout
+    assert set(table()["seeds"]) == {"1"}
 
 
 def test_report_holds_every_output(folder):
-    "One page without a network: the table, the figure with its caption, each run with links to its settings and executed notebook."
+    """One page without a network: the table, the figure with its caption, each run with links to its
+    settings and executed notebook."""
     page = (folder / "out/report.html").read_text()
     assert "<section id=T1>" in page and "<section id=F3>" in page and "http" not in page
     for name in RUNS:
-        assert f'href="{name}/run.ipynb"' in page and f'href="{name}/config.json"' in page and (folder / "out" / name / "run.ipynb").exists()
+        assert f'href="{name}/run.ipynb"' in page
+        assert f'href="{name}/config.json"' in page
+        assert (folder / "out" / name / "run.ipynb").exists()
 
 
 CLONE = Path(R.__file__).parent
@@ -105,7 +119,8 @@ def edit(path: Path) -> None:
 
 
 def test_content_decides_not_dates(folder, clone):
-    "The same content in another clone is nothing new; an edited module or notebook, dated back, redoes exactly what depends on it."
+    """The same content in another clone is nothing new; an edited module or notebook, dated back,
+    redoes exactly what depends on it."""
     write_matrix(folder)
     top, env = clone
     assert go(folder).returncode == 0
@@ -131,11 +146,16 @@ def with_second(top: Path, data: str) -> None:
 
 
 def test_missing_data_are_no_success(folder):
-    "What can be done is done, what is missing is named at the end, and the exit code is 1, also when nothing is left to do."
+    """What can be done is done, what is missing is named at the end, and the exit code is 1,
+    also when nothing is left to do."""
     with_second(folder, "mvtec/bottle")
     for done in (go(folder), go(folder)):
-        assert done.returncode == 1 and RUNS <= stamps(folder).keys() and "every run is there" not in done.stdout, done.stdout + done.stderr
-        assert done.stdout.count("missing data: mvtec, so 2 runs cannot be made; put it in the data root (--data-root) as mvtec_ad/") == 2  # before and after the work
+        assert done.returncode == 1 and RUNS <= stamps(folder).keys() and "every run is there" not in done.stdout, (
+            done.stdout + done.stderr)
+        # before and after the work
+        assert (
+            done.stdout.count("missing data: mvtec, so 2 runs cannot be made; "
+                              "put it in the data root (--data-root) as mvtec_ad/") == 2)
     assert "nothing to do: every run whose data are here is there" in done.stdout
 
 
@@ -150,10 +170,12 @@ def put(top: Path, *categories: str, good: str = "ok") -> Path:
 
 
 def test_categories_that_lack(tmp_path):
-    "A data set without some official categories is told of where all are wanted, in the plan's words, and a damaged image ends the plan."
+    """A data set without some official categories is told of where all are wanted, in the plan's words, and
+    a damaged image ends the plan."""
     plan = R.make_plan("paper", put(tmp_path, "btad/01", "btad/03"), ["T2", "T6"], 1)
     assert plan["lacking"] == {"btad": ["02"]} and "missing data: 02 of btad" in R.describe(plan, [], {}, 1)
-    assert not R.make_plan("paper", put(tmp_path, "btad/02"), ["T2"], 1)["lacking"] and R.make_plan("real", tmp_path, ["T2"], 1)["lacking"] == {}
+    assert not R.make_plan("paper", put(tmp_path, "btad/02"), ["T2"], 1)["lacking"]
+    assert R.make_plan("real", tmp_path, ["T2"], 1)["lacking"] == {}
     (tmp_path / "btad/02/test/ko/0001.png").write_bytes(b"")
     with pytest.raises(DataError, match="0001.png"):
         R.make_plan("paper", tmp_path, ["T6"], 1)
@@ -170,24 +192,31 @@ def test_no_sbatch(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("root", [None, "empty"])
 def test_no_data_at_all(tmp_path, root):
-    "Without any run an error before any work, whether there is no data root or one without the data sets; toy data need none."
+    """Without any run an error before any work, whether there is no data root or one without the
+    data sets; toy data need none."""
     with_second(tmp_path, "mvtec+visa/all")
     (tmp_path / "empty").mkdir()
     more = ["--data-root", root] if root else []
     done = go(tmp_path, "--only", "T2", *more)
-    assert done.returncode == 2 and f"data root{f' {root}:' if root else ','}" in done.stderr and "give --data-root, the folder that holds mvtec_ad/, visa/" in done.stderr
+    assert done.returncode == 2
+    assert f"data root{f' {root}:' if root else ','}" in done.stderr
+    assert "give --data-root, the folder that holds mvtec_ad/, visa/" in done.stderr
     assert "nothing to do" not in done.stdout and not (tmp_path / "out").exists()
     assert go(tmp_path, "--only", "T1", "--dry-run", *more).returncode == 0
     assert not any(R.make_plan(p, tmp_path / "empty" if root else None)["missing"] for p in ("smoke", "demo"))
 
 
 def test_planted_failure(tmp_path):
-    "One run fails: the other finishes, the failed one is named with its executed notebook, the exit code is 1; mended, only it is run."
+    """One run fails: the other finishes, the failed one is named with its executed notebook, the exit
+    code is 1; mended, only it is run."""
     write_matrix(tmp_path, fastflow={"lr": 1e30})
     done = go(tmp_path)
-    assert done.returncode == 1 and stamps(tmp_path).keys() == {"fastflow-altub-toy-weave-smoke-0"}, done.stdout + done.stderr
+    assert done.returncode == 1 and stamps(tmp_path).keys() == {"fastflow-altub-toy-weave-smoke-0"}, (
+        done.stdout + done.stderr)
     failed = done.stdout[done.stdout.index("failed:"):]
-    assert "fastflow-toy-weave-smoke-0" in failed and "fastflow-toy-weave-smoke-0/run.ipynb" in failed and (tmp_path / "out/fastflow-toy-weave-smoke-0/run.ipynb").exists()
+    assert "fastflow-toy-weave-smoke-0" in failed
+    assert "fastflow-toy-weave-smoke-0/run.ipynb" in failed
+    assert (tmp_path / "out/fastflow-toy-weave-smoke-0/run.ipynb").exists()
     write_matrix(tmp_path)
     mended = go(tmp_path)
     assert mended.returncode == 0 and "[1/1] fastflow-toy" in mended.stdout, mended.stdout + mended.stderr
@@ -195,11 +224,14 @@ def test_planted_failure(tmp_path):
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_goes_on(tmp_path, sign):
-    "An interrupt or a request to terminate ends the jobs at once and keeps what is finished; the next call does the rest alone."
+    """An interrupt or a request to terminate ends the jobs at once and keeps what is finished; the
+    next call does the rest alone."""
     write_matrix(tmp_path, **{"fastflow-altub": {"epochs": 20000}})
     command = [FLOWREPRO, "reproduce", "--preset", "smoke", "--matrix", "matrix.yml", "--out", "out", "--jobs", "2"]
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job, such as these tests may be, ignores it
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heard)
+    # a shell's background job, such as these tests may be, ignores it
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=heard)
     lines = iter(process.stdout.readline, "")
     next(line for line in lines if "[1/2]" in line)
     until = time.time() + 60
@@ -216,13 +248,17 @@ def test_interrupted_goes_on(tmp_path, sign):
     assert not left, f"still running: {left}"
     write_matrix(tmp_path)
     went_on = go(tmp_path)
-    assert went_on.returncode == 0 and "1 of them done" in went_on.stdout and done in stamps(tmp_path).items(), went_on.stdout + went_on.stderr
+    assert went_on.returncode == 0 and "1 of them done" in went_on.stdout and done in stamps(tmp_path).items(), (
+        went_on.stdout + went_on.stderr)
 
 
 @pytest.mark.parametrize("more, named", [
-    (["--only", "F33"], "did you mean 'F3'"), (["--preset", "smok"], "did you mean 'smoke'"), (["--data-root", "nowhere"], "no such folder"), (["--seeds", "0"], "at least 1"),
-    (["--cluster", "slrum", "--dry-run"], "slurm"), (["--cluster", "local"], "slurm"), (["--jobs", "0"], "jobs 0: at least 1"), (["--jobs", "-2"], "jobs -2: at least 1"),
-    (["--out", "/proc/x"], "/proc/x: nothing can be written there"), (["--out", "matrix.yml"], "matrix.yml: nothing can be written there"),
+    (["--only", "F33"], "did you mean 'F3'"), (["--preset", "smok"], "did you mean 'smoke'"),
+    (["--data-root", "nowhere"], "no such folder"), (["--seeds", "0"], "at least 1"),
+    (["--cluster", "slrum", "--dry-run"], "slurm"), (["--cluster", "local"], "slurm"),
+    (["--jobs", "0"], "jobs 0: at least 1"), (["--jobs", "-2"], "jobs -2: at least 1"),
+    (["--out", "/proc/x"], "/proc/x: nothing can be written there"),
+    (["--out", "matrix.yml"], "matrix.yml: nothing can be written there"),
 ])
 def test_bad_input(folder, more, named):
     "Named before any work, with exit code 2."
@@ -245,7 +281,8 @@ def test_inputs_follow_the_method():
     assert all(("hgad" in own) == n.startswith("hgad") for n, own in names.items())
     assert not any({"tables", "comparisons", "figures", "reports", "cli"} & own for own in names.values())
     for n, e in plan["notebooks"].items():
-        assert {"figures", "comparisons"} & {Path(p).stem for p in e["inputs"]} == {"figures" if n.endswith("figures") else "comparisons"}
+        assert ({"figures", "comparisons"}
+                & {Path(p).stem for p in e["inputs"]} == {"figures" if n.endswith("figures") else "comparisons"})
 
 
 def test_each_job_its_own_gpu(tmp_path, monkeypatch):
@@ -254,19 +291,23 @@ def test_each_job_its_own_gpu(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     script = ("import os, sys, time; from pathlib import Path; from flowrepro.reproduce import one_gpu\n"
-              "with one_gpu(Path(sys.argv[1])) as i:\n    print(i, os.environ['CUDA_VISIBLE_DEVICES'], time.time(), flush=True); time.sleep(1.5); print(time.time())")
-    jobs = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+              "with one_gpu(Path(sys.argv[1])) as i:\n    print(i, os.environ['CUDA_VISIBLE_DEVICES'], time.time(), "
+              "flush=True); time.sleep(1.5); print(time.time())")
+    jobs = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+            for _ in range(3)]
     held = [tuple(map(float, j.communicate(timeout=120)[0].split())) for j in jobs]
     assert {h[0] for h in held} == {0.0, 1.0} and all(h[0] == h[1] for h in held)
     for a in held:
         assert not any(a is not b and a[0] == b[0] and a[2] < b[3] and b[2] < a[3] for b in held)
 
 
-def write_past(folder: Path, seconds: float, device: str = "cpu", overrides: dict | None = None, method: str = "fastflow", preset: str = "demo") -> None:
+def write_past(folder: Path, seconds: float, device: str = "cpu", overrides: dict | None = None,
+               method: str = "fastflow", preset: str = "demo") -> None:
     "A finished run's `metrics.json`, as far as estimates read it."
     folder.mkdir(parents=True)
     timing = {"features_s": 0.0, "train_s": seconds - R.OVERHEAD, "evaluate_s": 0.0}
-    content = {"config": {"method": method, "preset": preset, "overrides": overrides or {}}, "timing": timing, "environment": {"device": device}}
+    content = {"config": {"method": method, "preset": preset, "overrides": overrides or {}}, "timing": timing,
+               "environment": {"device": device}}
     (folder / "metrics.json").write_text(json.dumps(content))
 
 
@@ -280,30 +321,37 @@ def test_past_seconds_of_the_same_device(tmp_path):
 
 
 def test_only_runs_as_long_stand_in(tmp_path):
-    "A run that was cut short says nothing of a whole one, and the other way round; where features are cached does not matter."
+    """A run that was cut short says nothing of a whole one, and the other way round; where
+    features are cached does not matter."""
     plan = R.make_plan("demo", only=["T1", "T4", "T9"], out=tmp_path / "out")
     plain, ablation, hgad = "fastflow-toy-weave-demo-0", "altub-every-2-toy-weave-demo-0", "hgad-toy-all-demo-0"
     write_past(tmp_path / "a/fastflow-toy-bolt-demo-0", 50.0, overrides={"features": {"cache": "elsewhere"}})
     write_past(tmp_path / "a/short", 10.0, overrides={"schedule": {"epochs": 1}, "evaluations": 1})
-    write_past(tmp_path / "a/hgad-toy-all-demo-0", 90.0, method="hgad")  # the preset's epochs, of which the matrix takes 12
+    # the preset's epochs, of which the matrix takes 12
+    write_past(tmp_path / "a/hgad-toy-all-demo-0", 90.0, method="hgad")
     past = R.past_seconds([tmp_path / "a"])
     assert R.estimate([plain], plan, past) == (50.0, 0) and R.estimate([ablation, hgad], plan, past) == (0, 2)
-    write_past(tmp_path / "b/any", 70.0, overrides={"schedule": {"epochs": 12}, "features": {"cache": "x"}}, method="hgad")
+    write_past(tmp_path / "b/any", 70.0, overrides={"schedule": {"epochs": 12}, "features": {"cache": "x"}},
+               method="hgad")
     assert R.estimate([hgad, plain], plan, R.past_seconds([tmp_path / "a", tmp_path / "b"])) == (120.0, 0)
 
 
 def test_paper_has_no_estimate_from_short_runs(tmp_path, monkeypatch, capsys):
-    "The committed runs of preset `paper` were cut short: no time is told, and the page of costs is named. Ten runs at a time are not faster than one run."
+    """The committed runs of preset `paper` were cut short: no time is told, and the page of costs is named. Ten runs
+    at a time are not faster than one run."""
     monkeypatch.setenv("FLOWREPRO_GPUS", "1")
     monkeypatch.chdir(CLONE.parent)
-    assert R.reproduce("paper", put(tmp_path / "data", "mvtec_ad/bottle", good="good"), ["T5"], out=tmp_path / "out", dry_run=True) == 0
+    assert (R.reproduce("paper", put(tmp_path / "data", "mvtec_ad/bottle", good="good"), ["T5"], out=tmp_path / "out",
+                        dry_run=True) == 0)
     said = capsys.readouterr().out
     assert "to do: 15, 1 at a time; no past timings to tell how long; the page of costs (nbs/12e_costs.ipynb)" in said
     plan, name = R.make_plan("smoke", only=["T9"], out=tmp_path), "hgad-toy-all-smoke-0"
     assert "10 at a time; about 90 s by" in R.describe(plan, [name], {(name[:-2], "{}"): 90.0}, 10)
 
 
-@pytest.mark.parametrize("text", ['{"config": {"method', "{}", "[]", '{"config": {"method": "other", "preset": "demo"}}', "\x01", None], ids=["cut", "empty", "list", "other", "control", "folder"])
+@pytest.mark.parametrize("text",
+                         ['{"config": {"method', "{}", "[]", '{"config": {"method": "other", "preset": "demo"}}',
+                          "\x01", None], ids=["cut", "empty", "list", "other", "control", "folder"])
 def test_a_file_that_is_no_run(tmp_path, monkeypatch, text):
     "Estimates skip what they cannot read; in the folder of the results it is named with the remedy."
     stray = tmp_path / "results/fastflow-toy-weave-smoke-0/metrics.json"
@@ -312,12 +360,14 @@ def test_a_file_that_is_no_run(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     assert R.past_seconds([Path("results")]) == {}
     assert R.reproduce("smoke", only=["T9"], out="out", dry_run=True) == 0
-    with pytest.raises(ValueError, match="results/fastflow-toy-weave-smoke-0/metrics.json: not the metrics.json of a run .*; remove it"):
+    with pytest.raises(ValueError, match="results/fastflow-toy-weave-smoke-0/metrics.json: "
+                                         "not the metrics.json of a run .*; remove it"):
         R.reproduce("smoke", only=["T9"], out="results", dry_run=True)
 
 
 def test_jobs_share_gpus(tmp_path, monkeypatch):
-    "Two places on each of two simulated GPUs: the emptiest GPU is taken first; Snakemake may run as many jobs as asked for."
+    """Two places on each of two simulated GPUs: the emptiest GPU is taken first; Snakemake may
+    run as many jobs as asked for."""
     monkeypatch.setenv("FLOWREPRO_GPUS", "2")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setattr(R.time, "sleep", lambda _: pytest.fail("no place is free"))
@@ -329,10 +379,14 @@ def test_jobs_share_gpus(tmp_path, monkeypatch):
     assert "gpu=4" in R.snakemake_command(tmp_path / "plan.json", "runs", None, 4)
 
 
-@pytest.mark.parametrize("preset, given, gpu", [("real", None, 1), ("real", "0", 0), ("smoke", None, 0), ("smoke", "1", 1), ("smoke", "4", 1)])
+@pytest.mark.parametrize("preset, given, gpu",
+                         [("real", None, 1), ("real", "0", 0), ("smoke", None, 0), ("smoke", "1", 1),
+                          ("smoke", "4", 1)])
 def test_slurm_plan(folder, monkeypatch, preset, given, gpu):
-    "The profile for Slurm is read, and each run asks for its resources: for a GPU as its preset wants, not as this machine has."
-    monkeypatch.delenv("FLOWREPRO_GPUS", raising=False) if given is None else monkeypatch.setenv("FLOWREPRO_GPUS", given)
+    """The profile for Slurm is read, and each run asks for its resources: for a GPU as its preset
+    wants, not as this machine has."""
+    monkeypatch.delenv("FLOWREPRO_GPUS",
+                       raising=False) if given is None else monkeypatch.setenv("FLOWREPRO_GPUS", given)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1 - gpu)  # of the machine on which the command is typed
     write_matrix(folder)
     (folder / "out").mkdir(exist_ok=True)
@@ -342,16 +396,20 @@ def test_slurm_plan(folder, monkeypatch, preset, given, gpu):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told = done.stdout + done.stderr
-    assert f"runtime={60 if preset == 'smoke' else 1440}" in told and "mem_mb=6000" in told and told.count("gpu=1") == len(RUNS) * gpu
+    assert f"runtime={60 if preset == 'smoke' else 1440}" in told
+    assert "mem_mb=6000" in told
+    assert told.count("gpu=1") == len(RUNS) * gpu
     assert plan["gpu"] == gpu and command[command.index("--jobs") + 1] == "7"
 
 
 def test_how_many_at_a_time(tmp_path, monkeypatch, capsys):
     "On a cluster as its profile says, whatever this machine has; elsewhere one a GPU."
     monkeypatch.setenv("FLOWREPRO_GPUS", "3")
-    assert [R.at_once(None, None), R.at_once(5, None), R.at_once(None, "slurm"), R.at_once(5, "slurm")] == [3, 5, 100, 5]
+    assert ([R.at_once(None, None), R.at_once(5, None), R.at_once(None, "slurm"), R.at_once(5, "slurm")]
+            == [3, 5, 100, 5])
     assert R.reproduce("smoke", only=["T9"], out=tmp_path, cluster="slurm", dry_run=True) == 0
-    assert "to do: 1, 100 at a time" in capsys.readouterr().out and json.loads((tmp_path / "plan.json").read_text())["share"] == 1
+    assert "to do: 1, 100 at a time" in capsys.readouterr().out
+    assert json.loads((tmp_path / "plan.json").read_text())["share"] == 1
 
 
 def test_unknown_key(tmp_path):
@@ -363,7 +421,9 @@ def test_unknown_key(tmp_path):
     assert go(tmp_path).returncode == 2
 
 
-@pytest.mark.parametrize("left, told", [(None, "it was not run; see snakemake.log"), ("", "it left no word"), ("ValueError: no\nmore", "ValueError: no")])
+@pytest.mark.parametrize("left, told",
+                         [(None, "it was not run; see snakemake.log"), ("", "it left no word"),
+                          ("ValueError: no\nmore", "ValueError: no")])
 def test_reason(tmp_path, left, told):
     if left is not None:
         (tmp_path / "error.txt").write_text(left)
@@ -375,23 +435,30 @@ import shutil, sys, time
 from collections import namedtuple
 from pathlib import Path
 from flowrepro.cli import main
-full = lambda log: log.exists() and log.read_text().count("rule run:") > 1  # Snakemake has noted the first run and begun the second
-shutil.disk_usage = lambda out: namedtuple("usage", "total used free")(2**30, 0, 2**20 if full(Path(out, "snakemake.log")) else 2**30)
+# Snakemake has noted the first run and begun the second
+full = lambda log: log.exists() and log.read_text().count("rule run:") > 1
+left = lambda out: 2**20 if full(Path(out, "snakemake.log")) else 2**30
+shutil.disk_usage = lambda out: namedtuple("usage", "total used free")(2**30, 0, left(out))
 time.sleep = lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.02))  # look before the second has ended
 sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_full_disk_goes_on(tmp_path):
-    "A disk that fills after the first of two runs: said with the remedy, the finished run stays, and with room again the rest is run."
+    """A disk that fills after the first of two runs: said with the remedy, the finished run stays, and
+    with room again the rest is run."""
     write_matrix(tmp_path)
-    command = [sys.executable, "-c", FULL, "reproduce", "--preset", "smoke", "--matrix", "matrix.yml", "--out", "out", "--jobs", "1"]
+    command = [sys.executable, "-c", FULL, "reproduce", "--preset", "smoke", "--matrix", "matrix.yml", "--out", "out",
+               "--jobs", "1"]
     full = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert full.returncode == 2 and "disk full: 1 MiB free" in full.stderr and "Traceback" not in full.stderr, full.stdout + full.stderr
-    finished = {n: t for n, t in stamps(tmp_path).items() if (tmp_path / "out" / n / "finished").exists()}  # the second may have made it
+    assert full.returncode == 2 and "disk full: 1 MiB free" in full.stderr and "Traceback" not in full.stderr, (
+        full.stdout + full.stderr)
+    # the second may have made it
+    finished = {n: t for n, t in stamps(tmp_path).items() if (tmp_path / "out" / n / "finished").exists()}
     mended = go(tmp_path)
     kept = finished.items() & stamps(tmp_path).items()
-    assert mended.returncode == 0 and kept and f"{len(kept)} of them done" in mended.stdout and stamps(tmp_path).keys() == RUNS, mended.stdout + mended.stderr
+    assert (mended.returncode == 0 and kept and f"{len(kept)} of them done" in mended.stdout
+            and stamps(tmp_path).keys() == RUNS), mended.stdout + mended.stderr
 
 
 @pytest.fixture
@@ -401,7 +468,8 @@ def small_disk(tmp_path):
     top.mkdir()
 
     def size(kib: int) -> Path:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"{'remount,' * bool(made)}size={kib}k", "tmpfs", str(top)], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"{'remount,' * bool(made)}size={kib}k", "tmpfs", str(top)],
+                       check=True)
         made.append(kib)
         return top
 
@@ -421,17 +489,20 @@ def test_a_really_full_disk(small_disk):
             time.sleep(0.05)
         small_disk((shutil.disk_usage(top).used + R.RESERVE) // 1024 + 300)  # room for a part of the second run
         full = going.result()
-    assert full.returncode == 2 and "disk full" in full.stderr and "Traceback" not in full.stderr, full.stdout + full.stderr
+    assert full.returncode == 2 and "disk full" in full.stderr and "Traceback" not in full.stderr, (
+        full.stdout + full.stderr)
     (done,) = stamps(top).items()
     small_disk(300 * 1024)
     mended = go(top)
-    assert mended.returncode == 0 and "1 of them done" in mended.stdout and done in stamps(top).items() and stamps(top).keys() == RUNS, mended.stdout + mended.stderr
+    assert (mended.returncode == 0 and "1 of them done" in mended.stdout and done in stamps(top).items()
+            and stamps(top).keys() == RUNS), mended.stdout + mended.stderr
 
 
 @pytest.mark.slow
 def test_one_run_on_a_full_disk(small_disk):
     "Without the graph nothing keeps a reserve: the run ends at the full disk, with the remedy and without a number."
     top = small_disk(1024)
-    done = subprocess.run([FLOWREPRO, "run", "--preset", "smoke", "--dataset", "toy", "--category", "weave", "--out", "out"], cwd=top, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([FLOWREPRO, "run", "--preset", "smoke", "--dataset", "toy", "--category", "weave", "--out",
+                           "out"], cwd=top, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "disk full; free some" in done.stderr, done.stdout + done.stderr
     assert not [*top.glob("out/*/metrics.json")]

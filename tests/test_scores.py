@@ -1,4 +1,5 @@
-"""Maps and image scores against formulas written out here: every switch, the published forms, calibration, bad settings."""
+"""Maps and image scores against formulas written out here: every switch, the
+published forms, calibration, bad settings."""
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -6,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flowrepro.scores import PUBLISHED, Parts, Score, calibration, combine, gaussian, highest, image_scores, join, logdet_share, score_batch
+from flowrepro.scores import (
+    PUBLISHED, Parts, Score, calibration, combine, gaussian, highest, image_scores, join, logdet_share, score_batch
+)
 
 SHAPES = [(6, 6), (3, 5)]  # of the levels
 
@@ -17,7 +20,8 @@ def make(n=4, seed=0, shapes=SHAPES, dtype=torch.float32, classes=0) -> list[Par
     draw = lambda s, k: torch.randn(n, *s, generator=g).to(dtype) * (k + 1)
     q = lambda s, k: torch.stack([draw(s, k) for _ in range(classes)]).log_softmax(0)
     sure = lambda log_q: (log_q.exp() * log_q).sum(0)
-    return [Parts(-draw(s, k).square() / 2, draw(s, k) * 0.3 - k, sure(q(s, k)) if classes else None) for k, s in enumerate(shapes)]
+    return [Parts(-draw(s, k).square() / 2, draw(s, k) * 0.3 - k, sure(q(s, k)) if classes else None)
+            for k, s in enumerate(shapes)]
 
 
 def of(parts, *images) -> list[Parts]:
@@ -41,7 +45,8 @@ PLAIN = Score(logdet=0.0, image_logdet=0.0, levels="linear", normalise="none", s
 # -- the published forms -------------------------------------------------------------------------------------------
 
 def test_fastflow_as_published():
-    "The mean over levels of -exp(-mean of z²/2), interpolated; the maximum of the map. The log-determinant plays no part."
+    """The mean over levels of -exp(-mean of z²/2), interpolated; the maximum of the map. The
+    log-determinant plays no part."""
     z = [torch.randn(3, c, h, w) for c, h, w in ((5, 8, 8), (7, 4, 4))]
     parts = [Parts(-x.square().mean(1) / 2, torch.randn(3, *x.shape[2:])) for x in z]
     maps, images = score_batch(parts, 32, PUBLISHED["fastflow"])
@@ -60,7 +65,8 @@ def test_cflow_as_published():
 
 
 def test_hgad_as_published():
-    "In numpy and scipy: likelihood and entropy each Σ exp(· - its maximum over the test set), the maximum minus that, smoothed; their product; its maximum."
+    """In numpy and scipy: likelihood and entropy each Σ exp(· - its maximum over the test set), the maximum minus
+    that, smoothed; their product; its maximum."""
     from scipy.ndimage import gaussian_filter
 
     parts, size = make(5, dtype=torch.float64, classes=3), (32, 48)
@@ -81,15 +87,19 @@ def test_published_settings_are_fixed():
     likelihood = dict(criterion="likelihood", image_criterion="likelihood", smooth=0.0, image_smooth=0.0)
     product = dict(criterion="product", image_criterion="product", smooth=4.0, image_smooth=4.0)
     maxima = dict(logdet=1.0, image_logdet=1.0, normalise="paper", align_corners=True)
-    own = {"fastflow": dict(logdet=0.0, image_logdet=0.0, normalise="none", align_corners=False) | likelihood, "cflow": maxima | likelihood, "hgad": maxima | product}
-    assert {name: {k: v for k, v in asdict(s).items() if k != "top"} for name, s in PUBLISHED.items()} == {name: form | o for name, o in own.items()}
+    own = {"fastflow": dict(logdet=0.0, image_logdet=0.0, normalise="none", align_corners=False) | likelihood,
+           "cflow": maxima | likelihood, "hgad": maxima | product}
+    assert ({name: {k: v for k, v in asdict(s).items() if k != "top"} for name, s in PUBLISHED.items()}
+            == {name: form | o for name, o in own.items()})
 
 
 # -- each switch ---------------------------------------------------------------------------------------------------
 
 def test_loglik():
     p = Parts(torch.full((1, 2, 2), -3.0), torch.full((1, 2, 2), 0.5))
-    assert torch.equal(p.loglik(), torch.full((1, 2, 2), -2.5)) and torch.equal(p.loglik(0.0), p.base) and torch.equal(p.loglik(0.5), torch.full((1, 2, 2), -2.75))
+    assert torch.equal(p.loglik(), torch.full((1, 2, 2), -2.5))
+    assert torch.equal(p.loglik(0.0), p.base)
+    assert torch.equal(p.loglik(0.5), torch.full((1, 2, 2), -2.75))
 
 
 def test_join():
@@ -113,7 +123,8 @@ def test_some_images(classes):
 @pytest.mark.parametrize("classes", [0, 3])
 @pytest.mark.parametrize("shift", [0.0, 3e4])
 def test_calibration(shift, classes):
-    "Of each level the means of a, j and e, the deviations of a and j, and the maxima of a, a + j/2 and a + j; far from zero as well."
+    """Of each level the means of a, j and e, the deviations of a and j, and the maxima of a, a + j/2
+    and a + j; far from zero as well."""
     parts = [Parts(p.base.double() + shift, p.logdet.double(), p.entropy) for p in make(6, classes=classes)]
     stats, expected = calibration(parts), []
     for p in parts:
@@ -129,11 +140,13 @@ def test_calibration_of_one_position():
 
 
 def test_share_that_the_training_images_suggest():
-    "r - 2 within [0, 1], r how much more j varies than a, each level for itself; and it is the share behind `logdet=None`."
+    """r - 2 within [0, 1], r how much more j varies than a, each level for itself; and it is
+    the share behind `logdet=None`."""
     parts = make(7, seed=5)
     r = [float(p.logdet.double().std() / p.base.double().std()) for p in parts]
     for ratios, shares in (((1.5, 2.5), (0.0, 0.5)), ((9.0, 2.25), (1.0, 0.25)), ((2.0, 3.0), (0.0, 1.0))):
-        train, test = ([p._replace(logdet=p.logdet * f / x) for p, f, x in zip(some, ratios, r)] for some in (parts, make()))
+        train, test = ([p._replace(logdet=p.logdet * f / x) for p, f, x in zip(some, ratios, r)]
+                       for some in (parts, make()))
         assert logdet_share(calibration(train)).tolist() == pytest.approx(shares, abs=1e-4)
         shared = [[p._replace(logdet=p.logdet * share) for p, share in zip(some, shares)] for some in (train, test)]
         given = combine(shared[1], 12, Score(logdet=1.0, smooth=0), calibration(shared[0]))
@@ -148,18 +161,21 @@ def test_highest_over_training_positions():
         chord = np.interp(share, [0.0, 0.5, 1.0], level[5:])
         true = float(part.loglik(share).max())
         for given in (share, torch.tensor(share)):
-            assert float(highest(level, given)) == pytest.approx(chord, abs=1e-5) and float(highest(level, given)) >= true - 1e-5
+            assert float(highest(level, given)) == pytest.approx(chord, abs=1e-5)
+            assert float(highest(level, given)) >= true - 1e-5
 
 
 def test_calibration_levels_the_levels():
-    "On the training images each level's ℓ has mean zero, whatever the share of the log-determinant; a constant of a level is gone."
+    """On the training images each level's ℓ has mean zero, whatever the share of the log-determinant;
+    a constant of a level is gone."""
     parts = make(6)
     shifted = [Parts(p.base + 5 * l, p.logdet - 3 * l) for l, p in enumerate(parts)]
     for share in (0.0, 0.5, 1.0):
         score = replace(PLAIN, logdet=share, normalise="train")
         one = [combine([p], p.base.shape[1:], score, calibration([p])) for p in parts]
         assert all(abs(m.mean()) < 1e-5 for m in one)
-        torch.testing.assert_close(combine(shifted, 8, score, calibration(shifted)), combine(parts, 8, score, calibration(parts)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(combine(shifted, 8, score, calibration(shifted)),
+                                   combine(parts, 8, score, calibration(parts)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("logdet", [0.0, 0.5, 1.0])
@@ -175,16 +191,19 @@ def test_combine(logdet, levels, normalise):
             ell = ell - seen.mean()
         if normalise == "paper":
             ell = ell - ell.max()
-        total = total - up(torch.from_numpy(tau * np.exp(ell / tau) if levels == "probability" else ell), (16, 20)).numpy()
+        total = (total
+                 - up(torch.from_numpy(tau * np.exp(ell / tau) if levels == "probability" else ell), (16, 20)).numpy())
     score = Score(logdet=logdet, levels=levels, normalise=normalise, temperature=tau, smooth=0)
-    np.testing.assert_allclose(combine(parts, (16, 20), score, calibration(train)).numpy(), total / 2, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(combine(parts, (16, 20), score, calibration(train)).numpy(), total / 2, rtol=2e-5,
+                               atol=2e-5)
 
 
 def test_high_temperature_is_linear():
     "τ·exp(ℓ/τ) - τ goes to ℓ, and the ranking with it."
     parts = make(dtype=torch.float64)
     linear = combine(parts, 12, PLAIN)
-    error = [(combine(parts, 12, replace(PLAIN, levels="probability", temperature=t)) + t - linear).abs().max() for t in (10.0, 1e3, 1e5)]
+    error = [(combine(parts, 12, replace(PLAIN, levels="probability", temperature=t)) + t - linear).abs().max()
+             for t in (10.0, 1e3, 1e5)]
     assert error[0] > 50 * error[1] > 2500 * error[2] and error[2] < 1e-3
 
 
@@ -215,7 +234,8 @@ CRITERIA = ("likelihood", "entropy", "product")
 
 @pytest.mark.parametrize("criterion, share", [(c, s) for c in CRITERIA for s in (0.0, 0.5, 1.0)])
 def test_criteria(criterion, share):
-    "Each against the formula: the map of one, or the product of how far both are below their ceilings on training images, cut at zero."
+    """Each against the formula: the map of one, or the product of how far both are below their ceilings
+    on training images, cut at zero."""
     parts, train, tau, size = make(classes=3), make(9, seed=5, classes=3), 1.3, (12, 20)
     parts[0].base[0] += 9.0  # likelier than any training position
     score = Score(logdet=share, temperature=tau, criterion=criterion, smooth=0)
@@ -264,7 +284,9 @@ def test_aligned_corners(align_corners):
     assert np.allclose(maps[:, rows][:, :, [0, -1]], -parts[0].base[:, :, [0, -1]].numpy(), atol=1e-5) == align_corners
 
 
-@pytest.mark.parametrize("score", [Score(), PLAIN, PUBLISHED["fastflow"], Score(levels="linear"), Score(image_logdet=1.0, image="max"), Score(image="top", top=0.1)]
+@pytest.mark.parametrize("score",
+                         [Score(), PLAIN, PUBLISHED["fastflow"], Score(levels="linear"),
+                          Score(image_logdet=1.0, image="max"), Score(image="top", top=0.1)]
                          + [Score(criterion=c, image_criterion=i) for c in CRITERIA for i in CRITERIA])
 def test_images_do_not_see_each_other(score):
     "Each alone scores as it does in the batch."
@@ -300,7 +322,9 @@ def test_only_mixtures_have_an_entropy(criterion):
 
 # -- smoothing -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("sigma, shape", [(0.4, (40, 47)), (1.0, (40, 47)), (2.5, (40, 47)), (4.0, (40, 47)), (2.0, (3, 5)), (10.0, (3, 5)), (3.0, (1, 2))])
+@pytest.mark.parametrize("sigma, shape",
+                         [(0.4, (40, 47)), (1.0, (40, 47)), (2.5, (40, 47)), (4.0, (40, 47)), (2.0, (3, 5)),
+                          (10.0, (3, 5)), (3.0, (1, 2))])
 def test_gaussian_is_scipys(sigma, shape):
     "As by default there, also where the kernel is wider than the map."
     from scipy.ndimage import gaussian_filter
@@ -344,11 +368,13 @@ def test_maximum():
 
 
 @pytest.mark.parametrize("logdet, smooth", [(0.0, 0.0), (0.5, 0.0), (0.5, 9.0)])
-@pytest.mark.parametrize("image_logdet, image_smooth, tau", [(0.0, 0.0, 1.0), (1.0, 0.0, 1.0), (0.5, 5.0, 1.0), (0.5, 0.0, 2.0)])
+@pytest.mark.parametrize("image_logdet, image_smooth, tau",
+                         [(0.0, 0.0, 1.0), (1.0, 0.0, 1.0), (0.5, 5.0, 1.0), (0.5, 0.0, 2.0)])
 def test_image_score_has_its_own_likelihood(logdet, smooth, image_logdet, image_smooth, tau):
     "The map shows one likelihood, the image score may stand on another, at another temperature, smoothed otherwise."
     parts, stats = make(), calibration(make(6, 2))
-    score = Score(logdet=logdet, smooth=smooth, temperature=1.0, image_logdet=image_logdet, image_smooth=image_smooth, image_temperature=tau, image="top", top=0.02)
+    score = Score(logdet=logdet, smooth=smooth, temperature=1.0, image_logdet=image_logdet, image_smooth=image_smooth,
+                  image_temperature=tau, image="top", top=0.02)
     maps, images = score_batch(parts, 48, score, stats)
     torch.testing.assert_close(maps, combine(parts, 48, score, stats))
     behind = combine(parts, 48, Score(logdet=image_logdet, smooth=image_smooth, temperature=tau), stats)
@@ -360,16 +386,23 @@ def test_image_score_has_its_own_likelihood(logdet, smooth, image_logdet, image_
 # -- bad settings --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("field, value, allowed", [
-    ("levels", "sum", "linear, probability"), ("normalise", "test", "train, paper, none"), ("image", "mean", "max, top"),
-    ("top", 0.0, "(0, 1]"), ("top", 1.5, "(0, 1]"), ("top", float("nan"), "(0, 1]"), ("temperature", -2.0, "positive"), ("temperature", 0.0, "positive"),
-    ("temperature", float("nan"), "positive"), ("image_temperature", 0.0, "positive"), ("image_temperature", float("nan"), "positive"),
-    ("logdet", -0.1, "[0, 1]"), ("logdet", 1.5, "[0, 1]"), ("logdet", float("nan"), "[0, 1]"), ("image_logdet", 2.0, "[0, 1]"), ("criterion", "sum", "likelihood, entropy, product"), ("image_criterion", "max", "likelihood, entropy, product"),
+    ("levels", "sum", "linear, probability"), ("normalise", "test", "train, paper, none"),
+    ("image", "mean", "max, top"),
+    ("top", 0.0, "(0, 1]"), ("top", 1.5, "(0, 1]"), ("top", float("nan"), "(0, 1]"), ("temperature", -2.0, "positive"),
+    ("temperature", 0.0, "positive"),
+    ("temperature", float("nan"), "positive"), ("image_temperature", 0.0, "positive"),
+    ("image_temperature", float("nan"), "positive"),
+    ("logdet", -0.1, "[0, 1]"), ("logdet", 1.5, "[0, 1]"), ("logdet", float("nan"), "[0, 1]"),
+    ("image_logdet", 2.0, "[0, 1]"), ("criterion", "sum", "likelihood, entropy, product"),
+    ("image_criterion", "max", "likelihood, entropy, product"),
 ])
 def test_impossible_settings(field, value, allowed):
     "Named, with what is allowed."
     with pytest.raises(ValueError) as error:
         Score(**{field: value})
-    assert field.removeprefix("image_temp") in str(error.value) and str(value) in str(error.value) and allowed in str(error.value)
+    assert field.removeprefix("image_temp") in str(error.value)
+    assert str(value) in str(error.value)
+    assert allowed in str(error.value)
 
 
 @pytest.mark.parametrize("field", ["smooth", "image_smooth"])

@@ -1,4 +1,5 @@
-"The Slurm profile on a real cluster of one node: Debian's munge, slurmctld and slurmd, started here. Needs root; run by name."
+"""The Slurm profile on a real cluster of one node: Debian's munge, slurmctld and
+slurmd, started here. Needs root; run by name."""
 import os
 import shutil
 import socket
@@ -50,7 +51,8 @@ def stop(servers: list[subprocess.Popen], top: Path) -> None:
 def cluster():
     "A cluster of one node. Whoever asks for this test by name wants it run, so what is missing fails it."
     if missing := [t for t in TOOLS if not shutil.which(t)]:
-        pytest.fail(f"not installed: {', '.join(missing)} (Debian: apt-get install munge slurmctld slurmd slurm-client)")
+        pytest.fail(f"not installed: {', '.join(missing)} (Debian: "
+                    "apt-get install munge slurmctld slurmd slurm-client)")
     if os.getuid():
         pytest.fail("starting slurmd needs root")
     if CONF_PATH.exists():
@@ -63,7 +65,8 @@ def cluster():
     (top / "munge.key").chmod(0o600)
     CONF_PATH.write_text(CONF.format(host=socket.gethostname(), top=top))
     servers = [subprocess.Popen(command, stdout=open(top / "out.log", "a"), stderr=subprocess.STDOUT) for command in (
-        ["munged", "--foreground", "--force", f"--key-file={top}/munge.key", f"--socket={top}/munge.socket", f"--pid-file={top}/munge.pid",
+        ["munged", "--foreground", "--force", f"--key-file={top}/munge.key", f"--socket={top}/munge.socket",
+         f"--pid-file={top}/munge.pid",
          f"--log-file={top}/munge.log", f"--seed-file={top}/munge.seed"], ["slurmctld", "-D", "-c"], ["slurmd", "-D"])]
     until = time.time() + 60
     while "idle" not in (state := subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True)).stdout:
@@ -82,8 +85,11 @@ def test_runs_are_slurm_jobs(cluster, tmp_path):
     write_matrix(tmp_path)
     done = go(tmp_path, "--cluster", "slurm")
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "out/snakemake.log").read_text()[-3000:]
-    assert stamps(tmp_path).keys() == RUNS and (tmp_path / "out/figures/F3.png").exists() and (tmp_path / "out/tables/T1.csv").exists()
-    jobs = subprocess.run(["squeue", "-h", "-t", "all", "-o", "%T %C %m"], capture_output=True, text=True).stdout.split("\n")
+    assert stamps(tmp_path).keys() == RUNS
+    assert (tmp_path / "out/figures/F3.png").exists()
+    assert (tmp_path / "out/tables/T1.csv").exists()
+    jobs = subprocess.run(["squeue", "-h", "-t", "all", "-o", "%T %C %m"], capture_output=True,
+                          text=True).stdout.split("\n")
     assert [j for j in jobs if j] == ["COMPLETED 4 6000M"] * 2, jobs
     again = go(tmp_path, "--cluster", "slurm")
     assert again.returncode == 0 and "nothing to do" in again.stdout

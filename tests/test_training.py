@@ -1,4 +1,5 @@
-"""The loop: seeded, resumable to the bit, stopped by a loss that is no number; its schedule; turns of the base; what it leaves alone."""
+"""The loop: seeded, resumable to the bit, stopped by a loss that is no number; its schedule;
+turns of the base; what it leaves alone."""
 import copy
 import math
 from dataclasses import asdict, replace
@@ -11,7 +12,10 @@ from flowrepro.altub import AltUB, BaseTurn
 from flowrepro.backbones import state_hash
 from flowrepro.data import Dataset, Transform, load, read
 from flowrepro.detectors import HGAD, CFlow, FastFlow
-from flowrepro.training import Schedule, TrainingError, adam_step, batches, fit, fit_dataset, optimizers_of, read_checkpoint, train_batch, write_checkpoint
+from flowrepro.training import (
+    Schedule, TrainingError, adam_step, batches, fit, fit_dataset, optimizers_of, read_checkpoint, train_batch,
+    write_checkpoint
+)
 
 SCHEDULE = Schedule(epochs=4, batch=4, lr=1e-2)
 
@@ -65,7 +69,9 @@ def test_loss_falls(make, features):
     before = model.loss(features.bank[slice(None)]).item()
     history = fit(model, features.bank, replace(SCHEDULE, epochs=12), progress=False)
     after = model.loss(features.bank[slice(None)]).item()
-    assert history[0]["loss"] > history[-1]["loss"] and before > after + 5 and abs(history[-1]["loss"] - after) < 0.2 * abs(before - after)
+    assert history[0]["loss"] > history[-1]["loss"]
+    assert before > after + 5
+    assert abs(history[-1]["loss"] - after) < 0.2 * abs(before - after)
 
 
 # -- resume --------------------------------------------------------------------------------------------------------
@@ -93,7 +99,8 @@ def without_time(history) -> list[dict]:
 @pytest.mark.parametrize("when", [(), (1, 3)], ids=["each epoch", "evaluations"])
 @pytest.mark.parametrize("step", [0, 2, 3, 7, 11])
 def test_resume_is_exact(step, when, make, features, tmp_path):
-    "Killed in any step and started again with another model: every weight, loss and evaluation as if nothing had happened."
+    """Killed in any step and started again with another model: every weight, loss and
+    evaluation as if nothing had happened."""
     path, whole, part, seen = tmp_path / "checkpoint.pt", make(), make(), []
     evaluation = dict(evaluate=lambda e: seen.append(e) or {"score": e / 7}, when=when)
     history = fit(whole, features.bank, SCHEDULE, **evaluation, progress=False)
@@ -116,20 +123,26 @@ def test_finished_training_is_not_repeated(make, features, tmp_path):
     assert fit(again, features.bank, SCHEDULE, checkpoint=path, progress=False) == history and same(model, again)
 
 
-SMALL = {FastFlow: {}, CFlow: dict(code=4, fibers=36), HGAD: dict(code=4, centres=2, stage_one=0.5, categories=["a", "b"])}
+SMALL = {FastFlow: {}, CFlow: dict(code=4, fibers=36),
+         HGAD: dict(code=4, centres=2, stage_one=0.5, categories=["a", "b"])}
 LABELS = torch.arange(14) % 2
 
 
 @pytest.mark.parametrize("step", [4, 9])
 @pytest.mark.parametrize("method, settings, altub", [
-    (FastFlow, {}, dict(every=2)), (FastFlow, {}, dict(every=3, optimizer="sgd", factor=None, lr=1e-4, clip_by="norm")), (FastFlow, dict(per="position"), dict(unit="epoch", every=2)),
-    (FastFlow, {}, dict(every=2, joint=False)), (CFlow, {}, dict(every=2)), (CFlow, dict(base="standard"), None), (HGAD, dict(base="hierarchical"), None),
-    (HGAD, dict(base="hierarchical"), dict(every=2, joint=False)), (HGAD, dict(base="classes", joint=True), dict(every=2))], ids=str)
+    (FastFlow, {}, dict(every=2)), (FastFlow, {}, dict(every=3, optimizer="sgd", factor=None, lr=1e-4, clip_by="norm")),
+    (FastFlow, dict(per="position"), dict(unit="epoch", every=2)),
+    (FastFlow, {}, dict(every=2, joint=False)), (CFlow, {}, dict(every=2)), (CFlow, dict(base="standard"), None),
+    (HGAD, dict(base="hierarchical"), None),
+    (HGAD, dict(base="hierarchical"), dict(every=2, joint=False)),
+    (HGAD, dict(base="classes", joint=True), dict(every=2))], ids=str)
 def test_resume_is_exact_with_every_method(method, settings, altub, step, make, features, tmp_path):
-    "Killed in a step and started again: as if nothing had happened, for the base, its optimizer and shuffled fibers, too."
+    """Killed in a step and started again: as if nothing had happened, for the base, its
+    optimizer and shuffled fibers, too."""
     path, kw = tmp_path / "checkpoint.pt", dict(method=method, **SMALL[method] | {"base": "diagonal"} | settings)
     whole, part, resumed = make(**kw), make(**kw), make(**kw, seed=77)
-    train = lambda model, **more: fit(model, features.bank, SCHEDULE, LABELS, altub and AltUB(**altub), progress=False, **more)
+    train = lambda model, **more: fit(model, features.bank, SCHEDULE, LABELS, altub and AltUB(**altub), progress=False,
+                                      **more)
     history = train(whole)
     kill_in(part, step)
     with pytest.raises(Killed):
@@ -138,7 +151,9 @@ def test_resume_is_exact_with_every_method(method, settings, altub, step, make, 
     assert without_time(train(resumed, checkpoint=path)) == without_time(history) and same(whole, resumed)
 
 
-@pytest.mark.parametrize("written, wanted", [(None, AltUB()), (AltUB(), None), (AltUB(), AltUB(every=3)), (AltUB(), AltUB(joint=False))], ids=str)
+@pytest.mark.parametrize("written, wanted",
+                         [(None, AltUB()), (AltUB(), None), (AltUB(), AltUB(every=3)), (AltUB(), AltUB(joint=False))],
+                         ids=str)
 def test_checkpoint_of_another_altub(written, wanted, make, features, tmp_path):
     path = tmp_path / "checkpoint.pt"
     fit(make(base="diagonal"), features.bank, SCHEDULE, altub=written, checkpoint=path, progress=False)
@@ -146,7 +161,9 @@ def test_checkpoint_of_another_altub(written, wanted, make, features, tmp_path):
         fit(make(base="diagonal"), features.bank, SCHEDULE, altub=wanted, checkpoint=path, progress=False)
 
 
-@pytest.mark.parametrize("change", [dict(epochs=5), dict(lr=1e-3), dict(seed=3), dict(batch=5), dict(decay="constant"), dict(floor=0.1), dict(warmup=1), dict(hold=2),
+@pytest.mark.parametrize("change",
+                         [dict(epochs=5), dict(lr=1e-3), dict(seed=3), dict(batch=5), dict(decay="constant"),
+                          dict(floor=0.1), dict(warmup=1), dict(hold=2),
                                     dict(clip=1.0), dict(precision="bfloat16"), dict(betas=(0.8, 0.9))], ids=str)
 def test_checkpoint_of_another_schedule(change, make, features, tmp_path):
     "Refused, with the file and the remedy; nothing is overwritten."
@@ -156,12 +173,15 @@ def test_checkpoint_of_another_schedule(change, make, features, tmp_path):
     untouched = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(ValueError, match="checkpoint.pt is of another training.*remove it"):
         fit(model, features.bank, replace(SCHEDULE, **change), checkpoint=path, progress=False)
-    assert path.read_bytes() == before and all(torch.equal(v, untouched[k]) for k, v in model.state_dict().items() if k != "calibration")
+    assert path.read_bytes() == before
+    assert all(torch.equal(v, untouched[k]) for k, v in model.state_dict().items() if k != "calibration")
 
 
 @pytest.mark.parametrize("method, settings, words", [
-    (CFlow, {}, "method 'hgad' there, 'cflow' here"), (HGAD, dict(steps=3), "detector.steps 1 there, 3 here"), (HGAD, dict(lambda2=7.0), "detector.lambda2 1.0 there, 7.0 here"),
-    (HGAD, dict(categories=["b", "a"]), "detector.categories ['a', 'b'] there, ['b', 'a'] here"), (HGAD, dict(clamp=1.0), "detector.clamp"), (HGAD, dict(base="standard"), "detector.base")], ids=str)
+    (CFlow, {}, "method 'hgad' there, 'cflow' here"), (HGAD, dict(steps=3), "detector.steps 1 there, 3 here"),
+    (HGAD, dict(lambda2=7.0), "detector.lambda2 1.0 there, 7.0 here"),
+    (HGAD, dict(categories=["b", "a"]), "detector.categories ['a', 'b'] there, ['b', 'a'] here"),
+    (HGAD, dict(clamp=1.0), "detector.clamp"), (HGAD, dict(base="standard"), "detector.base")], ids=str)
 def test_checkpoint_of_another_model(method, settings, words, make, features, tmp_path):
     "What differs is named, and the model keeps its weights."
     path, small = tmp_path / "checkpoint.pt", SMALL[HGAD] | dict(categories=["a", "b"], steps=1)
@@ -215,7 +235,8 @@ def test_checkpoint_is_replaced_atomically(make, features, tmp_path, monkeypatch
     with pytest.raises(OSError, match="disk full"):
         write_checkpoint(path, model, [optimizer], 1, [], asdict(SCHEDULE))
     assert path.read_bytes() == before
-    assert read_checkpoint(path, make(), [torch.optim.Adam(model.parameters())], asdict(SCHEDULE)) == (1, [{"epoch": 1}])
+    assert (read_checkpoint(path, make(), [torch.optim.Adam(model.parameters())], asdict(SCHEDULE))
+            == (1, [{"epoch": 1}]))
 
 
 def test_checkpoint_is_replaced_whole(make, tmp_path):
@@ -257,7 +278,8 @@ def test_stops_at_the_first_bad_loss(value, make, features, bank_of):
     model = make()
     with pytest.raises(TrainingError) as error:
         fit(model, bank_of(*levels), SCHEDULE, progress=False)
-    for words in (f"epoch {epoch + 1}, step {step + 1} of 3", "lower lr", "clip", "nan" if math.isnan(value) else "loss is"):
+    for words in (f"epoch {epoch + 1}, step {step + 1} of 3", "lower lr", "clip",
+                  "nan" if math.isnan(value) else "loss is"):
         assert words in str(error.value)
     assert all(v.isfinite().all() for k, v in model.state_dict().items() if k != "calibration")
 
@@ -282,8 +304,10 @@ def test_bad_step_changes_nothing(make, features):
     optimizer = torch.optim.Adam(model.parameters(), 0.1)
     train_batch(model, optimizer, model.losses(features.bank[slice(0, 4)]), 0.1, SCHEDULE)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    (value,) = train_batch(model, optimizer, model.losses([x * float("nan") for x in features.bank[slice(0, 4)]]), 0.1, SCHEDULE)
-    assert math.isnan(value) and all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k != "calibration")
+    (value,) = train_batch(model, optimizer, model.losses([x * float("nan") for x in features.bank[slice(0, 4)]]), 0.1,
+                           SCHEDULE)
+    assert math.isnan(value)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k != "calibration")
 
 
 def test_bad_loss_among_several(make):
@@ -299,7 +323,9 @@ def test_bad_loss_among_several(make):
     start = p[0].item() + 1.0
     p.data[0] = start
     values = train_batch(model, torch.optim.SGD(model.parameters()), losses(), 0.25, SCHEDULE)
-    assert values == pytest.approx([start, start - 0.25, math.inf]) and len(asked) == 3 and p[0].item() == pytest.approx(start - 0.5)
+    assert values == pytest.approx([start, start - 0.25, math.inf])
+    assert len(asked) == 3
+    assert p[0].item() == pytest.approx(start - 0.5)
 
 
 def test_bad_fiber_batch(make, features, bank_of):
@@ -320,7 +346,10 @@ def test_batches(n, batch, steps):
     "Full batches of different images; the rest is dropped, unless there is nothing else."
     got = list(batches(n, batch, seed=0, epoch=0))
     flat = torch.cat(got)
-    assert len(got) == steps and {len(b) for b in got} == {min(n, batch)} and len(flat.unique()) == len(flat) and 0 <= flat.min() <= flat.max() < n
+    assert len(got) == steps
+    assert {len(b) for b in got} == {min(n, batch)}
+    assert len(flat.unique()) == len(flat)
+    assert 0 <= flat.min() <= flat.max() < n
 
 
 def test_batches_are_shuffled_anew():
@@ -340,14 +369,16 @@ def test_rates():
 
 @pytest.mark.parametrize("passes, hold", [(8, 8), (1, 1)], ids=["8 passes a meta-epoch", "one"])
 def test_published_rates(passes, hold):
-    "CFLOW-AD's and HGAD's 25 meta-epochs of 8 passes, as their utils.py sets the rate in each step, in formulas of its own."
+    """CFLOW-AD's and HGAD's 25 meta-epochs of 8 passes, as their utils.py sets the rate in
+    each step, in formulas of its own."""
     lr, meta_epochs, warm, steps, own = 2e-4, 25, 2, 8 * 7, 8 * 7 // passes  # of a meta-epoch, of an epoch
     eta = lr * 0.1**3
     cosine = lambda meta: eta + (lr - eta) * (1 + math.cos(math.pi * meta / meta_epochs)) / 2
     schedule = Schedule(epochs=25 * passes, lr=lr, floor=1e-3, warmup=2 * passes, hold=hold)
     for meta in range(meta_epochs):
         for i in range(steps):
-            expected = lr / 10 + (i + meta * steps) / (warm * steps) * (cosine(warm) - lr / 10) if meta < warm else cosine(meta)
+            expected = (lr / 10 + (i + meta * steps) / (warm * steps) * (cosine(warm) - lr / 10) if meta < warm
+                        else cosine(meta))
             epoch, step = divmod(meta * steps + i, own)
             assert schedule.rate((epoch + step / own) / schedule.epochs) == pytest.approx(expected, rel=1e-9), (meta, i)
 
@@ -364,7 +395,8 @@ def test_warm_up_and_floor():
     "A rise from a tenth to where the decay stands; the cosine ends at the floor; without decay the rate stays."
     s = Schedule(epochs=10, lr=1.0, warmup=5)
     assert [s.rate(p) for p in (0.0, 0.25, 0.5)] == pytest.approx([0.1, 0.3, 0.5])
-    assert replace(s, warmup=0, floor=0.2).rate(0.5) == pytest.approx(0.6) and replace(s, floor=0.2).rate(1 - 1e-9) == pytest.approx(0.2)
+    assert replace(s, warmup=0, floor=0.2).rate(0.5) == pytest.approx(0.6)
+    assert replace(s, floor=0.2).rate(1 - 1e-9) == pytest.approx(0.2)
     assert [replace(s, decay="constant").rate(p) for p in (0.0, 0.25, 0.5, 0.9)] == pytest.approx([0.1, 0.55, 1.0, 1.0])
     assert len({round(replace(s, warmup=0, hold=4).rate(i / 100), 9) for i in range(100)}) == 3
 
@@ -372,7 +404,8 @@ def test_warm_up_and_floor():
 def test_the_rate_is_used(make, features, monkeypatch):
     "Step by step in the optimizer, and the last of each epoch in the history."
     seen, own = [], training.adam_step
-    monkeypatch.setattr(training, "adam_step", lambda m, o, *rest: own(m, o, *rest) or seen.append({g["lr"] for g in o.param_groups}))
+    monkeypatch.setattr(training, "adam_step",
+                        lambda m, o, *rest: own(m, o, *rest) or seen.append({g["lr"] for g in o.param_groups}))
     history = fit(make(), features.bank, SCHEDULE, progress=False)
     expected = [SCHEDULE.rate(i / 12) for i in range(12)]  # 4 epochs of 3 steps
     assert [r for (r,) in seen] == pytest.approx(expected)
@@ -387,7 +420,9 @@ def test_clip(make, features):
         before = [p.detach().clone() for p in model.parameters()]
         adam_step(model, torch.optim.SGD(model.parameters(), 7.0), model.loss(features.bank[slice(0, 4)]), 1.0, clip)
         lengths[clip] = sum((p - q).square().sum() for p, q in zip(model.parameters(), before)).sqrt().item()
-    assert lengths[None] > 1 and lengths[0.5] == pytest.approx(0.5, rel=1e-3) and lengths[1e9] == pytest.approx(lengths[None], rel=1e-4)
+    assert lengths[None] > 1
+    assert lengths[0.5] == pytest.approx(0.5, rel=1e-3)
+    assert lengths[1e9] == pytest.approx(lengths[None], rel=1e-4)
 
 
 def test_bfloat16_is_close(make, features):
@@ -401,16 +436,21 @@ def test_bfloat16_is_close(make, features):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(decay="linear"), "decay 'linear': one of cosine, constant"), (dict(precision="float16"), "precision 'float16': one of float32, bfloat16"),
-    (dict(epochs=0), "epochs 0"), (dict(batch=-1), "batch -1"), (dict(lr=0.0), "lr 0.0"), (dict(lr=float("nan")), "lr nan")])
+    (dict(decay="linear"), "decay 'linear': one of cosine, constant"),
+    (dict(precision="float16"), "precision 'float16': one of float32, bfloat16"),
+    (dict(epochs=0), "epochs 0"), (dict(batch=-1), "batch -1"), (dict(lr=0.0), "lr 0.0"),
+    (dict(lr=float("nan")), "lr nan")])
 def test_impossible_schedules(change, words):
     with pytest.raises(ValueError) as error:
         Schedule(**change)
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("change", [dict(epochs=2.5), dict(batch=1.5), dict(clip=-1.0), dict(clip=0.0), dict(weight_decay=-1e-5), dict(betas=(1.5, 0.9)), dict(betas=(0.9,)),
-                                    dict(floor=-0.1), dict(floor=1.5), dict(floor=float("nan")), dict(warmup=-1), dict(warmup=1.5), dict(warmup=31), dict(hold=-1), dict(hold=0.5)], ids=str)
+@pytest.mark.parametrize("change",
+                         [dict(epochs=2.5), dict(batch=1.5), dict(clip=-1.0), dict(clip=0.0), dict(weight_decay=-1e-5),
+                          dict(betas=(1.5, 0.9)), dict(betas=(0.9,)),
+                                    dict(floor=-0.1), dict(floor=1.5), dict(floor=float("nan")), dict(warmup=-1),
+                                    dict(warmup=1.5), dict(warmup=31), dict(hold=-1), dict(hold=0.5)], ids=str)
 def test_more_impossible_schedules(change):
     "Found before any work, too."
     with pytest.raises(ValueError, match=next(iter(change))):
@@ -455,7 +495,8 @@ def test_each_fiber_batch_has_its_step(fibers, steps, make, features, monkeypatc
 
 
 def test_fibers_are_shuffled_anew(make, features, bank_of):
-    "Every row once a batch, in every batch in another order (the images are all the same), by the seed of the schedule and nothing else."
+    """Every row once a batch, in every batch in another order (the images are all the same), by the seed of
+    the schedule and nothing else."""
     drawn, bank = {}, bank_of(*(x[:1].expand_as(x) for x in features.bank.levels))
     for key, seed in (("a", 0), ("again", 0), ("other", 1)):
         model, drawn[key] = make(method=CFlow, code=4, fibers=16), []
@@ -464,7 +505,8 @@ def test_fibers_are_shuffled_anew(make, features, bank_of):
         torch.manual_seed(len(drawn))
         fit(model, bank, replace(SCHEDULE, epochs=2, seed=seed), progress=False)
     flat = {k: [rows for level, rows in v if level == 0] for k, v in drawn.items()}
-    assert all(torch.equal(x, y) for x, y in zip(flat["a"], flat["again"])) and not torch.equal(flat["a"][0], flat["other"][0])
+    assert all(torch.equal(x, y) for x, y in zip(flat["a"], flat["again"]))
+    assert not torch.equal(flat["a"][0], flat["other"][0])
     assert not any(torch.equal(x, y) for i, x in enumerate(flat["a"]) for y in flat["a"][:i])
     _, counts = torch.cat(flat["a"][:9]).unique(dim=0, return_counts=True)
     assert counts.tolist() == [4] * 36  # 4 images of 36 positions
@@ -472,29 +514,37 @@ def test_fibers_are_shuffled_anew(make, features, bank_of):
 
 def test_groups_have_their_own_rates(make, features):
     "HGAD's centres learn at a multiple of the rate, and nothing but the flows decays."
-    model, schedule = make(method=HGAD, joint=True, centre_rate=3.0, **SMALL[HGAD] | {"stage_one": 0.0}), replace(SCHEDULE, weight_decay=0.1)
+    model, schedule = (make(method=HGAD, joint=True, centre_rate=3.0, **SMALL[HGAD] | {"stage_one": 0.0}),
+                       replace(SCHEDULE, weight_decay=0.1))
     adam, turn = optimizers_of(model, schedule, None)
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
     train_batch(model, adam, model.losses(features.bank[slice(0, 8)], LABELS[:8]), 1e-3, schedule)
-    assert turn is None and [g["lr"] for g in adam.param_groups] == pytest.approx([1e-3, 3e-3, 1e-3]) and [g["weight_decay"] for g in adam.param_groups] == [0.1, 0.0, 0.0]
-    largest = {k: (p - before[k]).abs().max().item() for k, p in model.named_parameters()}  # of Adam's first step: the rate
+    assert turn is None
+    assert [g["lr"] for g in adam.param_groups] == pytest.approx([1e-3, 3e-3, 1e-3])
+    assert [g["weight_decay"] for g in adam.param_groups] == [0.1, 0.0, 0.0]
+    # of Adam's first step: the rate
+    largest = {k: (p - before[k]).abs().max().item() for k, p in model.named_parameters()}
     assert {k.split(".")[-1] for k in largest} >= {"mu", "delta", "phi", "psi", "gamma"}
-    assert all(v == pytest.approx(3e-3 if k.endswith(("mu", "delta")) else 1e-3, rel=0.02) for k, v in largest.items()), largest
+    assert all(v == pytest.approx(3e-3 if k.endswith(("mu", "delta")) else 1e-3, rel=0.02)
+               for k, v in largest.items()), largest
 
 
 # -- turns of the base ---------------------------------------------------------------------------------------------
 
 def watch(monkeypatch) -> list[tuple[bool, set, bool]]:
-    "Of each batch from now on: is it a turn of the base, which parameters moved, and did Adam's state of the ordinary steps stay."
+    """Of each batch from now on: is it a turn of the base, which parameters moved, and did Adam's
+    state of the ordinary steps stay."""
     seen, own, adam = [], training.train_batch, []
     make_own = training.optimizers_of
     monkeypatch.setattr(training, "optimizers_of", lambda *a: (out := make_own(*a), adam.append(out[0]))[0])
 
     def batch(model, optimizer, losses, rate, schedule):
-        before, state = {k: p.detach().clone() for k, p in model.named_parameters()}, copy.deepcopy(adam[-1].state_dict()["state"])
+        before, state = ({k: p.detach().clone() for k, p in model.named_parameters()},
+                         copy.deepcopy(adam[-1].state_dict()["state"]))
         values = own(model, optimizer, losses, rate, schedule)
         after = adam[-1].state_dict()["state"]
-        still = state.keys() == after.keys() and all(torch.equal(v, after[i][k]) for i, s in state.items() for k, v in s.items())
+        still = (state.keys() == after.keys()
+                 and all(torch.equal(v, after[i][k]) for i, s in state.items() for k, v in s.items()))
         seen.append((isinstance(optimizer, BaseTurn), moved(model, before), still))
         return values
 
@@ -503,12 +553,16 @@ def watch(monkeypatch) -> list[tuple[bool, set, bool]]:
 
 
 @pytest.mark.parametrize("joint", [True, False])
-@pytest.mark.parametrize("settings, turns", [(dict(every=2, warmup=0.25), [3, 5, 7, 9, 11]), (dict(every=5, warmup=0.0, optimizer="sgd", clip=1.0), [4, 9]),
+@pytest.mark.parametrize("settings, turns",
+                         [(dict(every=2, warmup=0.25), [3, 5, 7, 9, 11]),
+                          (dict(every=5, warmup=0.0, optimizer="sgd", clip=1.0), [4, 9]),
                                              (dict(unit="epoch", every=2, warmup=0.0), [3, 4, 5, 9, 10, 11])], ids=str)
 @pytest.mark.parametrize("method, base", [(FastFlow, "diagonal"), (CFlow, "diagonal"), (HGAD, "hierarchical")])
 def test_turns_of_the_base(method, base, settings, turns, joint, make, features, monkeypatch):
-    "A turn moves the base alone and leaves Adam's state of the flow; an ordinary step moves both, or with joint=False the flow alone."
-    model, seen = make(method=method, base=base, **SMALL[method] | ({"stage_one": 0.0} if method is HGAD else {})), watch(monkeypatch)
+    """A turn moves the base alone and leaves Adam's state of the flow; an ordinary step moves both, or
+    with joint=False the flow alone."""
+    model, seen = (make(method=method, base=base, **SMALL[method] | ({"stage_one": 0.0} if method is HGAD else {})),
+                   watch(monkeypatch))
     fit(model, features.bank, SCHEDULE, LABELS, AltUB(joint=joint, **settings), progress=False)
     bases = {k for k, _ in model.named_parameters() if k.startswith("bases.")}
     flows = {k for k, _ in model.named_parameters() if k.startswith("flows.")}
@@ -524,7 +578,8 @@ def test_rate_of_the_turns(make, features):
         _, turn = optimizers_of(model, SCHEDULE, AltUB(**settings))
         before = [p.detach().clone() for p in model.base_parameters()]
         train_batch(model, turn, model.losses(x), 1e-3, SCHEDULE)
-        assert all((p - q).abs().max().item() == pytest.approx(expected, rel=0.02) for p, q in zip(model.base_parameters(), before))
+        assert all((p - q).abs().max().item() == pytest.approx(expected, rel=0.02)
+                   for p, q in zip(model.base_parameters(), before))
 
 
 @pytest.mark.parametrize("joint", [True, False])
@@ -534,13 +589,17 @@ def test_clip_counts_what_the_step_moves(joint, make, features):
     adam, turn = optimizers_of(model, SCHEDULE, altub)
     for optimizer in (adam, turn, adam, adam):
         train_batch(model, optimizer, model.losses(x), 1e-4, replace(SCHEDULE, clip=0.5))
-    assert math.sqrt(sum(p.grad.square().sum().item() for g in adam.param_groups for p in g["params"])) == pytest.approx(0.5, rel=1e-3)
+    assert (math.sqrt(sum(p.grad.square().sum().item() for g in adam.param_groups for p in g["params"]))
+            == pytest.approx(0.5, rel=1e-3))
 
 
 @pytest.mark.parametrize("method, settings, altub, words", [
-    (FastFlow, dict(base="standard"), AltUB(), "altub needs a base with parameters.*base='diagonal'"), (CFlow, dict(base="standard"), AltUB(), "altub needs a base"),
-    (HGAD, dict(base="standard"), AltUB(), "altub needs a base"), (FastFlow, dict(base="diagonal"), AltUB(every=50), "never comes in 4 epochs of 3 steps"),
-    (FastFlow, dict(base="diagonal"), AltUB(unit="epoch", every=5), "never comes"), (CFlow, dict(fibers=37), None, "a fiber batch of 37 rows is larger than a batch of 4 images, which has 36 rows")])
+    (FastFlow, dict(base="standard"), AltUB(), "altub needs a base with parameters.*base='diagonal'"),
+    (CFlow, dict(base="standard"), AltUB(), "altub needs a base"),
+    (HGAD, dict(base="standard"), AltUB(), "altub needs a base"),
+    (FastFlow, dict(base="diagonal"), AltUB(every=50), "never comes in 4 epochs of 3 steps"),
+    (FastFlow, dict(base="diagonal"), AltUB(unit="epoch", every=5), "never comes"),
+    (CFlow, dict(fibers=37), None, "a fiber batch of 37 rows is larger than a batch of 4 images, which has 36 rows")])
 def test_refused_before_any_work(method, settings, altub, words, make, features, tmp_path):
     model, path = make(method=method, **SMALL[method] | settings), tmp_path / "c.pt"
     model.losses = model.begin = lambda *a: pytest.fail("it began to work")
@@ -549,7 +608,9 @@ def test_refused_before_any_work(method, settings, altub, words, make, features,
     assert not path.exists()
 
 
-@pytest.mark.parametrize("method, settings, altub, words", [(FastFlow, {}, AltUB(), "altub needs a base"), (CFlow, dict(fibers=10**6), None, "fiber batch of 1000000 rows")])
+@pytest.mark.parametrize("method, settings, altub, words",
+                         [(FastFlow, {}, AltUB(), "altub needs a base"),
+                          (CFlow, dict(fibers=10**6), None, "fiber batch of 1000000 rows")])
 def test_refused_before_features(method, settings, altub, words, tiny_backbone, toy, monkeypatch):
     "Found by `fit_dataset` before the backbone has seen an image."
     train, _ = load("toy", toy, "weave", Transform(32))
@@ -562,7 +623,8 @@ def test_refused_before_features(method, settings, altub, words, tiny_backbone, 
 def test_fit_with_altub(tiny_backbone, toy):
     "From the data set: the base moves, and the score is finite."
     train, _ = load("toy", toy, "weave", Transform(32))
-    model = CFlow(tiny_backbone(), steps=1, code=4, fibers=32, base="diagonal").fit(train, epochs=2, batch=5, altub=AltUB(every=2), progress=False)
+    model = CFlow(tiny_backbone(), steps=1, code=4, fibers=32,
+                  base="diagonal").fit(train, epochs=2, batch=5, altub=AltUB(every=2), progress=False)
     assert all(p.abs().max() > 0 for p in model.base_parameters()) and model.predict(train)[1].isfinite().all()
 
 
@@ -594,7 +656,8 @@ def test_labels_go_with_their_images(make, features):
     model, seen = make(), []
     own, first = model.losses, features.bank.levels[0]
     number = lambda x: next(i for i in range(14) if torch.equal(first[i], x))
-    model.losses = lambda x, labels, generator: seen.append([(number(v), int(l)) for v, l in zip(x[0], labels)]) or own(x, labels)
+    model.losses = lambda x, labels, generator: seen.append([(number(v), int(l)) for v, l in zip(x[0], labels)]) or own(
+        x, labels)
     fit(model, features.bank, replace(SCHEDULE, epochs=1), labels=torch.arange(14) * 10, progress=False)
     assert len(seen) == 3 and all(label == 10 * image for pairs in seen for image, label in pairs)
 
@@ -613,7 +676,8 @@ def test_backbone_stays_as_it_is(tiny_backbone, toy):
 def test_only_normal_images_are_trained_on(tiny_backbone, toy):
     "Anomalous ones in the data set change nothing; without normal ones there is nothing to train on."
     records = read("toy", toy, "weave")
-    clean, dirty = (Dataset([r for r in records if r.split == "train" or any_ and r.label], Transform(32)) for any_ in (False, True))
+    clean, dirty = (Dataset([r for r in records if r.split == "train" or any_ and r.label], Transform(32))
+                    for any_ in (False, True))
     assert len(dirty) == len(clean) + 6
     models = []
     for data in (clean, dirty):
@@ -635,7 +699,8 @@ def test_fit_dataset_prepares_and_calibrates(tiny_backbone, toy):
         torch.testing.assert_close(norm(v).std((0, 2, 3))[alive], torch.ones(int(alive.sum())), atol=0.02, rtol=0)
         assert alive.sum() > 20
     with torch.no_grad():
-        expected = torch.tensor([[p.base.mean(), p.logdet.mean(), 0.0, p.base.std(correction=0), p.logdet.std(correction=0),
+        expected = torch.tensor(
+            [[p.base.mean(), p.logdet.mean(), 0.0, p.base.std(correction=0), p.logdet.std(correction=0),
                                   *((p.base + s * p.logdet).max() for s in (0, 0.5, 1))] for p in model.parts(x)])
     torch.testing.assert_close(model.calibration, expected, rtol=1e-4, atol=1e-4)
 
@@ -655,13 +720,15 @@ def test_fit_dataset_takes_a_dataset(tiny_backbone, toy):
 @pytest.mark.parametrize("altub", [True, dict(every=2)], ids=str)
 def test_fit_dataset_takes_altubs_settings(altub, tiny_backbone, toy):
     with pytest.raises(TypeError, match="altub .*AltUB"):
-        FastFlow(tiny_backbone(), steps=1, base="diagonal").fit(load("toy", toy, "weave", Transform(32))[0], altub=altub)
+        FastFlow(tiny_backbone(), steps=1,
+                 base="diagonal").fit(load("toy", toy, "weave", Transform(32))[0], altub=altub)
 
 
 def test_a_last_step_that_diverges(tiny_backbone, toy):
     "No loss comes after it; its model is found out as the score is calibrated."
     with pytest.raises(RuntimeError, match="diverged in its last step"):
-        FastFlow(tiny_backbone(), steps=1).fit(load("toy", toy, "weave", Transform(32))[0], lr=1e10, epochs=1, batch=10, progress=False)
+        FastFlow(tiny_backbone(), steps=1).fit(load("toy", toy, "weave", Transform(32))[0], lr=1e10, epochs=1, batch=10,
+                                               progress=False)
 
 
 def test_the_model_knows_the_epoch(make, features, tmp_path):
@@ -683,5 +750,6 @@ def test_layers_in_training(features, stand_in):
     model, modes = FastFlow(stand_in(features.shapes), steps=1, norm="none"), []
     own = model.loss
     model.loss = lambda x, labels=None: modes.append(model.training) or own(x)
-    fit(model, features.bank, replace(SCHEDULE, epochs=2), evaluate=lambda e: model.eval() and {}, when=(1,), progress=False)
+    fit(model, features.bank, replace(SCHEDULE, epochs=2), evaluate=lambda e: model.eval() and {}, when=(1,),
+        progress=False)
     assert modes == [True] * 6

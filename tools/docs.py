@@ -83,7 +83,8 @@ def cross_reference(page: str, cells: list[dict]) -> None:
             cell["source"] = outside_code(define, text)
         elif label := re.search(r"^#\| *label: *((?:fig|tbl)-[\w-]+)", text, re.M):
             title = f"{NAMES[label[1][:3]]} {number(label[1])}: "
-            cell["source"] = re.sub(r"^(#\| *(?:fig|tbl)-cap: *)(.*)$", lambda m: m[1] + json.dumps(title + str(yaml.safe_load(m[2]))), text, flags=re.M)
+            cell["source"] = re.sub(r"^(#\| *(?:fig|tbl)-cap: *)(.*)$",
+                                    lambda m: m[1] + json.dumps(title + str(yaml.safe_load(m[2]))), text, flags=re.M)
     for cell in cells:
         if cell["cell_type"] == "markdown":
             cell["source"] = outside_code(refer, cell["source"])
@@ -91,7 +92,8 @@ def cross_reference(page: str, cells: list[dict]) -> None:
             if text := output.get("data", {}).get("text/markdown"):
                 output["data"]["text/markdown"] = outside_code(refer, "".join(text))
     if lost:
-        raise DocsError(f"{page}: {', '.join(lost)} refers to no label on this page; correct it, or link to the other page")
+        raise DocsError(f"{page}: {', '.join(lost)} refers to no label on this page; "
+                        "correct it, or link to the other page")
 
 
 def run_no_examples() -> None:
@@ -100,8 +102,10 @@ def run_no_examples() -> None:
     usual = processors._do_eval
 
     def run(cell) -> bool:
-        keep = set(cell.directives_ or ()) & {"export", "exports", "exporti", "exec_doc"} or "show_doc(" in (cell.source or "")
-        if cell.cell_type == "code" and not keep and not all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in cell.parsed_() or ()):
+        keep = (set(cell.directives_ or ()) & {"export", "exports", "exporti", "exec_doc"}
+                or "show_doc(" in (cell.source or ""))
+        if (cell.cell_type == "code" and not keep
+                and not all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in cell.parsed_() or ())):
             return False
         return usual(cell)
 
@@ -114,7 +118,8 @@ def stage(folder: Path, problems: list[str]) -> str:
     from nbdev.serve import proc_nbs
 
     refresh_quarto_yml()
-    shutil.copytree(proc_nbs(n_workers=0, force=True), folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("_docs"))
+    shutil.copytree(proc_nbs(n_workers=0, force=True), folder, dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns("_docs"))
     config = yaml.safe_load((folder / "nbdev.yml").read_text())
     for key, value in yaml.safe_load((folder / "_quarto.yml").read_text()).items():
         config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
@@ -144,8 +149,10 @@ def stage(folder: Path, problems: list[str]) -> str:
         notebook = json.loads(path.read_text())
         for cell in notebook["cells"]:
             if cell["cell_type"] != "code":
-                cell["source"] = re.sub(r"(\]\([^)\s]*?)([\w.-]+\.ipynb)", lambda m: m[1] + renamed.get(m[2], m[2]), cell["source"])
-        path.write_text(json.dumps(notebook).replace("__main__.", "").replace(f"{ROOT}/", ""))  # in signatures: the page's own classes, defaults that are paths
+                cell["source"] = re.sub(r"(\]\([^)\s]*?)([\w.-]+\.ipynb)", lambda m: m[1] + renamed.get(m[2], m[2]),
+                                        cell["source"])
+        # in signatures: the page's own classes, defaults that are paths
+        path.write_text(json.dumps(notebook).replace("__main__.", "").replace(f"{ROOT}/", ""))
     return config["website"]["site-url"].rstrip("/") + "/"
 
 
@@ -162,7 +169,8 @@ def mathml(page: str, tex: str, display: bool) -> str:
     if unknown := re.search(r">(\\[A-Za-z]+|&)<|(linebreak)", formula):
         what = unknown[1] or "a line break outside of aligned"
         raise DocsError(f"{page}: {what} in the formula {tex!r} is not understood; write it in other commands")
-    formula = re.sub(r"(<mi>[a-z]{2,}</mi>)(?=<m(?:i|n|su[bp]|subsup|over)>)", r'\1<mspace width="0.17em"/>', formula)  # log p
+    # log p
+    formula = re.sub(r"(<mi>[a-z]{2,}</mi>)(?=<m(?:i|n|su[bp]|subsup|over)>)", r'\1<mspace width="0.17em"/>', formula)
     if not label:
         return f'<span class="equation">{formula}</span>' if display else formula
     return f'<span class="equation" id="{label[1]}">{formula}<span class="equation-number">({label[2]})</span></span>'
@@ -174,7 +182,8 @@ def of_numbers(m: re.Match) -> str:
     cells = [re.sub(r"<[^>]+>", "", cell).strip() for row in rows for cell in row]
     if max(map(len, rows)) < 5 or 2 * sum(not cell or cell[0] in "0123456789+-−–" for cell in cells) < len(cells):
         return m[0]
-    whole = lambda c: f'{c[1]}<span class="whole">{c[2]}</span>' if len(c[2]) < 25 and ", " not in c[2] else c[1] + c[2].replace(" ± ", "&nbsp;±&nbsp;")
+    whole = lambda c: (f'{c[1]}<span class="whole">{c[2]}</span>' if len(c[2]) < 25 and ", " not in c[2]
+                       else c[1] + c[2].replace(" ± ", "&nbsp;±&nbsp;"))
     head = m[1].replace('class="', 'class="numbers ', 1) if 'class="' in m[1] else f'{m[1]} class="numbers"'
     return head + re.sub(r"(<td\b[^>]*>(?:<[^>]+>)*)([^<]+)", whole, m[2])
 
@@ -186,7 +195,8 @@ def described(m: re.Match) -> str:
 
 
 def finish(page: str, text: str, address: str, places: set[str]) -> str:
-    "Make a rendered page stand alone: MathML in place of TeX, no KaTeX, links within the site relative and to known `places`."
+    """Make a rendered page stand alone: MathML in place of TeX, no KaTeX, links within the site
+    relative and to known `places`."""
     def tex(m: re.Match) -> str:
         return mathml(page, html.unescape(m[2]), m[1] == "display")
 
@@ -201,7 +211,8 @@ def finish(page: str, text: str, address: str, places: set[str]) -> str:
     text = re.sub(r'<(link|script)\b[^>]*/katex@[^>]*>(</script>)?', "", text)
     text = re.sub(rf'href="{re.escape(address)}([^"#]*)((?:#[^"]*)?)"', reference, text)
     text = text.replace('class="dataframe"', 'class="dataframe table table-sm"')
-    text = re.sub(r"<pre>(?=(?:(?!</pre>).)*\S {3,}\S)", '<pre class="columns">', text, flags=re.S)  # printed tables are not broken into lines
+    # printed tables are not broken into lines
+    text = re.sub(r"<pre>(?=(?:(?!</pre>).)*\S {3,}\S)", '<pre class="columns">', text, flags=re.S)
     after = r"(?=\s*</p>\s*<figcaption\b[^>]*>(.*?)</figcaption>|\s*</div>\s*<div\b[^>]*>\s*<p><strong>(.*?)</strong>|)"
     text = re.sub(r"(<img\b(?![^>]*\salt=)[^>]*)>" + after, described, text, flags=re.S)
     text = re.sub(r"(<table\b[^>]*)(>.*?</table>)", of_numbers, text, flags=re.S)
@@ -215,7 +226,8 @@ def remote_assets(site: Path) -> list[str]:
         |<link\b(?=[^>]*rel=["']?(?:stylesheet|preload|icon|modulepreload))[^>]*?\shref=["']?((?:https?:)?//[^"'\s>]+)
         |(?:@import\s+|url\()["']?((?:https?:)?//[^"')\s]+)|\bimport\b[^;'"]*["']((?:https?:)//[^"']+)""", re.X | re.I)
     files = [p for p in sorted(site.rglob("*")) if p.suffix in (".html", ".css")]
-    return [f"{p.relative_to(site)}: {next(filter(None, m.groups()))}" for p in files for m in loads.finditer(p.read_text())]
+    return [f"{p.relative_to(site)}: {next(filter(None, m.groups()))}" for p in files
+            for m in loads.finditer(p.read_text())]
 
 
 def broken_links(site: Path) -> list[str]:

@@ -51,7 +51,8 @@ def blocks(cell: dict) -> list[str]:
         return []
     code = "\n".join(line for line in source.splitlines() if not line.startswith("#|")).strip()
     hidden = re.search(r"^#\| *echo: *false", directives(source), re.M)
-    return ([] if hidden or not code else [f"```python\n{code}\n```"]) + [text for o in cell["outputs"] if (text := output(o, source))]
+    return (([] if hidden or not code else [f"```python\n{code}\n```"])
+            + [text for o in cell["outputs"] if (text := output(o, source))])
 
 
 def readme() -> str:
@@ -72,7 +73,8 @@ def main() -> None:
             path.write_text(new, encoding="utf-8")
             print("wrote README.md")
     elif new != old:
-        sys.stdout.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), "README.md", "nbs/index.ipynb"))
+        sys.stdout.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), "README.md",
+                                                   "nbs/index.ipynb"))
         sys.exit("README.md differs from nbs/index.ipynb; run: make export")
 
 
