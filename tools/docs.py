@@ -25,7 +25,8 @@ NAMES = {"fig": "Figure", "tbl": "Table", "eq": "Equation"}
 CODE = re.compile(r"(^ *(`{3,}|~{3,}).*?^ *\2[ \t]*$|`+[^`]*`+)", re.M | re.S)
 STYLE = """<style>
 :root { --sd-sidebar-width: 11.5rem; --sd-margin-width: 11.5rem; --sd-body-width: 900px; --sd-gap: 1.75rem }
-pre { font-size: .8125rem } .cell-output pre { white-space: pre-wrap; overflow-wrap: anywhere } .cell-output pre.columns { white-space: pre }
+pre { font-size: .8125rem } :is(.cell-output pre, pre.sourceCode, pre.sourceCode code) { white-space: pre-wrap }
+.cell-output pre { overflow-wrap: anywhere } .cell-output pre.columns { white-space: pre }
 math [mathvariant*="bold"] { font-weight: bold } math [mathvariant="bold"] { font-style: normal }
 mtd[columnalign="left"] { text-align: -webkit-left } mtd[columnalign="right"] { text-align: -webkit-right }
 .equation { display: flex; justify-content: safe center; align-items: center; overflow-x: auto; margin: .4rem 0 }
