@@ -641,9 +641,8 @@ def homogeneous_mapping(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
     axes = upper.subplots(1 + kept, len(groups), squeeze=False, sharey="row")
     bottom = lower.subplots(1, 1 + kept, squeeze=False, sharey=True)[0]
     categories = sorted({str(c) for own in found.values() for t in own if t is not None for c in t["category"]})
-    for n, (row, below, name,
-            unit) in enumerate(zip(axes, bottom, ("image score", "log-likelihood of a position"),
-                                   ("", " (nats a channel)"))):
+    names, units = ("image score", "log-likelihood of a position"), ("", " (nats a channel)")
+    for n, (row, below, name, unit) in enumerate(zip(axes, bottom, names, units)):
         for ax, (variant, tables) in zip(row, found.items()):
             if tables[n] is None:
                 ax.set_axis_off()

@@ -6,10 +6,10 @@ Docs: https://flowrepro.github.io/flowrepro/reports.html.md"""
 
 # %% auto #0
 __all__ = ['PAGE', 'style', 'shown_categories', 'mean_std', 'metrics_table', 'read_run', 'read_runs', 'method_name',
-           'changed_settings', 'setting_name', 'summary', 'headline', 'unified', 'last_epochs', 'plot_overview',
-           'output_maker', 'loss_words', 'plot_history', 'plot_scores', 'thresholds', 'hardest', 'gallery', 'overlay',
-           'keep', 'figure_tag', 'run_section', 'caption_html', 'figure_section', 'outputs_section', 'runs_section',
-           'report']
+           'changed_settings', 'setting_name', 'category_means', 'summary', 'headline', 'unified', 'last_epochs',
+           'plot_overview', 'output_maker', 'loss_words', 'plot_history', 'plot_scores', 'thresholds', 'hardest',
+           'gallery', 'overlay', 'keep', 'figure_tag', 'run_section', 'caption_html', 'figure_section',
+           'outputs_section', 'runs_section', 'report']
 
 # %% ../nbs/12_reports.ipynb #beed5f09
 import base64
@@ -101,10 +101,24 @@ def setting_name(config: dict, several: bool = True) -> str:
     return method_name(config) + one + (f" ({changed})" if changed else "")
 
 # %% ../nbs/12_reports.ipynb #be51de32
+def category_means(rows: pd.DataFrame, by: list[str], metrics: list[str]) -> pd.DataFrame:
+    """`rows` of category, seed and metrics; after each group, the means over its categories for seeds that have all.
+    None for a single category, or for one model of several, which has its mean."""
+    parts, each = [], [k for k in ("protocol", "seed") if k in rows]
+    for key, own in rows.groupby(by, sort=False):
+        parts.append(own)
+        names = set(own["category"])
+        if len(names) > 1 and not names & {"mean", f"mean of {len(names) - 1}"}:
+            whole = own.groupby(each).filter(lambda one: set(one["category"]) == names)
+            means = whole.groupby(each, sort=False)[metrics].agg(lambda v: v.mean(skipna=False)).reset_index()
+            parts.append(means.assign(category=f"mean of {len(names)}", **dict(zip(by, key))))
+    return pd.concat(parts, ignore_index=True)
+
+
 def summary(runs: list[dict]) -> pd.DataFrame:
-    """One row per setting, data set and category, protocol:
+    """One row per setting, data set and category, or their mean, and protocol:
     mean over the seeds, and ± their standard deviation where there are several."""
-    rows = []
+    rows, names = [], list(METRICS.values())
     for run in runs:
         c = run["config"]
         key = {"method": setting_name(c), "dataset": c["dataset"], "preset": c["preset"]}
@@ -112,8 +126,9 @@ def summary(runs: list[dict]) -> pd.DataFrame:
             result = run["results"][protocol]
             rows += [key | {"category": cat, "protocol": name, "seed": c["seed"]}
                      | {METRICS[m]: v for m, v in result[cat].items()} for cat in shown_categories(result)]
-    grouped = pd.DataFrame(rows).groupby(["method", "dataset", "preset", "category", "protocol"], sort=False)
-    text = grouped[list(METRICS.values())].agg(mean_std)
+    frame = category_means(pd.DataFrame(rows), ["method", "dataset", "preset"], names)
+    grouped = frame.groupby(["method", "dataset", "preset", "category", "protocol"], sort=False)
+    text = grouped[names].agg(mean_std)
     text.insert(0, "seeds", grouped["seed"].nunique())
     return text
 
@@ -148,9 +163,8 @@ def unified(runs: list[dict]) -> pd.DataFrame:
                       "of": cat} | {m: r[cat][m] for m in HEADLINE}
                      for mode, r in modes.items() for cat in r]
     out: dict[tuple, dict] = {}
-    for (method, mode,
-         cat), own in pd.DataFrame(rows).groupby(["method", "category of a test image", "of"],
-                                                 sort=False) if rows else ():
+    by = ["method", "category of a test image", "of"]
+    for (method, mode, cat), own in pd.DataFrame(rows).groupby(by, sort=False) if rows else ():
         row = out.setdefault((method, mode),
                              {"method": method, "seeds": own["seed"].nunique(), "category of a test image": mode})
         row[cat] = ", ".join(mean_std(own[m]) if cat == "mean" else f"{own[m].mean():.3f}" for m in HEADLINE)
@@ -158,18 +172,21 @@ def unified(runs: list[dict]) -> pd.DataFrame:
 
 # %% ../nbs/12_reports.ipynb #ov100002
 def last_epochs(runs: list[dict]) -> pd.DataFrame:
-    """A row for each run and category, and for the mean over the categories of a unified model:
+    """A row for each run and category, and for the mean over categories:
     data (with the preset, where runs differ in it), method, seed, and the metrics of `HEADLINE` in the last epoch."""
     rows, presets = [], {run["config"]["preset"] for run in runs}
     for run in runs:
         c, last = run["config"], run["results"]["last"]
         several, preset = c["category"] == "all", f" (preset {c['preset']})" * (len(presets) > 1)
-        for name in shown_categories(last):
-            shown = f"mean of {len(last) - 1}" if name == "mean" else name
-            data = f"{c['dataset']}{', one model:' * several} {shown}{preset}"
-            rows.append({"of": (several, name == "mean", data), "data": data, "method": setting_name(c, several=False),
-                         "seed": c["seed"]} | {m: last[name][m] for m in HEADLINE})
-    return pd.DataFrame(rows).sort_values(["of", "method", "seed"]).drop(columns="of").reset_index(drop=True)
+        before = f"{c['dataset']}{', one model:' * several}"
+        rows += [{"several": several, "before": before, "after": preset, "method": setting_name(c, several=False),
+                  "category": f"mean of {len(last) - 1}" if name == "mean" else name, "seed": c["seed"]}
+                 | {m: last[name][m] for m in HEADLINE} for name in shown_categories(last)]
+    frame = category_means(pd.DataFrame(rows), ["several", "before", "after", "method"], list(HEADLINE))
+    frame["mean"] = frame["category"].str.startswith("mean of ")
+    frame["data"] = frame["before"] + " " + frame["category"] + frame["after"]
+    order = frame.sort_values(["several", "mean", "data", "method", "seed"], ignore_index=True)
+    return order[["data", "method", "seed", *HEADLINE]]
 
 # %% ../nbs/12_reports.ipynb #ov100004
 def plot_overview(
