@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 # %% ../nbs/13_cli.ipynb #5dc38780
@@ -114,7 +115,7 @@ def cmd_data(args: argparse.Namespace) -> int:
 
 # %% ../nbs/13_cli.ipynb #72193fae
 def cmd_fit(args: argparse.Namespace) -> int:
-    "Train a detector on the normal images of a folder and save it."
+    "Train a detector on the normal images of a folder and save it; others, kept back, give a threshold."
     import torch
 
     from flowrepro.altub import AltUB
@@ -124,7 +125,7 @@ def cmd_fit(args: argparse.Namespace) -> int:
 
     if args.method not in DETECTORS:
         raise ValueError(f"method {args.method!r}: in this version only {', '.join(DETECTORS)}")
-    train, _ = load(args.dataset, args.data_root, args.category, Transform(args.size, args.policy), test=False)
+    train, test = load(args.dataset, args.data_root, args.category, Transform(args.size, args.policy), test=False)
     torch.manual_seed(args.seed)
     kind = DETECTORS[args.method]
     learnable = {"base": "diagonal"} if args.altub and args.method != "hgad" else {}
@@ -133,6 +134,10 @@ def cmd_fit(args: argparse.Namespace) -> int:
     open_file(args.out)
     detector.fit(train, epochs=args.epochs, seed=args.seed, altub=AltUB() if args.altub else None)
     detector.save(args.out)
+    if kept := test.filter(label=0):
+        limit, n = detector.predict(kept)[1].max(), len(kept)
+        print(f"{n} good images kept back score {limit:.4g} at most; "
+              f"a further one is above that with a probability of at most {1/(n + 1):.0%}")
     print(f"{args.method} trained on {len(train)} images: {Path(args.out).resolve()}")
     return 0
 
@@ -209,7 +214,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def add(commands, name: str, run, example: str):
     "A subcommand whose help is the docstring of `run`, with an example below it."
-    p = commands.add_parser(name, help=run.__doc__.rstrip("."), description=run.__doc__,
+    text = " ".join(run.__doc__.split())
+    p = commands.add_parser(name, help=text.rstrip("."), description=textwrap.fill(text, 78),
                             epilog=f"example:\n  {example}", formatter_class=Help)
     p.set_defaults(command=run)
     return p

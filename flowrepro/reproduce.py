@@ -582,6 +582,7 @@ def reproduce(
     """Plan, say so, do it, report; the exit code: 0, or 1 if a run failed or its data are missing.
     Raises as `make_plan` before any work, DataError if no run has its data, OSError when the disk is full."""
     jobs = at_once(jobs, cluster)
+    print(f"planning preset {preset}: reads the data sets, and what is finished in {out}", flush=True)
     plan, out = make_plan(preset, data_root, only, seeds, out, matrix, cluster), Path(out)
     some_run(plan, data_root, only)
     plan["share"] = 1 if cluster else -(-jobs // max(1, gpus()))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from flowrepro import __version__
 from flowrepro.cli import main, parser, print_summary, run_name
-from flowrepro.data import Transform
+from flowrepro.data import Transform, load
 from flowrepro.detectors import Detector
 
 
@@ -280,7 +280,9 @@ def test_fit_says_where(parts_folder, tmp_path, capsys):
                        "--out", tmp_path / "m.safetensors")
     assert code == 0
     assert f"fastflow trained on 10 images: {tmp_path / 'm.safetensors'}" in out
-    assert (tmp_path / "m.safetensors").is_file()
+    kept = load("folder", parts_folder, transform=Transform(64))[1].filter(label=0)
+    highest = Detector.load(tmp_path / "m.safetensors", weights="random").predict(kept)[1].max()
+    assert f"2 good images kept back score {highest:.4g} at most; " in out and "probability of at most 33%" in out
 
 
 def test_fit_good_images_alone(parts_folder, tmp_path, capsys):
@@ -289,7 +291,7 @@ def test_fit_good_images_alone(parts_folder, tmp_path, capsys):
     code, out, _ = run(capsys, "fit", tmp_path / "mine", "--size", 64, "--epochs", 1, "--device", "cpu", "--out",
                        tmp_path / "m.safetensors")
     assert code == 0
-    assert "trained on 12 images" in out
+    assert "trained on 12 images" in out and "kept back" not in out
     assert len(Detector.load(tmp_path / "m.safetensors").predict(tmp_path / "mine")[1]) == 12
 
 
