@@ -812,7 +812,7 @@ def pair_distances(mu: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/12c_figures.ipynb #fbe8b1f2
 def magnify(planes: list[np.ndarray], most: float = 0.3) -> int:
-    "The factor (1, 2, 5, 10, ..., 100) that makes the longest of paths (E, K, 2) at most a share of their starts' space."
+    "The factor, 1 to 100, that makes the longest of paths (E, K, 2) at most a share of the space of the starts."
     starts = np.concatenate([p[0] for p in planes])
     longest = max(np.linalg.norm(p - p[0], axis=-1).max() for p in planes)
     space = np.linalg.norm(starts.max(0) - starts.min(0))
