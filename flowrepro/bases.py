@@ -79,8 +79,8 @@ class DiagonalNormal(Base):
         positions: tuple[int, ...] = (),  # extent of the positions, for 'position': (H, W) spatial, (P,) dense
     ):
         super().__init__(channels, dim)
-        if (per not in ("channel", "position", "scalar") or (per == "position") != bool(positions) or dim == 1
-                and len(positions) not in (0, 2)):
+        fits = dim != 1 or len(positions) in (0, 2)
+        if per not in ("channel", "position", "scalar") or (per == "position") != bool(positions) or not fits:
             raise ValueError(f"per {per!r}, positions {positions}: one of channel, position, scalar; "
                              "'position', and only it, needs the extent of the positions, (H, W) if spatial")
         spatial = (1, 1) if dim == 1 else ()

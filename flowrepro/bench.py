@@ -87,8 +87,8 @@ def check_outputs(name: str, got: dict, want: dict, tolerance: float) -> float:
 
 # %% ../nbs/12a_bench.ipynb #6bb7bcc5
 class ExtraMemory:
-    """Context manager;
-    `mib` is the largest resident memory of the process within, less that before, sampled by a thread."""
+    """The memory that what is within needs, of the process.
+    `mib` is its largest resident memory, less that before, sampled by a thread."""
 
     def __init__(self, interval: float = 0.001):  # seconds between samples
         import psutil
@@ -654,15 +654,15 @@ def chosen(only: list[str] | None) -> list[str]:
 # %% ../nbs/12a_bench.ipynb #00f4b37c
 def table(rows: list[dict]) -> str:
     "The rows of one setting as text."
-    said = lambda target, reached, what="": [] if target is None else [f"{what}{target:g}: "
-                                                                       f"{'reached' if reached else 'not reached'}"]
+    words = lambda reached: "reached" if reached else "not reached"
+    said = lambda target, reached, what="": [] if target is None else [f"{what}{target:g}: {words(reached)}"]
+    error = lambda r: f"{r['error']:.0e} <= {r['tolerance']:.0e}" if r["variant"] != r["against"] else "reference"
     both = lambda r: "; ".join(said(r["target"], r["reached"])
                                + said(r["memory_target"], r["memory_reached"], "memory 1/"))
     shown = [{"": r["variant"], "precision": r["precision"], "median ms": f"{1e3 * r['seconds']:.1f}",
               "ratio": f"{r['ratio']:.2f}", "of fastest": f"{r['ratio_fastest']:.2f}",
               "in rounds": f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}",
-              "extra MiB": f"{r['extra_mib']:.0f}", "error": f"{r['error']:.0e} <= {r['tolerance']:.0e}"
-              if r["variant"] != r["against"] else "reference", "target": both(r)} for r in rows]
+              "extra MiB": f"{r['extra_mib']:.0f}", "error": error(r), "target": both(r)} for r in rows]
     return f"{rows[0]['setting']}\n{pd.DataFrame(shown).to_string(index=False)}"
 
 

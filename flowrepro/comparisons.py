@@ -85,8 +85,9 @@ def on_official_data(run: dict) -> bool:
     if set(run["results"]["last"]) - {"mean"} != set(wanted):
         return False
     scores = Path(run["path"]) / "scores.csv"
-    return (not scores.exists() or pd.read_csv(scores, dtype={"category": str})["category"].value_counts().to_dict()
-            == wanted)
+    if not scores.exists():
+        return True
+    return pd.read_csv(scores, dtype={"category": str})["category"].value_counts().to_dict() == wanted
 
 
 def results_of(run: dict) -> dict[tuple[str, str], dict]:
@@ -278,8 +279,9 @@ def measured_on(runs: list[dict], matrix: dict) -> list[str]:
     for (data, backbone, preset), own in groups.items():
         seeds = ", ".join(map(str, sorted({r["config"]["seed"] for r in own})))
         names = ", ".join(dict.fromkeys(title_of(matrix, variant_of(r)) for r in own))
-        real = ("the official test images" if all(map(on_official_data, own)) else "not the papers' data"
-                if set(data.split("+")) - set(OFFICIAL) else "a part or another split of the papers' data")
+        real = ("the official test images" if all(map(on_official_data, own))
+                else "not the papers' data" if set(data.split("+")) - set(OFFICIAL)
+                else "a part or another split of the papers' data")
         notes.append(f"Measured on {data} ({real}) with {backbone}, preset {preset}, seed{'s' * (',' in seeds)} "
                      f"{seeds}: {names}.")
     return notes

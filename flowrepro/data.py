@@ -881,17 +881,14 @@ def _official(text: str) -> dict[str, tuple[int, int, int]]:
 
 OFFICIAL = {
     "mvtec": _official("bottle:209/20/63 cable:224/58/92 capsule:219/23/109 carpet:280/28/89 grid:264/21/57 "
-                       "hazelnut:391/40/70 "
-                       "leather:245/32/92 metal_nut:220/22/93 pill:267/26/141 screw:320/41/119 tile:230/33/84 "
-                       "toothbrush:60/12/30 "
-                       "transistor:213/60/40 wood:247/19/60 zipper:240/32/119"),
+                       "hazelnut:391/40/70 leather:245/32/92 metal_nut:220/22/93 pill:267/26/141 screw:320/41/119 "
+                       "tile:230/33/84 toothbrush:60/12/30 transistor:213/60/40 wood:247/19/60 zipper:240/32/119"),
     "btad": _official("01:400/21/49 02:399/30/200 03:1000/400/41"),
     "visa": _official("candle:900/100/100 capsules:542/60/100 cashew:450/50/100 chewinggum:453/50/100 fryum:450/50/100 "
                       "macaroni1:900/100/100 macaroni2:900/100/100 pcb1:904/100/100 pcb2:901/100/100 pcb3:905/101/100 "
                       "pcb4:904/101/100 pipe_fryum:450/50/100"),
     "mvtec3d": _official("bagel:244/22/88 cable_gland:223/21/87 carrot:286/27/132 cookie:210/28/103 dowel:288/26/104 "
-                         "foam:236/20/80 "
-                         "peach:361/26/106 potato:300/22/92 rope:298/32/69 tire:210/25/87")}
+                         "foam:236/20/80 peach:361/26/106 potato:300/22/92 rope:298/32/69 tire:210/25/87")}
 
 def official_categories(dataset: str, present: Iterable[str]) -> set[str]:
     """The official categories of a data set, none without official counts;

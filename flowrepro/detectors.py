@@ -496,8 +496,8 @@ class CFlow(FiberBatches):
 DETECTORS["cflow"] = CFlow
 # MVTec AD, public commands
 CFLOW_SIZES = {"bottle": 512, "cable": 256, "capsule": 256, "carpet": 512, "grid": 512, "hazelnut": 256, "leather": 512,
-               "metal_nut": 256,
-               "pill": 256, "screw": 512, "tile": 512, "toothbrush": 512, "transistor": 128, "wood": 512, "zipper": 512}
+               "metal_nut": 256, "pill": 256, "screw": 512, "tile": 512, "toothbrush": 512, "transistor": 128,
+               "wood": 512, "zipper": 512}
 
 # %% ../nbs/07_detectors.ipynb #0d3e7b30
 CLASS_MODES = ("known", "inferred", "inferred-top")
@@ -618,7 +618,7 @@ class HGAD(HGADParts):
         steps: int = 12,  # couplings of a level's flow
         code: int = 256,  # channels of the position code
         centres: int = 10,  # M, of each category
-        spread: float = 1.0,  # deviation of their first offsets from the main one; published: 1, out of reach
+        spread: float = 1.0,  # deviation of their first offsets from the main one; 1, as published, is out of reach
         base: str = "hierarchical",  # or 'classes' (one centre each), 'standard' (one Gaussian), 'diagonal'
         lambda1: float = 1.0,
         lambda2: float = 1.0,  # public code: 100
