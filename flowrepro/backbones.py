@@ -334,9 +334,8 @@ class Backbone(nn.Module):
     def config(self) -> dict:
         "Everything that decides the features, JSON-ready."
         return dict(name=self.name, levels=list(self.levels), pyramid=list(self.pyramid), size=self.size,
-                    dtype=self.dtype, fold=self.fold,
-                    channels_last=self.channels_last, mean=self.mean.flatten().tolist(),
-                    std=self.std.flatten().tolist(), weight_id=self.weight_id)
+                    dtype=self.dtype, fold=self.fold, channels_last=self.channels_last,
+                    mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist(), weight_id=self.weight_id)
 
 # %% ../nbs/01_backbones.ipynb #dacb5312
 def normalize(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

@@ -117,6 +117,7 @@ def cmd_data(args: argparse.Namespace) -> int:
 def cmd_fit(args: argparse.Namespace) -> int:
     "Train a detector on the normal images of a folder and save it; others, kept back, give a threshold."
     import torch
+    from tqdm.auto import tqdm
 
     from flowrepro.altub import AltUB
     from flowrepro.backbones import Backbone
@@ -134,8 +135,8 @@ def cmd_fit(args: argparse.Namespace) -> int:
     open_file(args.out)
     detector.fit(train, epochs=args.epochs, seed=args.seed, altub=AltUB() if args.altub else None)
     detector.save(args.out)
-    if kept := test.filter(label=0):
-        limit, n = detector.predict(kept)[1].max(), len(kept)
+    if kept := [r.image for r in test.records if not r.label]:  # scored as `predict` will score others
+        limit, n = detector.predict(tqdm(kept, desc="kept back", unit="image", leave=False))[1].max(), len(kept)
         print(f"{n} good images kept back score {limit:.4g} at most; "
               f"a further one is above that with a probability of at most {1/(n + 1):.0%}")
     print(f"{args.method} trained on {len(train)} images: {Path(args.out).resolve()}")

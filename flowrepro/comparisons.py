@@ -353,8 +353,8 @@ def row_of(
 ) -> tuple[dict[str, str], bool, bool]:
     "The cells under each metric; whether anything was measured, and whether anything is published."
     data, category = place
-    rows, own = (published_as(method=variant["title"], setting=setting_of(unified, mode)),
-                 only(own, data=data, category=category))
+    rows = published_as(method=variant["title"], setting=setting_of(unified, mode))
+    own = only(own, data=data, category=category)
     wanted = [backbone_name(b)
               for b in (*own["backbone"].iloc[:1], PRESETS[variant["method"]]["paper"]["backbone"]["name"])]
     known = {m: reference(rows, data, category, m, wanted) for m in HEADLINE}

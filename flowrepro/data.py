@@ -743,9 +743,9 @@ def make_toy(folder, seed: int = 0, size: int = 128, n_train: int = 40, n_test_g
              n_per_defect: int = 8) -> Path:
     """Write the toy data set to `folder` and return it.
     A folder that already holds the same set is left; another non-empty one is a `DataError`."""
-    folder, note = (Path(folder),
-                    dict(version=TOY_VERSION, seed=seed, size=size, n_train=n_train, n_test_good=n_test_good,
-                         n_per_defect=n_per_defect))
+    folder = Path(folder)
+    note = dict(version=TOY_VERSION, seed=seed, size=size, n_train=n_train, n_test_good=n_test_good,
+                n_per_defect=n_per_defect)
     if _holds(folder, note): return folder
     if folder.is_file() or visible(folder):
         raise DataError(f"{folder}: exists and is not this toy data set, or not all of it; "

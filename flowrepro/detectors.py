@@ -321,7 +321,7 @@ def load(path: str | Path, weights: str | None = None, kind: type[Detector] = De
     load_state(detector, state, path)
     return detector
 
-
+# %% ../nbs/07_detectors.ipynb #0f90683d
 def load_state(detector: Detector, state: dict[str, Tensor], path: str | Path) -> None:
     "Load the trained tensors; DataError naming a tensor and both sizes where they do not fit."
     wanted = {k: v.shape for k, v in detector.state_dict().items() if not k.startswith("backbone.")}

@@ -94,7 +94,7 @@ def changed_settings(config: dict) -> list[str]:
 
 
 def setting_name(config: dict, several: bool = True) -> str:
-    "The method of a run, whether one model is for all categories, and what it changes from its preset."
+    "The method of a run, if one model is for all categories (`several` says so), and what it changes from its preset."
     one = (", one model for all" if several and config["category"] == "all" and "unified" not in method_name(config)
            else "")
     changed = ", ".join(changed_settings(config))
@@ -314,8 +314,8 @@ def hardest(table: pd.DataFrame, n: int = 3) -> dict[str, list[int]]:
     """Row numbers of the failures furthest from the threshold, and of the successes nearest to it:
     anomalies and normal images."""
     limit, bad = thresholds(table), table["label"] == 1
-    found, order = (table["score"] >= limit,
-                    list(table.assign(margin=table["score"] - limit).sort_values(["margin", "score"]).index))
+    found = table["score"] >= limit
+    order = list(table.assign(margin=table["score"] - limit).sort_values(["margin", "score"]).index)
     pick = lambda rows, step: [i for i in order[::step] if rows[i]][:n]
     return {"failures: missed": pick(bad & ~found, 1), "failures: false alarms": pick(~bad & found, -1),
             "successes: just found": pick(bad & found, 1), "successes: just passed": pick(~bad & ~found, -1)}
@@ -327,8 +327,8 @@ def gallery(run: Run, n: int = 3):
     import matplotlib.pyplot as plt
 
     table = score_table(run)
-    limit, chosen = (thresholds(table),
-                     [(group, k, i) for group, rows in hardest(table, n).items() for k, i in enumerate(rows)])
+    limit = thresholds(table)
+    chosen = [(group, k, i) for group, rows in hardest(table, n).items() for k, i in enumerate(rows)]
     low, high = np.percentile(run.maps, 50), np.percentile(run.maps, 99.8)
     fig, axes = plt.subplots(3, len(chosen), figsize=(1.25 * len(chosen), 4.1), constrained_layout=True, squeeze=False)
     for column, (group, k, i) in zip(axes.T, chosen):
@@ -431,8 +431,8 @@ def outputs_section(root: Path) -> str:
 # %% ../nbs/12_reports.ipynb #52d5b1c4
 def runs_section(runs: list[dict], root: Path) -> str:
     "The HTML of a list of runs: settings, time, memory, environment, and links to settings and executed notebook."
-    rows, name = [], html.escape
-    link = lambda p, text: f'<a href="{p.relative_to(root)}">{name(text)}</a>' if p.exists() else name(text)
+    rows, plain = [], html.escape
+    link = lambda p, text: f'<a href="{p.relative_to(root)}">{plain(text)}</a>' if p.exists() else plain(text)
     for run in runs:
         c, t, e, path = run["config"], run["timing"], run["environment"], Path(run["path"])
         rows.append({"run": link(path / "run.ipynb", path.name), "settings": link(path / "config.json", "settings"),

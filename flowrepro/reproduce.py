@@ -165,10 +165,11 @@ def past_seconds(folders: list[Path], device: str = "cpu") -> dict[tuple[str, st
     for path in (p for f in folders for p in Path(f).glob("**/metrics.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # not a run of this version
             m = json.loads(path.read_text())
+            if m["environment"]["device"] != device:
+                continue
             c, own = m["config"], length(m["config"])
             seconds = OVERHEAD + sum(m["timing"][k] for k in ("features_s", "train_s", "evaluate_s"))
-            for key in (path.parent.name.rpartition("-")[0],
-                        f"{c['method']} {c['preset']}") if m["environment"]["device"] == device else ():
+            for key in (path.parent.name.rpartition("-")[0], f"{c['method']} {c['preset']}"):
                 out.setdefault((key, own), []).append(seconds)
     return {key: (median if " " in key[0] else min)(seconds) for key, seconds in out.items()}
 
@@ -595,8 +596,8 @@ def reproduce(
     with only_one(out):
         check_runs(out)
         plan_file.write_text(json.dumps(plan, indent=1))
-        todo, past = (to_do(plan, plan_file, jobs),
-                      past_seconds([out, Path("results")], "cuda" if plan["gpu"] else "cpu"))
+        todo = to_do(plan, plan_file, jobs)
+        past = past_seconds([out, Path("results")], "cuda" if plan["gpu"] else "cpu")
         others = other_revisions(plan) if not todo or dry_run else ""
         print("\n".join(filter(None, [describe(plan, todo, past, jobs), others])), flush=True)
         if dry_run:

@@ -444,8 +444,7 @@ class Run:
             self.labels = self.labels.repeat(self.train_bank.copies)
         self.masks = masks_by_category(self.test_set)
         self.detector.prepare(self.train_bank)
-        when = evaluation_epochs(self.schedule.epochs, self.config.settings["evaluations"])
-        self.history = train_or_resume(self, when)
+        self.history = train_or_resume(self)
         if self.parts is None:  # resumed after the last evaluation
             self.evaluate(self.schedule.epochs)
         return self
@@ -480,9 +479,10 @@ def training_code() -> str:
     return hashlib.sha256(b"".join((HERE / f"{name}.py").read_bytes() for name in TRAINED_BY)).hexdigest()
 
 
-def train_or_resume(run: Run, when: tuple[int, ...]) -> list[dict]:
+def train_or_resume(run: Run) -> list[dict]:
     "The history of the training, from the run's checkpoint on if that is of the same images and by the same code."
     path, source = run.out / "checkpoint.pt", {"features": run.train_bank.key, "code": training_code()}
+    when = evaluation_epochs(run.schedule.epochs, run.config.settings["evaluations"])
     go = partial(fit, run.detector, run.train_bank, run.schedule, run.labels, run.altub, run.evaluate, when, path,
                  run.progress, source)
     try:
