@@ -7,8 +7,8 @@ Docs: https://flowrepro.github.io/flowrepro/backbones.html.md"""
 # %% auto #0
 __all__ = ['PAPER_TAGS', 'PACKAGED', 'DTYPES', 'WeightsError', 'known_tags', 'full_name', 'sha256', 'package_of', 'has_package',
            'packaged_file', 'read_state', 'fit_state', 'check_hub', 'load_net', 'crossword', 'n_levels', 'is_plain',
-           'cut', 'n_parameters', 'state_hash', 'conv_bn_pairs', 'fold_norms', 'shrink', 'check_pyramid', 'size_arg',
-           'Backbone', 'normalize', 'stages', 'speed_up', 'feature_shapes']
+           'cut', 'n_parameters', 'state_hash', 'conv_bn_pairs', 'fold_norms', 'shrink', 'check_pyramid',
+           'has_one_size', 'size_arg', 'Backbone', 'normalize', 'stages', 'speed_up', 'feature_shapes']
 
 # %% ../nbs/01_backbones.ipynb #01582351
 import difflib
@@ -269,20 +269,22 @@ def shrink(x: torch.Tensor, scale: float) -> torch.Tensor:
     return F.interpolate(x, size=[max(1, round(s*scale)) for s in x.shape[-2:]], mode="bilinear", align_corners=True)
 
 # %% ../nbs/01_backbones.ipynb #400d77ad
-def check_pyramid(pyramid: tuple[float, ...], plain: bool) -> tuple[float, ...]:
-    "`pyramid` as floats; `ValueError` if empty, outside (0, 1], or more than one size for a plain transformer."
+def check_pyramid(pyramid: tuple[float, ...], one_size: bool) -> tuple[float, ...]:
+    "`pyramid` as floats; `ValueError` if empty, outside (0, 1], or more for a network of one input size."
     p = tuple(float(s) for s in pyramid)
     if not p or not all(0 < s <= 1 for s in p):
         raise ValueError(f"pyramid={pyramid}: give scales in (0, 1], such as (1, 0.5, 0.25)")
-    if plain and p != (1.0,):
-        raise ValueError(f"pyramid={pyramid}: this transformer has one input size; use pyramid=(1.0,)")
+    if one_size and p != (1.0,):
+        raise ValueError(f"pyramid={pyramid}: this network has one input size; use pyramid=(1.0,)")
     return p
 
+def has_one_size(full: str) -> bool:
+    "Does a network take images of one size alone, as most transformers do?"
+    return (cfg := timm.get_pretrained_cfg(full)) is not None and cfg.fixed_input_size
+
 def size_arg(full: str, size: int) -> dict:
-    "`img_size` for a network of fixed input size, if `size` is not its own."
-    cfg = timm.get_pretrained_cfg(full)
-    fixed = cfg is not None and cfg.fixed_input_size
-    return {"img_size": size} if fixed and size != cfg.input_size[-1] else {}
+    "`img_size` for a network of one input size, if `size` is not its own."
+    return {"img_size": size} if has_one_size(full) and size != timm.get_pretrained_cfg(full).input_size[-1] else {}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -307,7 +309,8 @@ class Backbone(nn.Module):
         self.name, self.levels, self.size, self.dtype, self.fold = name, tuple(levels), size, "float32", fold
         self.plain = is_plain(net)
         self.channels_last = not self.plain if channels_last is None else channels_last
-        self.pyramid = check_pyramid(pyramid, self.plain)
+        self.one_size = self.plain or has_one_size(full_name(name))
+        self.pyramid = check_pyramid(pyramid, self.one_size)
         self.net = cut(net, self.levels)
         self.weight_id = f"{origin}:{state_hash(net)}"
         for k in ("mean", "std"):
@@ -357,7 +360,8 @@ def stages(b: Backbone, x: torch.Tensor) -> list[torch.Tensor]:
 def speed_up(b: Backbone) -> None:
     "Fold the norms and change the memory layout, as asked for; the same features up to rounding."
     if b.channels_last: b.net.to(memory_format=torch.channels_last)
-    probe = torch.linspace(0, 1, 3*64*64).view(1, 64, 64, 3).permute(0, 3, 1, 2)
+    side = b.size if b.one_size else 64
+    probe = torch.linspace(0, 1, 3*side*side).view(1, side, side, 3).permute(0, 3, 1, 2)
     if b.fold and not b.plain: fold_norms(b.net, lambda: b(probe))
 
 # %% ../nbs/01_backbones.ipynb #65389154

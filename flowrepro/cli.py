@@ -6,8 +6,8 @@ Docs: https://flowrepro.github.io/flowrepro/cli.html.md"""
 
 # %% auto #0
 __all__ = ['cmd_run', 'run_name', 'print_summary', 'print_published', 'cmd_reproduce', 'cmd_report', 'cmd_bench', 'cmd_data',
-           'cmd_fit', 'best_device', 'cmd_predict', 'cmd_export', 'Help', 'add', 'add_device', 'add_source', 'parser',
-           'add_run', 'add_reproduce', 'add_data', 'add_own_images', 'main']
+           'cmd_fit', 'best_device', 'cmd_predict', 'cmd_export', 'Help', 'add', 'add_device', 'add_weights',
+           'add_source', 'parser', 'add_run', 'add_reproduce', 'add_data', 'add_own_images', 'main']
 
 # %% ../nbs/13_cli.ipynb #149ba2fc
 import argparse
@@ -46,8 +46,10 @@ def cmd_run(args: argparse.Namespace) -> int:
 
 def run_name(args: argparse.Namespace, category: str, seed: int) -> str:
     "The name of a run's folder."
+    from flowrepro.matrix import run_folder
+
     method = "-".join(filter(None, (args.method, args.altub and "altub", args.tag)))
-    return f"{method}-{args.dataset}-{category}-{args.preset}-{seed}".replace("/", "_")
+    return run_folder(method, args.dataset, category, args.preset, seed)
 
 
 def print_summary(table) -> None:
@@ -163,7 +165,7 @@ def cmd_predict(args: argparse.Namespace) -> int:
     from flowrepro.metrics import fpr_threshold
     from flowrepro.reports import overlay
 
-    detector = Detector.load(args.model).to(best_device(args.device))
+    detector = Detector.load(args.model, args.weights).to(best_device(args.device))
     scored = lambda files: detector.predict(tqdm(files, desc="scores", unit="image", leave=False))
     out, top = Path(args.out), Path(args.images) if Path(args.images).is_dir() else Path(args.images).parent
     inside = top.resolve() in out.resolve().parents  # then what an earlier call wrote there is among the images
@@ -197,7 +199,7 @@ def cmd_export(args: argparse.Namespace) -> int:
 
     open_file(args.out)
     with warnings.catch_warnings(action="ignore"):  # the exporters warn of their own internals
-        error = export(Detector.load(args.model), args.out, args.images, args.category)
+        error = export(Detector.load(args.model, args.weights), args.out, args.images, args.category)
     print(f"{Path(args.out).stat().st_size / 2**20:.1f} MiB, differs from the detector by {error:.0e} at most: "
           f"{Path(args.out).resolve()}")
     return 0
@@ -225,6 +227,12 @@ def add(commands, name: str, run, example: str):
 def add_device(p: argparse.ArgumentParser) -> None:
     "The flag that says where to compute."
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+
+
+def add_weights(p: argparse.ArgumentParser) -> None:
+    "The flag that gives a trained detector its backbone's weights."
+    p.add_argument("--weights", default=None, help="the file of backbone weights that it was trained on, if it was "
+                                                   "trained on one")
 
 
 def add_source(p: argparse.ArgumentParser, category: str) -> None:
@@ -326,13 +334,14 @@ def add_own_images(commands) -> None:
                                                 "they say from which score on an image is anomalous")
     p.add_argument("--fpr", type=float, default=0.05, help="share of false alarms to bear, with --good (default 0.05, "
                                                            "which takes 19 images)")
-    add_device(p)
+    add_weights(p), add_device(p)
     p.add_argument("--out", default="predictions", help="folder for scores.csv and the heat maps")
     p = add(commands, "export", cmd_export, "flowrepro export my_parts.safetensors my_parts/good --out my_parts.onnx")
     p.add_argument("model", help="file that fit or a run wrote")
     p.add_argument("images", help="a folder with two or more images of its own, to compare on")
     p.add_argument("--out", required=True, help="a file that ends in .onnx, or in .pt2 (torch.export)")
     p.add_argument("--category", default=None, help="of all images, for an HGAD that must be told")
+    add_weights(p)
 
 # %% ../nbs/13_cli.ipynb #864ff409
 def main(arguments: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ __all__ = ['Fail', 'EXTENSIONS', 'HOLDOUT', 'TOY_VERSION', 'TOY', 'READERS', 'OF
            'inspect_record', 'check_report']
 
 # %% ../nbs/00_data.ipynb #e73c4e0d
-import csv, hashlib, json, os, shutil, struct, tempfile, warnings, zlib
+import copy, csv, hashlib, json, os, shutil, struct, tempfile, warnings, zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -202,7 +202,9 @@ class Dataset(torch.utils.data.Dataset):
     def filter(self, category: str | None = None, split: str | None = None, label: int | None = None) -> "Dataset":
         "The records that match everything given; may be empty."
         keep = lambda r: category in (None, r.category) and split in (None, r.split) and label in (None, r.label)
-        return Dataset(filter(keep, self.records), self.transform, self.generator)
+        own = copy.copy(self)  # a subclass reads its images in its own way
+        own.records = tuple(filter(keep, self.records))
+        return own
 
     def masks(self) -> np.ndarray:
         "All masks, bool (N, h, w), without rotation. `DataError` if an anomalous image has none."
@@ -345,7 +347,7 @@ def choose(found: Iterable[str], category, where: str) -> list[str]:
     want = [category] if isinstance(category, str) else list(category)
     for c in want:
         if c not in found: raise DataError(f"{where}: no category {c!r}; available: {', '.join(found)}, or all")
-    return want
+    return list(dict.fromkeys(want))
 
 # %% ../nbs/00_data.ipynb #73411add
 def read_split(folder: Path, category: str, fail: Fail = stop, good: str = "good",

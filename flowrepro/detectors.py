@@ -14,8 +14,10 @@ __all__ = ['DETECTORS', 'FASTFLOW_PUBLISHED', 'CFLOW_SIZES', 'CLASS_MODES', 'BAS
 # %% ../nbs/07_detectors.ipynb #b1e512b9
 import copy
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -79,13 +81,15 @@ def normal_base(
 
 # %% ../nbs/07_detectors.ipynb #8334681f
 def image_files(images: str | Path | Iterable) -> list[Path]:
-    """The image files that one path, a folder (searched to the bottom) or several paths stand for;
+    """The image files that one path, a folder (searched to the bottom, hidden files left out) or several paths stand for;
     DataError if a folder holds none."""
     if not isinstance(images, (str, Path)):
         return [Path(p) for p in images]
     if not Path(images).exists():
         raise DataError(f"{images}: missing, neither a file nor a folder; check the path")
-    found = sorted(filter(is_image, Path(images).rglob("*"))) if Path(images).is_dir() else [Path(images)]
+    own = lambda p: not any(part[0] == "." or part == "__MACOSX" for part in p.relative_to(images).parts)
+    found = ([p for p in sorted(Path(images).rglob("*")) if is_image(p) and own(p)] if Path(images).is_dir()
+             else [Path(images)])
     if not found:
         raise DataError(f"{images}: no image in this folder; give a folder with png, jpg, bmp or tif files")
     return found
@@ -272,10 +276,14 @@ def save(detector: Detector, path: str | Path) -> None:
     """Write a detector to one safetensors file, in a folder that is made if need be.
     The frozen backbone is named in it, not stored."""
     state = {k: v.contiguous().cpu() for k, v in detector.state_dict().items() if not k.startswith("backbone.")}
-    about = {"method": detector.method, "config": json.dumps(detector.config),
-             "backbone": json.dumps(detector.backbone.config()),
-             "weight_id": detector.backbone.weight_id, "score": json.dumps(asdict(detector.score)),
-             "transform": json.dumps(asdict(detector.seen_through()))}
+    dumps, seen = partial(json.dumps, default=lambda v: v.item()), detector.seen_through()  # NumPy's numbers, too
+    kept = Transform(**{f.name: getattr(seen, f.name) for f in fields(Transform)})
+    about = {"method": detector.method, "config": dumps(detector.config), "backbone": dumps(detector.backbone.config()),
+             "weight_id": detector.backbone.weight_id, "score": dumps(asdict(detector.score)),
+             "transform": dumps(asdict(kept))}
+    if type(seen) is not Transform:
+        warnings.warn(f"{path} keeps {kept}, not a {type(seen).__name__}: once it is loaded, "
+                      "set detector.transform, or give transform= to predict", stacklevel=2)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file(state, str(path), metadata=about)
@@ -512,7 +520,7 @@ class OverCategories(DenseDetector):
 
     def adopt(self, categories: Iterable[str]) -> None:
         "Give each level a base over these categories; ValueError for names that repeat, or none."
-        names = list(categories)
+        names = [categories] if isinstance(categories, str) else list(categories)
         if not names or len(set(names)) < len(names):
             raise ValueError(f"categories {names}: at least one, each once")
         self.config["categories"], kind = names, self.config["base"]
@@ -521,7 +529,7 @@ class OverCategories(DenseDetector):
         sizes = {"hierarchical": {k: self.config[k] for k in ("centres", "spread")}, "classes": {}}.get(kind)
         made = [normal_base(kind, s, -1) if sizes is None else BASES[kind](len(names), s[0], **sizes)
                 for s in self.backbone.shapes]
-        self.bases = nn.ModuleList(made).to(self.device)
+        self.bases = nn.ModuleList(made).to(self.device, self.calibration.dtype)
 
     def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         if self.config["categories"] is None:

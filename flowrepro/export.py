@@ -83,7 +83,11 @@ FORMATS: dict[str, tuple[Callable, Callable, tuple[str, ...]]] = {  # writer, re
 def check_written(run: Callable, path: Path, program: Program, images: Tensor, tolerance: float = 1e-3) -> float:
     """How far the file is from the detector, on all images and on one alone, relative to the largest output;
     above `tolerance` it is removed, RuntimeError."""
-    pairs = [pair for x in (images, images[:1]) for pair in zip(program(x), run(path, x))]
+    try:
+        pairs = [pair for x in (images, images[:1]) for pair in zip(program(x), run(path, x))]
+    except BaseException:
+        path.unlink()
+        raise
     errors = [(ours - written).abs().max() / ours.abs().max().clamp_min(1e-30) for ours, written in pairs]
     worst = float(torch.stack(errors).max())
     if not worst <= tolerance:  # NaN is refused, too
@@ -109,6 +113,9 @@ def export(
     if missing := [p for p in packages if find_spec(p) is None]:
         raise ValueError(f"{path}: ONNX needs {', '.join(missing)}: pip install 'flowrepro[onnx]', "
                          "or write a .pt2 file")
+    if path.suffix == ".onnx" and detector.backbone.dtype == "bfloat16":
+        raise ValueError(f"{path}: ONNX Runtime has no convolution in bfloat16: write a .pt2 file, "
+                         "or train on a backbone with dtype='float32'")
     program = Program(detector, category)
     compared = check_images(torch.stack(list(islice(open_images(images, detector.seen_through()), 4))),
                             detector.backbone.size)

@@ -375,6 +375,7 @@ def to_freia(flow: Flow, prefix: str = "module_list.") -> dict[str, Tensor]:
             out[f"{prefix}{k}.{theirs}"] = own[ours] if "subnet" in ours else own[ours].view(shape)
         w = mixing.perm if mixing.soft else torch.eye(len(mixing.perm))[mixing.perm.cpu()]
         for name, matrix in (("w_perm", w), ("w_perm_inv", w.T)):
+            matrix = matrix.clone(memory_format=torch.contiguous_format)  # two tensors, as a file wants them
             out[f"{prefix}{k}.{name}"] = matrix if step.dim == -1 else matrix[:, :, None, None]
     return out
 

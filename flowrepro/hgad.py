@@ -47,8 +47,9 @@ def affinities(
     stack = mixture.mu.expand(len(z), -1, -1)
     if own:
         stack = torch.cat([stack, mixture.all_centres()[label]], dim=1)
+    dtype = torch.promote_types(z.dtype, stack.dtype)
     with torch.autocast(z.device.type, enabled=False):
-        half, every = Affinity.apply(z, stack)
+        half, every = Affinity.apply(z.to(dtype), stack.to(dtype))
     return half, every[..., :mixture.classes], every[..., mixture.classes:] if own else None
 
 # %% ../nbs/06_hgad.ipynb #215a1ae8

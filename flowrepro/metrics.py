@@ -193,7 +193,7 @@ def fpr_threshold(
     if k > s.size:
         need = int(np.ceil(1/fpr - 1e-9)) - 1
         raise ValueError(f"fpr_threshold: {s.size} good images cannot vouch for {fpr:.3g}; give {need} or more, "
-                         f"or fpr of {1/(s.size + 1):.3g} or more")
+                         f"or fpr of {np.ceil(1e4/(s.size + 1))/1e4:g} or more")
     return float(np.sort(s)[k - 1])
 
 # %% ../nbs/09_metrics.ipynb #692f4e9c
@@ -211,8 +211,10 @@ def pro_curve(
     maps,   # (N, H, W) real; higher is more anomalous
     masks,  # (N, H, W) bool
 ) -> tuple[np.ndarray, np.ndarray]:  # FPR and PRO at every distinct threshold, both rising from 0 to 1
-    "Exact per-region-overlap curve, by sorting. Needs about 60 bytes per pixel."
+    """Exact per-region-overlap curve, by sorting; ValueError for masks that are all empty or all full.
+    Needs about 60 bytes per pixel."""
     x, m = _stack(maps, masks)
+    if m.all() or not m.any(): raise ValueError("pro_curve: normal pixels and defects are needed, the masks hold one kind")
     parts = [region_weights(a) for a in m]
     pro = np.zeros(m.shape)
     pro[m] = np.concatenate([w for w, _ in parts])

@@ -6,11 +6,11 @@ Docs: https://flowrepro.github.io/flowrepro/reproduce.html.md"""
 
 # %% auto #0
 __all__ = ['RUN_MODULES', 'OUTPUT_MODULES', 'OVERHEAD', 'PRELOADED', 'RESERVE', 'run_inputs', 'output_inputs', 'content_of',
-           'run_entry', 'notebook_entries', 'lacking', 'make_plan', 'gpus', 'job_gpus', 'length', 'past_seconds',
-           'known_seconds', 'estimate', 'said', 'one_gpu', 'execute', 'forked', 'register_here', 'joined', 'end',
-           'warm_jobs', 'profile_of', 'at_once', 'can_submit', 'snakemake_command', 'to_do', 'reason', 'Watch', 'room',
-           'drive', 'some_run', 'check_runs', 'describe', 'missing_data', 'other_revisions', 'failures',
-           'wanted_tables', 'glance', 'reproduce', 'only_one', 'terminable', 'work']
+           'run_entry', 'notebook_entries', 'lacking', 'make_plan', 'gpus', 'job_gpus', 'length', 'kind_of',
+           'past_seconds', 'known_seconds', 'estimate', 'said', 'one_gpu', 'execute', 'forked', 'register_here',
+           'joined', 'end', 'warm_jobs', 'profile_of', 'at_once', 'can_submit', 'snakemake_command', 'to_do', 'reason',
+           'Watch', 'room', 'drive', 'some_run', 'check_runs', 'describe', 'missing_data', 'other_revisions',
+           'failures', 'wanted_tables', 'glance', 'reproduce', 'only_one', 'terminable', 'work']
 
 # %% ../nbs/12d_reproduce.ipynb #06bfb1d3
 import contextlib
@@ -157,10 +157,15 @@ def length(config: dict) -> str:
     return json.dumps({group: values for group, values in given.items() if values != {}}, sort_keys=True)
 
 
+def kind_of(parameters: dict) -> str:
+    "Method, preset, and whether one model is for all categories: runs that take about as long."
+    return f"{parameters['method']} {parameters['preset']} {'all' if parameters['category'] == 'all' else 'one'}"
+
+
 def past_seconds(folders: list[Path], device: str = "cpu") -> dict[tuple[str, str], float]:
     """Seconds of finished runs on a kind of device.
-    By (folder name without the seed, length), the fewest, which other work disturbed least, and by ('method preset',
-    length), the median."""
+    By (folder name without the seed, length), the fewest, which other work disturbed least, and by ('method preset
+    all' or 'method preset one', length), one model for all categories or for one, the median."""
     out: dict[tuple[str, str], list[float]] = {}
     for path in (p for f in folders for p in Path(f).glob("**/metrics.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # not a run of this version
@@ -169,7 +174,7 @@ def past_seconds(folders: list[Path], device: str = "cpu") -> dict[tuple[str, st
                 continue
             c, own = m["config"], length(m["config"])
             seconds = OVERHEAD + sum(m["timing"][k] for k in ("features_s", "train_s", "evaluate_s"))
-            for key in (path.parent.name.rpartition("-")[0], f"{c['method']} {c['preset']}"):
+            for key in (path.parent.name.rpartition("-")[0], kind_of(c)):
                 out.setdefault((key, own), []).append(seconds)
     return {key: (median if " " in key[0] else min)(seconds) for key, seconds in out.items()}
 
@@ -178,7 +183,7 @@ def known_seconds(name: str, plan: dict, past: dict[tuple[str, str], float]) -> 
     "Seconds of a planned run by past timings; None if there are none."
     p = plan["runs"][name]["parameters"]
     own = length(p)
-    return past.get((name.rpartition("-")[0], own), past.get((f"{p['method']} {p['preset']}", own)))
+    return past.get((name.rpartition("-")[0], own), past.get((kind_of(p), own)))
 
 
 def estimate(names: list[str], plan: dict, past: dict[tuple[str, str], float]) -> tuple[float, int]:
@@ -537,10 +542,14 @@ def other_revisions(plan: dict) -> str:
 def failures(plan: dict) -> list[str]:
     "A line for each run or notebook that has left an error and no result: what, why, and the executed notebook."
     out, lines = Path(plan["out"]), []
-    for name in plan["runs"]:
-        if not (out / name / "metrics.json").exists():
-            shown = f" (executed notebook: {out / name / 'run.ipynb'})" if (out / name / "run.ipynb").exists() else ""
-            lines.append(f"{name}: {reason(out / name / 'error.txt')}{shown}")
+    without = [name for name in plan["runs"] if not (out / name / "metrics.json").exists()]
+    begun = [name for name in without if any((out / name / f).exists() for f in ("error.txt", "run.ipynb"))]
+    for name in begun:
+        shown = f" (executed notebook: {out / name / 'run.ipynb'})" if (out / name / "run.ipynb").exists() else ""
+        lines.append(f"{name}: {reason(out / name / 'error.txt')}{shown}")
+    if idle := [name for name in without if name not in begun]:
+        more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
+        lines.append(f"{len(idle)} not begun, {out / 'snakemake.log'} says why: {', '.join(idle[:3])}{more}")
     for name in plan["notebooks"]:
         if not (out / f"notebooks/{name}.done").exists():
             lines.append(f"{name}: {reason(out / f'notebooks/{name}.error.txt')} (executed notebook: "

@@ -568,7 +568,8 @@ def write_results(run: Run) -> dict:
     score_table(run).to_csv(run.out / "scores.csv", index=False)
     run.detector.save(run.out / "model.safetensors")
     trace = base_trace([0, *(r["epoch"] for r in evaluated)], [run.base_start, *(r["base"] for r in evaluated)])
-    latents_file(run.out / "latents.npz", run.detector, run.test_bank, run.test_set, trace)
+    if 0 in run.test_set.labels:  # what figures show is the latent of normal images
+        latents_file(run.out / "latents.npz", run.detector, run.test_bank, run.test_set, trace)
     pictures_file(run.out / "pictures.npz", run.test_set, run.maps)
     results = {"last": run.history[-1]["results"], "best": best_results(run.history)}
     if modes := by_class_mode(run):

@@ -125,6 +125,16 @@ def test_pyramid_is_the_stage_at_each_size():
     assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(got, one(x) + one(half), strict=True))
 
 
+@pytest.mark.parametrize("name, size", [("levit_128s.fb_dist_in1k", 224), ("efficientformerv2_s0.snap_dist_in1k", 224)])
+def test_networks_of_one_input_size(name, size):
+    "Norms fold at that size, and a pyramid is refused before timm stumbles over it."
+    b, plain = (Backbone(name, (0, 1), weights="random", size=size, fold=fold) for fold in (True, False))
+    x = images(1, size)
+    assert all(torch.dist(p, q) <= 1e-3*q.norm() for p, q in zip(b(x), plain(x), strict=True))
+    with pytest.raises(ValueError, match=r"pyramid=\(1, 0.5\): this network has one input size"):
+        Backbone(name, (1,), (1, .5), "random", size)
+
+
 @pytest.mark.parametrize("kw",
                          [dict(levels=()), dict(levels=(2, 1)), dict(levels=(1, 1)), dict(levels=(5,)),
                           dict(levels=(-1,)), dict(pyramid=()),

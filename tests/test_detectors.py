@@ -620,6 +620,44 @@ def test_five_lines(parts_folder, monkeypatch):
         assert 60 < y < 180 and 30 < x < 190, f"the maximum is at ({x}, {y}), outside of the spot"
 
 
+def test_predict_passes_over_hidden_files(trained, parts_folder, tmp_path):
+    "As training does: what a Mac or Jupyter leaves beside images is none of them."
+    folder = shutil.copytree(parts_folder / "good", tmp_path / ".mine/good")
+    before = trained.predict(folder)[1]
+    (folder / "._00.bmp").write_bytes(b"no image")
+    for hidden in (".ipynb_checkpoints", "__MACOSX"):
+        (folder / hidden).mkdir()
+        shutil.copy(folder / "00.bmp", folder / hidden)
+    assert torch.equal(trained.predict(folder)[1], before)
+
+
+class Gray(Transform):
+    "Somebody's own preprocessing."
+
+    def image(self, *args):
+        return super().image(*args).float().mean(0).byte().expand(3, -1, -1)
+
+
+def test_save_tells_what_the_file_cannot_hold(tiny_backbone, parts_folder, tmp_path):
+    "A transform of one's own: a warning with the remedy, and the same scores with it."
+    train, _ = load("folder", parts_folder, transform=Gray(32))
+    model = FastFlow(tiny_backbone(), steps=1).fit(train, epochs=1, progress=False)
+    with pytest.warns(UserWarning, match="not a Gray: once it is loaded, set detector.transform"):
+        model.save(tmp_path / "m.safetensors")
+    again = Detector.load(tmp_path / "m.safetensors", weights="random")
+    assert not torch.equal(again.predict(parts_folder)[1], model.predict(parts_folder)[1])
+    again.transform = Gray(32)
+    assert torch.equal(again.predict(parts_folder)[1], model.predict(parts_folder)[1])
+
+
+def test_settings_in_numbers_of_numpy(tiny_backbone, parts_folder, tmp_path):
+    train, _ = load("folder", parts_folder, transform=Transform(np.int64(32)))
+    model = FastFlow(tiny_backbone(), steps=1, clamp=np.float32(2), score=Score(temperature=np.float32(0.5)))
+    model.fit(train, epochs=1, progress=False).save(tmp_path / "m.safetensors")
+    again = Detector.load(tmp_path / "m.safetensors", weights="random")
+    assert torch.equal(again.predict(parts_folder)[1], model.predict(parts_folder)[1])
+
+
 def test_registry():
     assert DETECTORS["fastflow"] is FastFlow and all(cls.method == name for name, cls in DETECTORS.items())
 

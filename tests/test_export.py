@@ -16,7 +16,7 @@ from flowrepro import export as module
 from flowrepro.cli import main
 from flowrepro.data import Transform, load
 from flowrepro.detectors import HGAD, CFlow, FastFlow
-from flowrepro.export import check_written, export
+from flowrepro.export import Program, check_written, export
 from flowrepro.scores import PUBLISHED, Score
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporters warn of their own internals
@@ -198,3 +198,19 @@ def test_command(trained, toy, tmp_path, capsys):
              "no image": [*call, str(tmp_path / "new"), "--out", str(tmp_path / "m.pt2"), "--category", "bolt"]}
     for words, arguments in wrong.items():
         assert main(arguments) == 2 and words in capsys.readouterr().err
+
+
+def test_no_onnx_in_bfloat16(toy, tiny_backbone, tmp_path):
+    "ONNX Runtime cannot read such a file: none is left behind, and the remedy is told; nor after a reader that fails."
+    train, test = load("toy", toy, "bolt", Transform(32))
+    model = FastFlow(tiny_backbone(dtype="bfloat16"), steps=1).fit(train, epochs=1, progress=False)
+    with pytest.raises(ValueError, match=r"m\.onnx: .*bfloat16: write a \.pt2 file"):
+        export(model, tmp_path / "m.onnx", test)
+    assert export(model, tmp_path / "m.pt2", test) < 1e-3
+
+    def fails(path, images):
+        raise RuntimeError("unreadable")
+
+    with pytest.raises(RuntimeError, match="unreadable"):
+        check_written(fails, tmp_path / "m.pt2", Program(model), torch.rand(2, 3, 32, 32))
+    assert not list(tmp_path.iterdir())

@@ -16,6 +16,8 @@ from PIL import Image
 from torch import nn
 
 from flowrepro import features as ft
+from flowrepro import data
+from flowrepro.data import Dataset, load
 from flowrepro.features import FeatureBank, LiveFeatures, channel_stats
 
 
@@ -320,3 +322,22 @@ def test_on_the_gpu(folder, tmp_path):
         b = bank(Data(folder), Moving(), where=where, device="cuda", cache=tmp_path/where)
         assert b.place == ("device" if where == "auto" else where) and all(y.is_cuda for y in b[[1, 2]])
         assert close([y.cpu() for y in b[:]], direct(Data(folder)), 1e-3)
+
+
+class Inverted(Dataset):
+    "Shows the negative of each image."
+
+    def __getitem__(self, i):
+        sample = super().__getitem__(i)
+        sample.image = 255 - sample.image
+        return sample
+
+
+def test_a_data_set_of_ones_own(toy, tmp_path):
+    "A subclass that makes other images of the same files has features of its own, in training as well."
+    train, _ = load("toy", toy, "bolt", data.Transform(16))
+    other = Inverted(train.records, train.transform)
+    assert isinstance(other.filter(label=0), Inverted)
+    first, second, again = (bank(d, cache=tmp_path) for d in (train, other, Inverted(train.records, train.transform)))
+    assert not second.found and again.found
+    assert not any(torch.equal(a, b) for a, b in zip(first[slice(None)], second[slice(None)], strict=True))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -277,6 +278,12 @@ def test_our_weights_in_freia(case):
     close(twin(rows(case, z, None)[0], rows(case, x, cond)[1], rev=True)[0].view_as(x), x, 1e-5)
     again = from_freia(case.build(seed=4), to_freia(flow))
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in flow.state_dict().items())
+
+
+@published
+def test_freia_dict_goes_into_a_file(case, tmp_path):
+    "No two of its tensors share memory."
+    save_file(to_freia(case.build()), tmp_path / "flow.safetensors")
 
 
 @every_flow

@@ -855,3 +855,19 @@ def test_spread_reaches_every_level(stand_in):
         assert torch.allclose(narrow.delta, 0.1 * wide.delta)
         assert torch.equal(narrow.mu, wide.mu)
         assert wide.delta.abs().max() > 0.5
+
+
+def test_one_category_by_its_name(stand_in):
+    assert HGAD(stand_in(SHAPES), "nut", steps=1, code=4).config["categories"] == ["nut"]
+
+
+def test_terms_in_double_precision():
+    "Of any number of positions, whatever the precision of the centres."
+    torch.manual_seed(0)
+    mixture, label = HierarchicalMixture(3, 5, 2), torch.tensor([0, 1])
+    for positions in (1, 4):
+        z, logdet = torch.randn(2, positions, 5).double(), torch.randn(2, positions).double()
+        double, single = (hgad_terms(z.to(t), logdet.to(t), label, mixture) for t in (torch.float64, torch.float32))
+        for name, value in double.items():
+            assert value.dtype == torch.float64
+            torch.testing.assert_close(value.float(), single[name])

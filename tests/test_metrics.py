@@ -248,6 +248,11 @@ def test_regions_touching_at_corners_are_one_and_images_are_separate():
     assert pro.tolist() == [0, 0.25, 1] and fpr.tolist() == [0, 0, 1]
 
 
+def test_pro_curve_of_one_kind():
+    for m in (np.zeros((1, 4, 4), bool), np.ones((1, 4, 4), bool)):
+        with pytest.raises(ValueError, match="normal pixels and defects are needed"): M.pro_curve(np.zeros(m.shape), m)
+
+
 def test_small_regions_count_as_much_as_large_ones():
     m = np.zeros((1, 20, 20), bool); m[0, :9, :9] = True; m[0, 15, 15] = True
     x = np.zeros(m.shape); x[0, 15, 15] = 1
@@ -421,7 +426,7 @@ def test_threshold_holds_its_promise(n, fpr):
 
 
 @pytest.mark.parametrize("scores, fpr, words",
-                         [(range(18), 0.05, "18 good images .* give 19 or more, or fpr of 0.0526"),
+                         [(range(18), 0.05, "18 good images .* give 19 or more, or fpr of 0.0527"),
                           (range(9), 0, "between 0 and 1"), (range(9), 1.0, "between 0 and 1"),
                                                 ([], 0.1, "no scores"), ([1.0, np.nan], 0.5, "not finite")], ids=str)
 def test_threshold_refuses(scores, fpr, words):
@@ -430,4 +435,7 @@ def test_threshold_refuses(scores, fpr, words):
 
 def test_threshold_of_ties_and_tensors():
     assert fpr_threshold(torch.tensor([1.0] * 19)) == 1.0
+    for n in range(1, 60):  # the rate that is told holds
+        with pytest.raises(ValueError) as told: fpr_threshold(np.zeros(n), 1e-3)
+        assert fpr_threshold(np.zeros(n), float(str(told.value).split("or fpr of ")[1].split()[0])) == 0
     assert fpr_threshold(torch.arange(99, dtype=torch.bfloat16), 0.5) == 49

@@ -306,7 +306,9 @@ def write_past(folder: Path, seconds: float, device: str = "cpu", overrides: dic
     "A finished run's `metrics.json`, as far as estimates read it."
     folder.mkdir(parents=True)
     timing = {"features_s": 0.0, "train_s": seconds - R.OVERHEAD, "evaluate_s": 0.0}
-    content = {"config": {"method": method, "preset": preset, "overrides": overrides or {}}, "timing": timing,
+    config = {"method": method, "preset": preset, "category": "all" if method == "hgad" else "bolt",
+              "overrides": overrides or {}}
+    content = {"config": config, "timing": timing,
                "environment": {"device": device}}
     (folder / "metrics.json").write_text(json.dumps(content))
 
@@ -316,7 +318,7 @@ def test_past_seconds_of_the_same_device(tmp_path):
     for device, seed, seconds in (("cpu", 0, 70.0), ("cpu", 1, 40.0), ("cpu", 2, 60.0), ("cuda", 0, 12.0)):
         write_past(tmp_path / device / f"fastflow-toy-weave-demo-{seed}", seconds, device)
     took = [R.past_seconds([tmp_path], d)["fastflow-toy-weave-demo", "{}"] for d in ("cpu", "cuda")]
-    assert R.past_seconds([tmp_path])["fastflow demo", "{}"] == 60.0  # the median of a method, the fewest of a run
+    assert R.past_seconds([tmp_path])["fastflow demo one", "{}"] == 60.0  # the median of a method, the fewest of a run
     assert took == [40.0, 12.0] and R.past_seconds([tmp_path]) == R.past_seconds([tmp_path], "cpu")
 
 

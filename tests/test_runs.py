@@ -515,6 +515,17 @@ def test_no_masks_no_pixel_metrics(parts_folder, tmp_path):
     assert report(tmp_path).read_text().count("–") >= len(PIXEL)
 
 
+@pytest.mark.parametrize("method", ["fastflow", "hgad"])
+def test_no_normal_test_images(method, parts_folder, tmp_path):
+    "Maps and scores, and no latents to show, which are of normal images."
+    root = tmp_path / "parts"
+    shutil.copytree(parts_folder / "good", root / "train/good")
+    shutil.copytree(parts_folder / "spot", root / "test/spot")
+    run = execute(tmp_path / "run", method=method, dataset="folder", data_root=str(root), category="all")
+    assert len(run.scores) == 3 and stored(run)["results"]["last"]["parts"]["image_auroc"] is None
+    assert not (run.out / "latents.npz").exists() and (run.out / "pictures.npz").exists()
+
+
 # -- every method --------------------------------------------------------------------------------------------------
 
 RUNS = {

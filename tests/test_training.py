@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -257,6 +258,44 @@ def test_history_stays_on_the_cpu(make, tmp_path):
     write_checkpoint(path, make(), [], 0, [{"epoch": 1, "base": {"0.mean": torch.ones(2)}}], {})
     epoch, history = read_checkpoint(path, make().to("meta"), [], {})
     assert epoch == 1 and history[0]["base"]["0.mean"].device.type == "cpu"
+
+
+def test_checkpoint_with_numbers_of_numpy(make, tmp_path):
+    "They become Python's, and resume; a checkpoint is read without running code."
+    path, model = tmp_path / "checkpoint.pt", make()
+    adam = torch.optim.Adam(model.parameters(), lr=np.float64(1e-3))
+    history = [{"epoch": 1, "results": {"bolt": {"auroc": np.float64(0.5), "ap": [np.float32(0.25)]}}}]
+    training = {"schedule": asdict(replace(SCHEDULE, lr=np.float64(1e-3)))}
+    write_checkpoint(path, model, [adam], 0, history, training)
+    assert read_checkpoint(path, model, [adam], training) == (1, history)
+
+
+def test_labels_of_every_copy(make, bank_of, features):
+    "Labels of the images alone stand for each of their copies."
+    bank, model = bank_of(*(torch.cat([x, x]) for x in features.bank[slice(None)])), make(method=HGAD, code=4)
+    bank.copies, n = 2, len(features.bank)
+    model.adopt(["a", "b"])
+    labels = torch.arange(n) % 2
+    one, two = (fit(copy.deepcopy(model), bank, SCHEDULE, own, progress=False) for own in (labels, labels.repeat(2)))
+    assert losses(one) == losses(two)
+
+
+def test_no_score_from_an_interrupted_training(tiny_backbone, toy, monkeypatch):
+    "Weights that moved on have no calibration; those of before would be another model's."
+    train, test = load("toy", toy, "bolt", Transform(32))
+    model = FastFlow(tiny_backbone(), steps=1).fit(train, epochs=1, progress=False)
+    monkeypatch.setattr(training, "train_batch", lambda *_: [math.nan])
+    with pytest.raises(TrainingError):
+        model.fit(train, epochs=1, progress=False)
+    with pytest.raises(ValueError, match="needs the calibration"):
+        model.predict(test)
+
+
+def test_images_of_another_size_than_the_backbone(tiny_backbone, toy):
+    "Refused even where the features come out as large; `predict` would take no image afterwards."
+    train, _ = load("toy", toy, "bolt", Transform(31))
+    with pytest.raises(ValueError, match=r"images of side 31, a backbone for 32: load them with Transform\(32\)"):
+        FastFlow(tiny_backbone(), steps=1).fit(train, epochs=1, progress=False)
 
 
 def test_checkpoint_holds_no_backbone(tiny_backbone, tmp_path):
