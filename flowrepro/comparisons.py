@@ -202,7 +202,7 @@ def commands(jobs: list[Job], name: str, preset: str, out: str) -> list[str]:
     lines = [command_of(j, out) for j in jobs[:SHOWN]]
     data = " --data-root DATA" if any(sets_of(j.parameters) != ["toy"] for j in jobs) else ""
     more = f"# and {len(jobs) - SHOWN} more for {name}; " if len(jobs) > SHOWN else "# "
-    return [*lines, f"{more}the whole graph: flowrepro reproduce --preset {preset}{data}"] if jobs else []
+    return [*lines, f"{more}the whole graph: flowrepro reproduce --preset {preset}{data} --out {out}"] if jobs else []
 
 # %% ../nbs/12b_comparisons.ipynb #f6683925
 def with_means(frame: pd.DataFrame, jobs: list[Job]) -> pd.DataFrame:
@@ -410,12 +410,12 @@ def steadiness(runs: list[dict]) -> pd.DataFrame:
     "A row for each run of one category, and metric of `HEADLINE`: last, best on test, and `wobble`, fractions."
     rows = []
     for run in runs:
-        c, category = run["config"], run["config"]["category"]
-        history = pd.read_csv(Path(run["path"]) / "history.csv")
-        pick = lambda protocol, m: np.nan if (v := run["results"][protocol][category][m]) is None else v
-        about = dict(data=data_name(sets_of(c)), category=category, variant=variant_of(run), seed=c["seed"])
-        rows += [about | dict(metric=m, last=pick("last", m), best=pick("best", m), wobble=wobble(history, m))
-                 for m in HEADLINE]
+        c, history = run["config"], pd.read_csv(Path(run["path"]) / "history.csv")
+        pick = lambda protocol, k, m: np.nan if (v := run["results"][protocol][k][m]) is None else v
+        about = dict(data=data_name(sets_of(c)), variant=variant_of(run), seed=c["seed"])
+        rows += [about | dict(category=k, metric=m, last=pick("last", k, m), best=pick("best", k, m),
+                              wobble=wobble(history, f"{k}/{m}"))
+                 for k in run["results"]["last"] if k != "mean" for m in HEADLINE]
     return pd.DataFrame(rows, columns=["data", "category", "variant", "seed", "metric", "last", "best", "wobble"])
 
 # %% ../nbs/12b_comparisons.ipynb #e4b41b69

@@ -6,10 +6,10 @@ Docs: https://flowrepro.github.io/flowrepro/detectors.html.md"""
 
 # %% auto #0
 __all__ = ['DETECTORS', 'FASTFLOW_PUBLISHED', 'CFLOW_SIZES', 'CLASS_MODES', 'BASES', 'OFFICIAL', 'Standardise', 'norm_layer',
-           'normal_base', 'image_files', 'read_image', 'open_images', 'check_images', 'Detector', 'all_parts',
-           'calibrate', 'score_parts', 'fit', 'predict', 'weights_of', 'save', 'read_saved', 'load', 'load_state',
-           'FastFlow', 'DenseDetector', 'FiberBatches', 'CFlow', 'OverCategories', 'HGADLosses', 'HGADParts', 'HGAD',
-           'check_official', 'to_official', 'from_official']
+           'normal_base', 'image_files', 'image_id', 'not_trained_on', 'read_image', 'open_images', 'check_images',
+           'Detector', 'all_parts', 'calibrate', 'score_parts', 'fit', 'predict', 'weights_of', 'save', 'read_saved',
+           'load', 'load_state', 'FastFlow', 'DenseDetector', 'FiberBatches', 'CFlow', 'OverCategories', 'HGADLosses',
+           'HGADParts', 'HGAD', 'check_official', 'to_official', 'from_official']
 
 # %% ../nbs/07_detectors.ipynb #b1e512b9
 import copy
@@ -29,9 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .backbones import Backbone
+from .backbones import Backbone, sha256
 from .bases import Base, ClassMixture, DiagonalNormal, HierarchicalMixture, StandardNormal
-from .data import DataError, Dataset, Transform, is_image, open_image
+from .data import EXTENSIONS, DataError, Dataset, Transform, is_image, is_note, open_image
 from .features import FeatureBank, channel_stats
 from .flows import Flow, conv_flow, dense_flow, from_freia, positional_code, to_freia
 from .hgad import hgad_loss, hgad_terms
@@ -81,20 +81,40 @@ def normal_base(
 
 # %% ../nbs/07_detectors.ipynb #8334681f
 def image_files(images: str | Path | Iterable) -> list[Path]:
-    """The image files that one path, a folder (searched to the bottom, hidden files left out) or several paths stand for;
-    DataError if a folder holds none."""
+    """The image files that one path, a folder or several paths stand for; DataError if a folder holds none.
+    It is searched to the bottom; hidden files are left out, and folders of results, which hold a `scores.csv`."""
     if not isinstance(images, (str, Path)):
         return [Path(p) for p in images]
-    if not Path(images).exists():
+    if images == "" or not Path(images).exists():
         raise DataError(f"{images}: missing, neither a file nor a folder; check the path")
-    own = lambda p: not any(part[0] == "." or part == "__MACOSX" for part in p.relative_to(images).parts)
-    found = ([p for p in sorted(Path(images).rglob("*")) if is_image(p) and own(p)] if Path(images).is_dir()
-             else [Path(images)])
+    if not Path(images).is_dir():
+        return [Path(images)]
+    below = sorted(Path(images).rglob("*"))
+    written = {p.parent for p in below if p.name == "scores.csv"} - {Path(images)}
+    own = [p for p in below if not written.intersection(p.parents)
+           and not any(part[0] == "." or part == "__MACOSX" for part in p.relative_to(images).parts)]
+    found = list(filter(is_image, own))
     if not found:
         raise DataError(f"{images}: no image in this folder; give a folder with png, jpg, bmp or tif files")
+    if other := [p for p in own if not (is_image(p) or is_note(p) or p.is_dir() and not p.is_symlink())]:
+        warnings.warn(f"{images}: {len(other)} left out, of another format or linked, {other[0]} first; "
+                      f"what is read: {' '.join(EXTENSIONS)}", stacklevel=2)
     return found
 
+# %% ../nbs/07_detectors.ipynb #7562a716
+def image_id(path: Path) -> str:
+    "A word that tells an image file from others, wherever it lies: 16 hex digits over its bytes."
+    return sha256(path)[:16]
 
+
+def not_trained_on(detector: "Detector", images: list[Path]) -> list[Path]:
+    "Those of some image files that the detector was not trained on; DataError if there are none."
+    new = [p for p in images if image_id(p) not in detector.trained_on]
+    if not new:
+        raise DataError(f"{images[0].parent}: the detector was trained on every image of it; give others, kept back")
+    return new
+
+# %% ../nbs/07_detectors.ipynb #cff30029
 def read_image(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
     """An RGB image from its path, or from one that is open already:
     PIL's, or uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), whose alpha is ignored; DataError for anything else."""
@@ -113,7 +133,7 @@ def open_images(images: Dataset | Tensor | str | Path | Iterable, transform: Tra
     From a `Dataset`, a tensor (N, 3, H, W), a folder, or what `read_image` takes, one or several; an array of more
     than three axes is several."""
     if isinstance(images, Dataset):
-        return (images[i].image for i in range(len(images)))
+        return map(images.image, range(len(images)))
     if isinstance(images, Tensor):
         return iter(images if images.ndim == 4 else images[None])
     if isinstance(images, (str, Path)):
@@ -145,6 +165,7 @@ class Detector(nn.Module):
         super().__init__()
         self.backbone, self.score, self.config = backbone, score, config
         self.transform: Transform | None = None  # of the training images, for `predict`; None: squashed to the size
+        self.trained_on: list[str] = []  # `image_id` of the training images
         self.register_buffer("calibration", torch.full((len(backbone.shapes), 8), float("nan")))
         self.norms = nn.ModuleList(norm_layer(config["norm"], s) for s in backbone.shapes)
         self.flows = nn.ModuleList(map(flow, backbone.shapes))
@@ -280,7 +301,7 @@ def save(detector: Detector, path: str | Path) -> None:
     kept = Transform(**{f.name: getattr(seen, f.name) for f in fields(Transform)})
     about = {"method": detector.method, "config": dumps(detector.config), "backbone": dumps(detector.backbone.config()),
              "weight_id": detector.backbone.weight_id, "score": dumps(asdict(detector.score)),
-             "transform": dumps(asdict(kept))}
+             "transform": dumps(asdict(kept)), "trained_on": json.dumps(detector.trained_on)}
     if type(seen) is not Transform:
         warnings.warn(f"{path} keeps {kept}, not a {type(seen).__name__}: once it is loaded, "
                       "set detector.transform, or give transform= to predict", stacklevel=2)
@@ -299,7 +320,7 @@ def read_saved(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     try:
         with safe_open(str(path), "pt") as file:
             about, state = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise DataError(f"{path} is no readable safetensors file ({error}): train again, or copy it again") from error
     if about.get("method") not in DETECTORS:
         raise DataError(f"{path} holds no flowrepro detector of a known method ({', '.join(DETECTORS)})")
@@ -326,6 +347,7 @@ def load(path: str | Path, weights: str | None = None, kind: type[Detector] = De
         raise DataError(f"{path} was trained on backbone weights {about['weight_id']}, "
                         f"here are {detector.backbone.weight_id}: pass weights=")
     detector.transform = Transform(**json.loads(about["transform"])) if "transform" in about else None
+    detector.trained_on = json.loads(about.get("trained_on", "[]"))
     load_state(detector, state, path)
     return detector
 

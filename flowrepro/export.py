@@ -135,6 +135,7 @@ def about(detector: Detector, category: str | None) -> dict:
     return {"flowrepro": __version__, "method": detector.method, "category": category or "",
             "weight_id": detector.backbone.weight_id,
             "input": f"images (B, 3, {size}, {size}), float32, RGB in [0, 1], "
-                     f"made square as flowrepro.data.{detector.seen_through()} does",
+                     f"made square as flowrepro.data.{detector.seen_through()} does: by Pillow's antialiased resize, "
+                     "as a reduction without antialiasing (OpenCV's INTER_LINEAR) raises every score",
             "output": f"maps (B, {size}, {size}) and scores (B,), float32, larger is more anomalous",
             "score": asdict(detector.score)}

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ def gap(frame: pd.DataFrame) -> float:
 
 def draw_gaps(ax: Axes, frames: list[pd.DataFrame]) -> None:
     "Mean over the seeds of the best evaluation and of the last, their difference beside them, one column a method."
-    for i, (frame, look) in enumerate(zip(frames, LOOKS)):
+    for i, (frame, look) in enumerate(zip(frames, cycle(LOOKS))):
         best, last = frame.max().mean(), frame.ffill().iloc[-1].mean()
         ax.plot([i, i], [best, last], color=look["color"], lw=1.2, ls=look["ls"], gid=f"gap-{i}")
         ax.plot(i, last, marker=look["marker"], ms=5, color=look["color"], ls="")
@@ -279,7 +280,7 @@ def stability(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
             main, side = row[2 * k], row[2 * k + 1]
             side.sharey(main)
             frames = [curves([r for r in own if variant_of(r) == v], metric) for v in variants]
-            for frame, look, variant in zip(frames, LOOKS, variants):
+            for frame, look, variant in zip(frames, cycle(LOOKS), variants):
                 draw_curves(main, frame, look, f"{variant}-{category}-{metric}")
             draw_gaps(side, frames)
             side.set_title("last − best", loc="left")
@@ -288,7 +289,7 @@ def stability(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
             main.set_title(category.replace("_", " "), loc="left")
             main.xaxis.get_major_locator().set_params(integer=True)
     lines = [Line2D([], [], color=k["color"], ls=k["ls"], marker=k["marker"], label=title_of(matrix, v))
-             for k, v in zip(LOOKS, variants)]
+             for k, v in zip(cycle(LOOKS), variants)]
     star = Line2D([], [], color=GREY, marker="*", ms=8, mfc="white", ls="", label="best on test")
     fig.legend(handles=[*lines, star, Line2D([], [], color=GREY, marker="o", ls="", label="last epoch")],
                loc="outside lower center", ncols=4)
@@ -618,7 +619,7 @@ def draw_categories(ax: Axes, each: dict[str, pd.Series], categories: list[str],
                 color=GREY, fontsize=7)
     x = np.arange(len(table))
     ax.vlines(x, table.min(axis=1), table.max(axis=1), color="0.7", lw=1.2, zorder=1)
-    for variant, look in zip(table, LOOKS):
+    for variant, look in zip(table, cycle(LOOKS)):
         ax.plot(x, table[variant], marker=look["marker"], ms=4.5, ls="", color=look["color"],
                 label=title_of(matrix, variant), gid=f"auroc-{variant}", clip_on=False)
     ax.axhline(0.5, color=GREY, lw=0.7, ls=":")

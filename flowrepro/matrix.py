@@ -9,14 +9,14 @@ __all__ = ['MATRIX', 'ROLES', 'KEYS', 'REQUIRED', 'FOLDERS', 'DATA_FOLDERS', 'Ma
            'check_keys', 'is_text', 'is_list', 'check_variant', 'check_output', 'check_preset', 'check_role',
            'check_data', 'find_roots', 'Job', 'run_folder', 'role_of', 'categories_of', 'data_of', 'sets_of',
            'parameters_of', 'check_variants', 'check_matrix', 'load_matrix', 'jobs_of', 'variant_of', 'title_of',
-           'belongs', 'select', 'absent', 'first_seeds', 'chosen', 'papermill_line', 'command_of']
+           'belongs', 'select', 'absent', 'first_seeds', 'chosen', 'command_of']
 
 # %% ../nbs/11a_matrix.ipynb #0e87a206
 import difflib
 import fnmatch
 import json
 import shlex
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -342,17 +342,11 @@ def chosen(only: str, matrix: dict, notebook: str) -> list[str]:
 DATA_FOLDERS = {"mvtec": "mvtec_ad", "btad": "btad", "visa": "visa", "mvtec3d": "mvtec_3d"}  # in DATA
 
 
-def papermill_line(job: Job, out: str | Path) -> str:
-    "The command that makes a run by itself."
-    p = (job.parameters
-         | {"overrides": json.dumps(job.parameters["overrides"], ensure_ascii=False), "out_dir": f"{out}/{job.name}"})
+def command_of(job: Job, out: str | Path) -> str:
+    "The command that makes the run of a job by itself, its data sets in their folders of `DATA`."
+    sets, overrides = sets_of(job.parameters), json.dumps(job.parameters["overrides"], ensure_ascii=False)
+    root = data_of(sets, {s: f"DATA/{DATA_FOLDERS[s]}" for s in sets if s != "toy"})[1]
+    p = job.parameters | {"data_root": root, "overrides": overrides, "out_dir": f"{out}/{job.name}"}
     folder = shlex.quote(p["out_dir"])
     given = " ".join(f"-p {k} {shlex.quote(str(v))}" for k, v in p.items() if v not in (None, False, "{}"))
     return f"mkdir -p {folder} && papermill nbs/experiments/run.ipynb {folder}/run.ipynb -k python3 {given}"
-
-
-def command_of(job: Job, out: str | Path) -> str:
-    "The command that makes the run of a job, its data sets in their folders of `DATA`."
-    sets = sets_of(job.parameters)
-    root = data_of(sets, {s: f"DATA/{DATA_FOLDERS.get(s, s)}" for s in sets if s != "toy"})[1]
-    return papermill_line(replace(job, parameters=job.parameters | {"data_root": root}), out)

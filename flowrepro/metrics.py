@@ -187,6 +187,8 @@ def fpr_threshold(
 ) -> float:  # t: call `score > t` anomalous
     """The threshold that a further good image exceeds with a probability of at most `fpr`;
     ValueError if the images are too few to say so."""
+    if isinstance(scores, tuple) or np.ndim(scores) != 1:
+        raise ValueError("fpr_threshold: give one score an image, (n,): maps, scores = model.predict(...)")
     s, _ = _checked(scores, np.zeros(np.shape(scores)), 'fpr_threshold')
     if not 0 < fpr < 1: raise ValueError(f"fpr_threshold: fpr={fpr}; give a share between 0 and 1, such as 0.05")
     k = int(np.ceil((s.size + 1)*(1 - fpr) - 1e-9))
@@ -214,7 +216,8 @@ def pro_curve(
     """Exact per-region-overlap curve, by sorting; ValueError for masks that are all empty or all full.
     Needs about 60 bytes per pixel."""
     x, m = _stack(maps, masks)
-    if m.all() or not m.any(): raise ValueError("pro_curve: normal pixels and defects are needed, the masks hold one kind")
+    if m.all() or not m.any():
+        raise ValueError("pro_curve: normal pixels and defects are needed, the masks hold one kind")
     parts = [region_weights(a) for a in m]
     pro = np.zeros(m.shape)
     pro[m] = np.concatenate([w for w, _ in parts])

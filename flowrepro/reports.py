@@ -64,8 +64,16 @@ def metrics_table(metrics: dict) -> pd.DataFrame:
 
 # %% ../nbs/12_reports.ipynb #1f2eb7e0
 def read_run(folder: Path) -> dict:
-    "The `metrics.json` of a complete run, with its folder under 'path'."
-    return json.loads((folder / "metrics.json").read_text()) | {"path": folder}
+    "The `metrics.json` of a complete run, with its folder under 'path'; ValueError for what is none."
+    path = folder / "metrics.json"
+    try:
+        content = json.loads(path.read_text())
+        if not (isinstance(content, dict) and {"config", "results", "timing", "environment"} <= content.keys()):
+            raise ValueError("other content")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not the metrics.json of a run ({error}); remove it, and a run that belongs there "
+                         "is made anew, or give another folder") from error
+    return content | {"path": folder}
 
 
 def read_runs(folder: str | Path) -> list[dict]:
@@ -78,8 +86,8 @@ def method_name(config: dict) -> str:
     base = config["settings"]["detector"].get("base")
     name = {"fastflow": "FastFlow", "cflow": "CFLOW-AD", "hgad": "HGAD"}[config["method"]]
     if config["method"] == "hgad" and base != "hierarchical":
-        name = {"classes": "HGAD, class mixture only", "standard": "single Gaussian, unified",
-                "diagonal": "single Gaussian, unified"}[base]
+        name = ("HGAD, class mixture only" if base == "classes"
+                else "single Gaussian" + ", unified" * (config["category"] == "all"))
     return name + (" + AltUB" if config["altub"] else "")
 
 # %% ../nbs/12_reports.ipynb #be51de31

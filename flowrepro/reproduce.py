@@ -9,8 +9,8 @@ __all__ = ['RUN_MODULES', 'OUTPUT_MODULES', 'OVERHEAD', 'PRELOADED', 'RESERVE', 
            'run_entry', 'notebook_entries', 'lacking', 'make_plan', 'gpus', 'job_gpus', 'length', 'kind_of',
            'past_seconds', 'known_seconds', 'estimate', 'said', 'one_gpu', 'execute', 'forked', 'register_here',
            'joined', 'end', 'warm_jobs', 'profile_of', 'at_once', 'can_submit', 'snakemake_command', 'to_do', 'reason',
-           'Watch', 'room', 'drive', 'some_run', 'check_runs', 'describe', 'missing_data', 'other_revisions',
-           'failures', 'wanted_tables', 'glance', 'reproduce', 'only_one', 'terminable', 'work']
+           'Watch', 'room', 'drive', 'some_run', 'describe', 'missing_data', 'other_revisions', 'failures',
+           'wanted_tables', 'glance', 'reproduce', 'only_one', 'terminable', 'work']
 
 # %% ../nbs/12d_reproduce.ipynb #06bfb1d3
 import contextlib
@@ -36,7 +36,7 @@ import torch
 
 from .data import OFFICIAL, DataError, absent_categories, open_out, read
 from .matrix import DATA_FOLDERS, MATRIX, Job, find_roots, jobs_of, load_matrix, refuse, role_of
-from .reports import report
+from .reports import read_runs, report
 from .runs import HERE, execute_notebook, parse_overrides, revision, run_notebook, settings_of
 from .tables import METRICS
 
@@ -110,7 +110,7 @@ def make_plan(
     """What is to be done: `runs`, `notebooks`, `missing` (runs without data), and `lacking` (categories without).
     MatrixError for an unknown preset, table or key, DataError for a wrong data root."""
     content, out = load_matrix(matrix), Path(out)
-    wanted = [w.upper() for w in only] if only else list(content["outputs"])
+    wanted = list(dict.fromkeys(w.upper() for w in only or content["outputs"]))
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds {seeds}: at least 1")
     roots = find_roots(data_root)
@@ -484,21 +484,6 @@ def some_run(plan: dict, data_root: str | Path | None, only: list[str] | None) -
                     f"preset {plan['preset']}; "
                     f"give --data-root, the folder that holds {', '.join(DATA_FOLDERS[n] + '/' for n in names)}")
 
-
-def check_runs(out: Path) -> None:
-    """ValueError for a `metrics.json` in a folder that is not what a run leaves:
-    the report and the tables would stumble over it."""
-    for path in sorted(out.glob("**/metrics.json")):
-        try:
-            content = json.loads(path.read_text())
-            wrong = ("" if isinstance(content, dict) and {"config", "results", "timing", "environment"}
-                     <= content.keys() else "other content")
-        except (OSError, ValueError) as error:
-            wrong = str(error)
-        if wrong:
-            raise ValueError(f"{path}: not the metrics.json of a run ({wrong}); "
-                             "remove it, and a run that belongs there is made anew, or give another --out")
-
 # %% ../nbs/12d_reproduce.ipynb #f3a1d011
 def describe(plan: dict, todo: list[str], past: dict[tuple[str, str], float], jobs: int) -> str:
     "What the plan comes to: runs, those still to do and how long they take, data that are missing."
@@ -603,7 +588,7 @@ def reproduce(
     open_out(out / "notebooks")
     plan_file = out / "plan.json"
     with only_one(out):
-        check_runs(out)
+        read_runs(out)  # what is no run is refused before any work
         plan_file.write_text(json.dumps(plan, indent=1))
         todo = to_do(plan, plan_file, jobs)
         past = past_seconds([out, Path("results")], "cuda" if plan["gpu"] else "cpu")

@@ -7,10 +7,11 @@ Docs: https://flowrepro.github.io/flowrepro/runs.html.md"""
 # %% auto #0
 __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES', 'PLAIN', 'HERE', 'TRAINED_BY', 'defaults_of',
            'settings_of', 'ConfigError', 'resolve', 'parse_overrides', 'Config', 'as_plain', 'given_parameters',
-           'check_choices', 'check_detector', 'check_settings', 'configure', 'published_for', 'write_json', 'revision',
-           'environment', 'peak_memory', 'masks_by_category', 'evaluate_parts', 'mean_results', 'best_results', 'Run',
-           'evaluation_epochs', 'training_code', 'train_or_resume', 'open_folder', 'contents', 'timing', 'score_table',
-           'by_class_mode', 'write_results', 'score_forms', 'execute_notebook', 'run_notebook']
+           'check_choices', 'device_here', 'check_detector', 'check_settings', 'configure', 'published_for',
+           'write_json', 'revision', 'environment', 'peak_memory', 'masks_by_category', 'evaluate_parts',
+           'mean_results', 'best_results', 'Run', 'evaluation_epochs', 'training_code', 'train_or_resume',
+           'open_folder', 'contents', 'timing', 'score_table', 'by_class_mode', 'write_results', 'score_forms',
+           'execute_notebook', 'run_notebook']
 
 # %% ../nbs/11_runs.ipynb #c6d1b3a8
 import difflib
@@ -38,7 +39,7 @@ import flowrepro
 from .altub import AltUB
 from .backbones import DTYPES, Backbone, WeightsError, full_name
 from .data import DataError, Dataset, Transform, absent_categories, load
-from .detectors import CFLOW_SIZES, CLASS_MODES, DETECTORS, FASTFLOW_PUBLISHED
+from .detectors import CFLOW_SIZES, CLASS_MODES, DETECTORS, FASTFLOW_PUBLISHED, image_id
 from .diagnostics import base_state, base_trace, latents_file, pictures_file
 from .features import FeatureBank
 from .metrics import evaluate
@@ -226,15 +227,18 @@ def check_choices(p: dict) -> None:
     "ConfigError for a parameter value that is not among the allowed ones, or of the wrong type."
     for name, allowed in CHOICES.items():
         if p[name] not in allowed or isinstance(p[name], bool) != isinstance(allowed[0], bool):
-            raise ConfigError(f"{name}={p[name]!r}: "
-                              "in this version "
-                              f"{'only ' if len(allowed) == 1 else 'one of '}{', '.join(map(str, allowed))}")
+            raise ConfigError(f"{name}={p[name]!r}: one of {', '.join(map(str, allowed))}")
     if isinstance(p["seed"], bool) or not isinstance(p["seed"], int) or p["seed"] < 0:
         raise ConfigError(f"seed={p['seed']!r}: a whole number from 0")
     if p["dataset"] != "toy" and not p["data_root"]:
         raise ConfigError(f"dataset={p['dataset']!r} needs data_root: the folder that holds the data set")
-    if p["device"] == "cuda" and not torch.cuda.is_available():
+
+
+def device_here(name: str) -> str:
+    "The device that 'auto' means here; ConfigError for a GPU where there is none."
+    if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda': no CUDA device is available here; use 'auto' or 'cpu'")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 # %% ../nbs/11_runs.ipynb #abfc73fb
 @cache
@@ -256,12 +260,13 @@ def check_settings(settings: dict, p: dict, overrides: dict) -> None:
         check_detector(p["method"], json.dumps(settings["detector"]))
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
-    held, n, base = settings["features"], settings["evaluations"], settings["detector"]["base"]
+    held, base = settings["features"], settings["detector"]["base"]
     for name, allowed in (("where", ("auto", "device", "ram", "disk")), ("dtype", tuple(DTYPES))):
         if held[name] not in allowed:
             raise ConfigError(f"features.{name} {held[name]!r}: one of {', '.join(allowed)}")
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ConfigError(f"evaluations {n!r}: a whole number from 1")
+    for name, n in (("evaluations", settings["evaluations"]), ("features.copies", held["copies"])):
+        if type(n) is not int or n < 1:
+            raise ConfigError(f"{name} {n!r}: a whole number from 1")
     if (settings["transform"]["rotate"] > 0) != (held["copies"] > 1):
         raise ConfigError("a random rotation needs a fixed set of rotated copies, and copies need a rotation: "
                           "set both transform.rotate and features.copies (2 or more)")
@@ -286,6 +291,7 @@ def configure(parameters: dict | None = None, **more) -> Config:
     check_choices(p)
     defaults, preset = settings_of(p["method"]), PRESETS[p["method"]][p["preset"]]
     overrides = parse_overrides(p["overrides"], defaults)
+    p["backbone"] = overrides.get("backbone", {}).pop("name", p["backbone"])  # said either way, it is the same
     settings = {g: names | preset.get(g, {}) for g, names in defaults.items()}
     for group, values in published_for(p).items():
         settings[group] |= values
@@ -299,7 +305,7 @@ def configure(parameters: dict | None = None, **more) -> Config:
             settings[group] |= values
     settings["evaluations"] = overrides.get("evaluations", preset["evaluations"])
     check_settings(settings, p, overrides)
-    p["device"] = ("cuda" if torch.cuda.is_available() else "cpu") if p["device"] == "auto" else p["device"]
+    p["device"] = device_here(p["device"])
     return Config(**p
                   | {"overrides": overrides, "settings": settings, "data_root": p["data_root"] and str(p["data_root"]),
                      "out_dir": str(p["out_dir"])})
@@ -566,6 +572,7 @@ def write_results(run: Run) -> dict:
         rows.append({k: v for k, v in r.items() if k not in ("results", "base")} | each)
     pd.DataFrame(rows).to_csv(run.out / "history.csv", index=False)
     score_table(run).to_csv(run.out / "scores.csv", index=False)
+    run.detector.trained_on = [image_id(r.image) for r in run.normal.records]
     run.detector.save(run.out / "model.safetensors")
     trace = base_trace([0, *(r["epoch"] for r in evaluated)], [run.base_start, *(r["base"] for r in evaluated)])
     if 0 in run.test_set.labels:  # what figures show is the latent of normal images

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .altub import AltUB, BaseTurn, check_turns, is_base_turn
 from .data import Dataset
-from .detectors import Detector, load_state
+from .detectors import Detector, image_id, load_state
 from .features import FeatureBank
 
 # %% ../nbs/10_training.ipynb #e1882f6e
@@ -168,7 +168,6 @@ def fit(
 ) -> list[dict]:  # one row an epoch: epoch, loss, lr, seconds, and what `evaluate` returned
     "Train `model` on the features in `bank`; raises TrainingError at the first loss that is not finite."
     images = len(bank) // bank.copies
-    labels = labels if labels is None or len(labels) == len(bank) else labels.repeat(bank.copies)
     check_training(model, images, schedule, altub)
     adam, turn = optimizers_of(model, schedule, altub)
     optimizers = [adam] + ([turn.optimizer] if turn else [])
@@ -177,8 +176,8 @@ def fit(
     start, history = 0, []
     if checkpoint is not None and Path(checkpoint).exists():
         start, history = read_checkpoint(Path(checkpoint), model, optimizers, identity)
-    epochs = range(start, schedule.epochs)
-    bar = tqdm(epochs, "training", schedule.epochs, initial=start, unit="epoch", disable=not progress)
+    bar = tqdm(range(start, schedule.epochs), "training", schedule.epochs, initial=start, unit="epoch",
+               disable=not progress)
     for epoch in bar:
         model.train()
         model.begin(epoch, schedule.epochs)
@@ -188,7 +187,7 @@ def fit(
         for step, index in enumerate(steps):
             rate = schedule.rate((epoch + step / len(steps)) / schedule.epochs)
             now = turn if altub is not None and is_base_turn(altub, epoch, step, schedule.epochs, len(steps)) else None
-            own = None if labels is None else labels[index].to(model.device)
+            own = None if labels is None else labels[index % len(labels)].to(model.device)
             losses += train_batch(model, now or adam, model.losses(bank[index], own, generator), rate, schedule)
             if not math.isfinite(losses[-1]):
                 raise TrainingError(f"loss is {losses[-1]} in epoch {epoch + 1}, step {step + 1} of {len(steps)} (lr "
@@ -260,7 +259,7 @@ def fit_dataset(
                          f"load them with Transform({model.backbone.size}), or give Backbone(size=...)")
     schedule, labels = Schedule(**schedule), model.labels_of(normal)
     check_training(model, len(normal), schedule, altub)
-    model.transform = dataset.transform
+    model.transform, model.trained_on = dataset.transform, [image_id(r.image) for r in normal.records]
     torch.manual_seed(schedule.seed)
     bank = FeatureBank(normal, model.backbone, where=where, cache=cache, device=str(model.device), progress=progress)
     model.prepare(bank)

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -232,6 +233,8 @@ def test_data_check_crop_of_wide_images(tmp_path, capsys, monkeypatch):
     (["fit", "{}", "--dataset", "toy", "--weights", "nowhere.pth"], "no such weight file"),
     (["fit", "{}", "--dataset", "toy", "--method", "patchcore"], "fastflow"),
     (["fit", "{}", "--dataset", "toy", "--epochs", "0", "--size", "64"], "epochs 0"),
+    (["fit", "{}", "--dataset", "toy", "--device", "cuda"], "no CUDA device is available here"),
+    (["predict", "m", ""], "no detector at m"),
     (["fit", "{}", "--dataset", "toy", "--size", "0"], "size"),
     (["predict", "{}/none.safetensors", "{}"], "model.safetensors"), (["predict", "{}/toy.json", "{}"], "toy.json"),
     (["report", "{}"], "metrics.json"), (["report", "{}/nowhere"], "nowhere"),
@@ -333,20 +336,29 @@ def test_predict(model, parts_folder, tmp_path, capsys):
 
 
 def test_predict_with_a_threshold(model, parts_folder, tmp_path, capsys):
-    "Good images kept back say which are anomalous; too few of them are an error that says how many it takes."
-    good = parts_folder / "good"  # seen in training, but this is about the command
-    code, out, _ = run(capsys, "predict", model, parts_folder, "--good", good, "--fpr", "0.1", "--device", "cpu",
+    """Good images that were not trained on say which are anomalous, whatever others lie beside them; too few of them
+    are an error that says how many it takes."""
+    good, rng = tmp_path / "good", np.random.default_rng(1)
+    shutil.copytree(parts_folder / "good", good)
+    for i in range(9):
+        Image.fromarray(rng.integers(120, 160, (48, 40, 3), dtype=np.uint8)).save(good / f"new {i}.png")
+    code, out, _ = run(capsys, "predict", model, good, "--good", good, "--fpr", "0.1", "--device", "cpu",
                        "--out", tmp_path / "heat")
     table = pd.read_csv(tmp_path / "heat/scores.csv")
-    limit = table[table["image"].str.contains("/good/")]["score"].max()
-    assert code == 0
-    assert list(table["anomalous"]) == list(table["score"] > limit)
-    assert f"{table['anomalous'].sum()} of 15 images above" in out
-    code, _, err = run(capsys, "predict", model, parts_folder, "--good", good, "--device", "cpu", "--out",
-                       tmp_path / "other")
-    assert code == 2
-    assert "12 good images cannot vouch for 0.05; give 19 or more" in err
-    assert not (tmp_path / "other/scores.csv").exists()
+    names = table["image"].map(lambda p: Path(p).name)
+    kept = table[names.str.contains("new") | names.isin(["04.bmp", "09.png"])]  # every fifth is kept back
+    assert code == 0 and "11 good images for the threshold, 10 left out that the detector was trained on" in out
+    assert list(table["anomalous"]) == list(table["score"] > kept["score"].sort_values().iloc[-1])
+    assert f"{table['anomalous'].sum()} of 21 images above" in out
+    for n, words in ((None, "2 good images cannot vouch for 0.05; give 19 or more"),
+                     (4, "trained on every image of it; give others, kept back")):
+        few = tmp_path / f"few {n}"
+        few.mkdir()
+        for p in sorted((parts_folder / "good").iterdir())[:n]:
+            shutil.copy(p, few)
+        code, _, err = run(capsys, "predict", model, parts_folder, "--good", few, "--device", "cpu", "--out",
+                           tmp_path / "other")
+        assert code == 2 and words in err and not (tmp_path / "other/scores.csv").exists()
 
 
 def test_predict_one_image(model, parts_folder, tmp_path, capsys):
@@ -372,6 +384,10 @@ def test_predict_among_its_own_pictures(model, parts_folder, tmp_path, capsys):
         assert code == 0 and "3 images scored" in out
     code, out, _ = run(capsys, "predict", model, tmp_path / "in/00.bmp", "--device", "cpu", "--out", tmp_path)
     assert code == 0 and "1 images scored" in out  # above the images
+    code, out, _ = run(capsys, "predict", model, tmp_path / "in", "--device", "cpu", "--out", tmp_path / "elsewhere")
+    assert code == 0 and "3 images scored" in out
+    code, _, err = run(capsys, "predict", model, tmp_path / "in", "--device", "cpu", "--out", tmp_path / "in")
+    assert code == 2 and "heat maps would lie among the images" in err
 
 
 def test_fit_crops(parts_folder, tmp_path, capsys):
@@ -400,6 +416,71 @@ def test_predict_bad_images(model, tmp_path, capsys):
         code, _, err = run(capsys, "predict", model, given, "--out", tmp_path / "out")
         assert code == 2 and given.name in err and words in err
     assert not (tmp_path / "out" / "scores.csv").exists()
+
+
+def test_predict_some_bad_images(model, parts_folder, tmp_path, capsys):
+    "The others are scored, and the bad one is named: exit code 2. What is no image is counted."
+    shutil.copytree(parts_folder / "spot", tmp_path / "in")
+    (tmp_path / "in/broken.png").write_bytes(b"no image")
+    (tmp_path / "in/readme.txt").write_text("a note")
+    for name in ("phone.heic", "scan.gif"):
+        (tmp_path / "in" / name).write_bytes(b"another format")
+    (tmp_path / "in/link.png").symlink_to(tmp_path / "gone.png")
+    with pytest.warns(UserWarning, match="in: 3 left out, of another format or linked, .*link.png first"):
+        code, out, err = run(capsys, "predict", model, tmp_path / "in", "--device", "cpu", "--out", tmp_path / "out")
+    assert code == 2 and "3 images scored" in out and "not scored: " in err and "broken.png" in err
+    assert len(pd.read_csv(tmp_path / "out/scores.csv")) == len(list((tmp_path / "out").rglob("*.png"))) == 3
+
+
+def test_predict_scores_first(model, parts_folder, tmp_path, monkeypatch):
+    "An interrupt among the pictures leaves the scores."
+    from flowrepro import reports
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reports, "overlay", stop)
+    assert main(["predict", str(model), str(parts_folder), "--device", "cpu", "--out", str(tmp_path / "heat")]) == 130
+    assert len(pd.read_csv(tmp_path / "heat/scores.csv")) == 15
+
+
+def test_backbone_weights_from_a_file(parts_folder, tmp_path, capsys):
+    "What `fit` was given, `predict` and `export` are given, too."
+    import timm
+    import torch
+
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet.r160_in1k").state_dict(), tmp_path / "w.pth")
+    given = ["--weights", tmp_path / "w.pth"]
+    code, *_ = run(capsys, "fit", parts_folder, "--method", "hgad", "--backbone", "test_resnet.r160_in1k", "--size", 64,
+                   "--epochs", 1, *given, "--out", tmp_path / "m.safetensors", "--device", "cpu")
+    assert code == 0
+    code, _, err = run(capsys, "predict", tmp_path / "m.safetensors", parts_folder, "--out", tmp_path / "heat")
+    assert code == 2 and "pass that file as weights=" in err
+    assert run(capsys, "predict", tmp_path / "m.safetensors", parts_folder, *given, "--out", tmp_path / "heat")[0] == 0
+    assert run(capsys, "export", tmp_path / "m.safetensors", parts_folder / "good", *given, "--out",
+               tmp_path / "m.pt2")[0] == 0
+
+
+def test_a_run_on_other_images_is_not_replaced(toy, tmp_path, capsys):
+    "Two folders of the same name: before any work, with the remedy."
+    for where in ("a", "b"):
+        shutil.copytree(toy / "weave", tmp_path / where / "weave")
+    command = ["run", "--dataset", "folder", "--category", "all", "--preset", "smoke", "--device", "cpu", "--out",
+               tmp_path / "runs", "--data-root"]
+    (tmp_path / "runs/fastflow-folder-all-smoke-0").mkdir(parents=True)
+    (tmp_path / "runs/fastflow-folder-all-smoke-0/config.json").write_text(
+        json.dumps({"data_root": str(tmp_path / "a/weave")}))
+    code, _, err = run(capsys, *command, tmp_path / "b/weave")
+    assert code == 2 and f"holds a run on {tmp_path / 'a/weave'}; give another --out, or a --tag" in err
+
+
+def test_report_of_what_is_no_run(tmp_path, capsys):
+    (tmp_path / "stray").mkdir()
+    for content in ("{}", "no json"):
+        (tmp_path / "stray/metrics.json").write_text(content)
+        code, _, err = run(capsys, "report", tmp_path)
+        assert code == 2 and "stray/metrics.json: not the metrics.json of a run" in err and "remove it" in err
 
 
 # -- runs and reports ----------------------------------------------------------------------------------------------

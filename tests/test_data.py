@@ -1,6 +1,7 @@
 """Readers, transforms, toy drawing and checks of flowrepro.data, with bad input;
 real images through FLOWREPRO_TEST_DATA."""
 import hashlib, os, shutil, struct, zlib
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from flowrepro import data as D
 from flowrepro.data import (
-    DataError, Dataset, Record, Transform, check, check_report, cropped_defects, load, make_toy, read
+    DataError, Dataset, Record, Transform, check, check_report, cropped_defects, load, make_toy, open_image, read
 )
 
 REAL = Path(os.environ.get("FLOWREPRO_TEST_DATA") or Path(__file__).resolve().parents[1]/".."/"shared"/"data")
@@ -369,6 +370,58 @@ def deep_tiff(a):
             (277, 3, 1, 3), (278, 4, 1, h), (279, 4, 1, a.nbytes)]
     return (struct.pack("<2sHI3H", b"II", 42, 14 + a.nbytes, 16, 16, 16) + a.astype("<u2").tobytes()
             + struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *t) for t in tags) + bytes(4))
+
+def test_rotation_tag_is_told(tmp_path):
+    "EXIF: the pixels as stored, as masks have them, with a word, once a folder."
+    import warnings
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 12, 3), np.uint8)
+    exif = Image.Exif(); exif[0x0112] = 6
+    for i in range(2): Image.fromarray(pixels).save(tmp_path/f"{i}.jpg", exif=exif)
+    Image.fromarray(pixels).save(tmp_path/"plain.jpg")
+    with pytest.warns(UserWarning, match="EXIF rotation is not applied"): assert open_image(tmp_path/"0.jpg").size == (12, 8)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for name in ("0.jpg", "1.jpg", "plain.jpg"): open_image(tmp_path/name)
+    assert len(told) == 1
+
+
+def test_very_large_image(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 40)).save(tmp_path/"line.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match="line.png: .*cut it into smaller images"): open_image(tmp_path/"line.png")
+
+
+def test_masks_in_the_wrong_place_or_inverted(parts_folder, tmp_path):
+    "A mask beside its image is no image; one that marks nearly everything is inverted."
+    root = tmp_path/"parts"; shutil.copytree(parts_folder, root)
+    Image.new("L", (40, 48), 255).save(root/"spot/00_mask.png")
+    with pytest.raises(DataError, match="00_mask.png: looks like the mask of an image beside it; move it.*masks/spot"):
+        read("folder", root)
+    (root/"masks/spot").mkdir(parents=True)
+    for p in sorted((root/"spot").glob("0?.*")):
+        mask = np.full(np.array(Image.open(p)).shape[:2], 255, np.uint8); mask[16:20, 10:20] = 0
+        Image.fromarray(mask).save(root/"masks/spot"/f"{p.stem}.png")
+    (root/"spot/00_mask.png").unlink()
+    problems = check(root, "folder", progress=False)[1]
+    assert len(problems) == 3 and all("of its image; what is above 0 is the defect: invert the mask" in p for p in problems)
+
+
+def test_names_of_folders(tmp_path):
+    (tmp_path/"Good").mkdir()
+    with pytest.raises(DataError, match="no folder good.*rename Good to good"): read("folder", tmp_path)
+    with pytest.raises(DataError, match="a file; give a folder"): read("folder", Path(__file__))
+
+
+def test_image_alone(parts_folder):
+    "The image of a sample, of a subclass its own; a category named twice is read once."
+    class Dark(Dataset):
+        def __getitem__(self, i): return replace(super().__getitem__(i), image=torch.zeros(3, 8, 8))
+    data = Dataset(read("folder", parts_folder), Transform(16))
+    assert all(torch.equal(data.image(i), data[i].image) for i in range(len(data)))
+    assert not Dark(data.records, Transform(16)).filter(label=1).image(0).any()
+    one, two = (load("toy", None, c, Transform(16))[0] for c in (["bolt"], ["bolt", "bolt"]))
+    assert len(one) == len(two)
+
 
 def test_sixteen_bits_in_color(tmp_path):
     a = np.full((6, 8, 3), 40000, np.uint16)

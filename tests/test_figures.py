@@ -98,7 +98,8 @@ def fake_run(root: Path, variant: str, category: str, seed: int = 0, preset: str
              "latents.npz": lambda p: np.savez(p, **fake_latents(draw, categories, variant)),
              "pictures.npz": lambda p: np.savez(p, **fake_pictures(draw, categories)),
              "config.json": lambda p: p.write_text(json.dumps(config)),
-             "metrics.json": lambda p: p.write_text(json.dumps({"config": config, "results": {}}))}
+             "metrics.json": lambda p: p.write_text(json.dumps({"config": config, "results": {}, "timing": {},
+                                                                "environment": {}}))}
     for name, write in files.items():
         if name not in without:
             write(folder / name)

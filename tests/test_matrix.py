@@ -8,7 +8,7 @@ import yaml
 
 from flowrepro.data import OFFICIAL, DataError
 from flowrepro.matrix import (
-    MATRIX, MatrixError, belongs, chosen, find_roots, jobs_of, load_matrix, papermill_line, select
+    MATRIX, MatrixError, belongs, chosen, find_roots, jobs_of, load_matrix, command_of, select
 )
 from flowrepro.runs import configure
 
@@ -197,12 +197,12 @@ def test_select_takes_its_own():
     assert not belongs(runs[0], M, "demo", "T1")
 
 
-def test_papermill_line_is_what_configure_takes():
+def test_command_of_is_what_configure_takes():
     import json
     import shlex
 
     job = next(j for j in jobs_of(M, "demo", {"toy": None}) if j.variant == "altub-rate-fixed")
-    words = shlex.split(papermill_line(job, "runs"))
+    words = shlex.split(command_of(job, "runs"))
     given = {words[i + 1]: words[i + 2] for i, w in enumerate(words) if w == "-p"}
     assert json.loads(given["overrides"]) == {"altub.factor": None, "altub.lr": 0.05} and given["altub"] == "True"
     assert given["out_dir"] == f"runs/{job.name}" and MATRIX.exists()

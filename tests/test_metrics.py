@@ -248,6 +248,12 @@ def test_regions_touching_at_corners_are_one_and_images_are_separate():
     assert pro.tolist() == [0, 0.25, 1] and fpr.tolist() == [0, 0, 1]
 
 
+@pytest.mark.parametrize("given", [(np.zeros((20, 8, 8)), np.zeros(20)), np.zeros((20, 2)), 1.0],
+                         ids=["what predict returns", "table", "number"])
+def test_threshold_of_scores_alone(given):
+    with pytest.raises(ValueError, match=r"one score an image, \(n,\): maps, scores = model.predict"): fpr_threshold(given)
+
+
 def test_pro_curve_of_one_kind():
     for m in (np.zeros((1, 4, 4), bool), np.ones((1, 4, 4), bool)):
         with pytest.raises(ValueError, match="normal pixels and defects are needed"): M.pro_curve(np.zeros(m.shape), m)

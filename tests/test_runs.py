@@ -170,6 +170,8 @@ CONTRADICTIONS = [
     ("cflow", True, {"altub.clip": -1.0}, "altub clip -1.0"),
     ("cflow", False, {"copies": 3}, "set both transform.rotate and features.copies"),
     ("cflow", False, {"rotate": 5.0}, "set both transform.rotate and features.copies"),
+    ("cflow", False, {"copies": 0}, "features.copies 0: a whole number from 1"),
+    ("cflow", False, {"copies": "a"}, "features.copies 'a': a whole number from 1"),
     ("cflow", False, {"scale": False}, "override scale with base='standard'"),
     ("cflow", True, {"altub": {"clip": None, "clip_by": "norm"}}, "clip_by='norm' without clip"),
     ("cflow", True, {"altub.factor": "5"}, "altub factor '5'"),
@@ -332,6 +334,15 @@ def test_unknown_backbone():
 def test_other_backbone():
     settings = configure(backbone="resnet18", overrides={"backbone": {"levels": [1, 2]}}).settings
     assert settings["backbone"]["name"] == "resnet18" and settings["backbone"]["levels"] == (1, 2)
+
+
+def test_backbone_by_either_way():
+    "As a parameter or as an override, with what is published of it; an unknown one is refused at once."
+    name = "cait_m48_448.fb_dist_in1k"
+    one, other = configure(preset="paper", backbone=name), configure(preset="paper", overrides={"backbone.name": name})
+    assert one.settings == other.settings and one.backbone == other.backbone and one.settings["detector"]["steps"] == 20
+    with pytest.raises(ConfigError, match="nope"):
+        configure(overrides={"backbone.name": "nope"})
 
 
 def test_globals_of_a_notebook():

@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 
 from flowrepro.data import OFFICIAL
-from flowrepro.matrix import DATA_FOLDERS, command_of, find_roots, jobs_of, load_matrix, run_folder
+from flowrepro.matrix import DATA_FOLDERS, command_of, find_roots, jobs_of, load_matrix, run_folder, variant_of
 from flowrepro.reports import read_runs
 from flowrepro.cli import print_published
-from flowrepro.comparisons import TABLES, beside_papers, measured, of_other_seeds, published
-from flowrepro.tables import METRICS, Table, as_latex, as_markdown, as_published
+from flowrepro.comparisons import TABLES, beside_papers, measured, of_other_seeds, published, steadiness
+from flowrepro.tables import HEADLINE, METRICS, Table, as_latex, as_markdown, as_published
 
 MATRIX = load_matrix()
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,9 +39,11 @@ def write_run(root: Path, variant: str, dataset: str = "toy", category: str = "w
     results = ({"last": result(last), "best": result(best)}
                | ({"last_by_class_mode": {"known": result(last + 0.02), "inferred": result(last),
                                           "inferred-top": result(last + 0.01)}} if mixture else {}))
-    (folder / "metrics.json").write_text(json.dumps({"config": config, "results": results, "timing": {"epoch_s": 1.0}}))
-    pd.DataFrame({"epoch": range(1, 9), **dict.fromkeys(METRICS, [np.nan, last] * 4)}).to_csv(folder / "history.csv",
-                                                                                              index=False)
+    (folder / "metrics.json").write_text(json.dumps({"config": config, "results": results, "environment": {},
+                                                     "timing": {"epoch_s": 1.0}}))
+    columns = [*METRICS, *(f"{c}/{m}" for c in names for m in METRICS)]
+    pd.DataFrame({"epoch": range(1, 9), **dict.fromkeys(columns, [np.nan, 0.5, np.nan, (last or 0.9) - 0.1] * 2)}).to_csv(
+        folder / "history.csv", index=False)
     pd.DataFrame([{"category": c} for c, n in (images or {}).items() for _ in range(n)],
                  columns=["category"]).to_csv(folder / "scores.csv", index=False) if images else None
     forms = [dict(category=c, score=s, **dict.fromkeys(METRICS, v)) for c in names
@@ -52,6 +54,17 @@ def write_run(root: Path, variant: str, dataset: str = "toy", category: str = "w
 @pytest.fixture
 def root(tmp_path) -> Path:
     return tmp_path / "runs"
+
+
+def test_steadiness(root):
+    "Of every category, also of one model for all: last, best, and the deviation over late evaluations."
+    write_run(root, "fastflow", category="all", last=0.9, best=0.95)
+    write_run(root, "fastflow-altub", category="bolt", last=0.9, best=0.95)
+    for variant, names in (("fastflow", set(TOYS)), ("fastflow-altub", {"bolt"})):
+        own = steadiness([r for r in read_runs(root) if variant_of(r) == variant])
+        assert set(own["category"]) == names and len(own) == len(names) * len(HEADLINE)
+        assert own[["last", "best"]].drop_duplicates().values.tolist() == [[0.9, 0.95]]
+        assert np.allclose(own["wobble"], np.std([0.5, 0.8], ddof=1))
 
 
 @pytest.fixture(scope="module")
