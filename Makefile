@@ -12,8 +12,9 @@ BIN := .venv/bin
 STAMP := .venv/.installed-$(shell cat settings.ini setup.py pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 COPIED := nbs flowrepro workflow pyproject.toml settings.ini _quarto.yml
 
-# Threads of each process: the machine's cores, at most four (the tensors of the tests are small).
-export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+# Processes of the tests, and threads of any other command: the machine's cores, at most four (the tensors are small).
+CORES := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+export OMP_NUM_THREADS ?= $(CORES)
 # Waiting threads do not spin, so that a busy machine does not stall.
 export OMP_WAIT_POLICY ?= passive
 # Byte code is written when a module is first imported, not for the whole of .venv at the install.
@@ -37,9 +38,10 @@ $(STAMP):
 demo: $(STAMP) ## regenerate every table and figure at preset demo on the toy data
 	$(BIN)/flowrepro reproduce --preset demo --out runs/demo
 
+test: export OMP_NUM_THREADS = 1
 test: drift readme notebooks ## run everything that CI runs
 	echo "Running the tests"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(CORES) --dist worksteal
 
 drift: $(STAMP)
 	echo "Checking that flowrepro/ is what the notebooks export"
@@ -56,7 +58,7 @@ readme: $(STAMP)
 
 notebooks: $(STAMP)
 	echo "Running the notebooks"
-	$(BIN)/nbdev-test --n-workers 1
+	$(BIN)/nbdev-test --n-workers $(CORES)
 
 outputs: $(STAMP) ## run the notebooks and keep their outputs, which the documentation shows
 	# of the experiments only the run: what the others show depends on the runs that happen to be here

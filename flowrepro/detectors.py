@@ -6,10 +6,10 @@ Docs: https://flowrepro.github.io/flowrepro/detectors.html.md"""
 
 # %% auto #0
 __all__ = ['DETECTORS', 'FASTFLOW_PUBLISHED', 'CFLOW_SIZES', 'CLASS_MODES', 'BASES', 'OFFICIAL', 'Standardise', 'norm_layer',
-           'normal_base', 'image_files', 'image_id', 'not_trained_on', 'read_image', 'open_images', 'check_images',
-           'Detector', 'all_parts', 'calibrate', 'score_parts', 'fit', 'predict', 'weights_of', 'save', 'read_saved',
-           'load', 'load_state', 'FastFlow', 'DenseDetector', 'FiberBatches', 'CFlow', 'OverCategories', 'HGADLosses',
-           'HGADParts', 'HGAD', 'check_official', 'to_official', 'from_official']
+           'normal_base', 'image_files', 'read_image', 'open_images', 'check_images', 'Detector', 'all_parts',
+           'calibrate', 'score_parts', 'fit', 'predict', 'image_id', 'not_trained_on', 'weights_of', 'save',
+           'read_saved', 'load', 'load_state', 'FastFlow', 'DenseDetector', 'FiberBatches', 'CFlow', 'OverCategories',
+           'HGADLosses', 'HGADParts', 'HGAD', 'check_official', 'to_official', 'from_official']
 
 # %% ../nbs/07_detectors.ipynb #b1e512b9
 import copy
@@ -100,19 +100,6 @@ def image_files(images: str | Path | Iterable) -> list[Path]:
         warnings.warn(f"{images}: {len(other)} left out, of another format or linked, {other[0]} first; "
                       f"what is read: {' '.join(EXTENSIONS)}", stacklevel=2)
     return found
-
-# %% ../nbs/07_detectors.ipynb #7562a716
-def image_id(path: Path) -> str:
-    "A word that tells an image file from others, wherever it lies: 16 hex digits over its bytes."
-    return sha256(path)[:16]
-
-
-def not_trained_on(detector: "Detector", images: list[Path]) -> list[Path]:
-    "Those of some image files that the detector was not trained on; DataError if there are none."
-    new = [p for p in images if image_id(p) not in detector.trained_on]
-    if not new:
-        raise DataError(f"{images[0].parent}: the detector was trained on every image of it; give others, kept back")
-    return new
 
 # %% ../nbs/07_detectors.ipynb #cff30029
 def read_image(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
@@ -282,6 +269,19 @@ def predict(
 
 
 Detector.fit, Detector.predict = fit, predict
+
+# %% ../nbs/07_detectors.ipynb #7562a716
+def image_id(path: Path) -> str:
+    "A word that tells an image file from others, wherever it lies: 16 hex digits over its bytes."
+    return sha256(path)[:16]
+
+
+def not_trained_on(detector: Detector, images: list[Path]) -> list[Path]:
+    "Those of some image files that the detector was not trained on; DataError if there are none."
+    new = [p for p in images if image_id(p) not in detector.trained_on]
+    if not new:
+        raise DataError(f"{images[0].parent}: the detector was trained on every image of it; give others, kept back")
+    return new
 
 # %% ../nbs/07_detectors.ipynb #b233015c
 def weights_of(weight_id: str, path: str | Path) -> str:

@@ -452,7 +452,7 @@ def test_backbone_weights_from_a_file(parts_folder, tmp_path, capsys):
     torch.manual_seed(0)
     torch.save(timm.create_model("test_resnet.r160_in1k").state_dict(), tmp_path / "w.pth")
     given = ["--weights", tmp_path / "w.pth"]
-    code, *_ = run(capsys, "fit", parts_folder, "--method", "hgad", "--backbone", "test_resnet.r160_in1k", "--size", 64,
+    code, *_ = run(capsys, "fit", parts_folder, "--backbone", "test_resnet.r160_in1k", "--size", 64,
                    "--epochs", 1, *given, "--out", tmp_path / "m.safetensors", "--device", "cpu")
     assert code == 0
     code, _, err = run(capsys, "predict", tmp_path / "m.safetensors", parts_folder, "--out", tmp_path / "heat")
