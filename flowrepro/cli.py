@@ -129,7 +129,6 @@ def cmd_data(args: argparse.Namespace) -> int:
 def cmd_fit(args: argparse.Namespace) -> int:
     "Train a detector on the normal images of a folder and save it; others, kept back, give a threshold."
     import torch
-    from tqdm.auto import tqdm
 
     from flowrepro.altub import AltUB
     from flowrepro.backbones import Backbone
@@ -150,7 +149,7 @@ def cmd_fit(args: argparse.Namespace) -> int:
     detector.fit(train, epochs=args.epochs, seed=args.seed, altub=AltUB() if args.altub else None)
     detector.save(args.out)
     if kept := [r.image for r in test.records if not r.label]:  # scored as `predict` will score others
-        limit, n = detector.predict(tqdm(kept, desc="kept back", unit="image", leave=False))[1].max(), len(kept)
+        limit, n = detector.predict(kept)[1].max(), len(kept)
         print(f"{n} good images kept back score {limit:.4g} at most; "
               f"a further one is above that with a probability of at most {1/(n + 1):.0%}")
     print(f"{args.method} trained on {len(train)} images: {Path(args.out).resolve()}")
@@ -164,20 +163,27 @@ def seen_and_scored(detector, files: list[Path], what: str) -> tuple[dict, list,
     from tqdm.auto import tqdm
 
     from flowrepro.data import DataError, open_image
+    from flowrepro.features import read_ahead
 
     seen, problems, transform = {}, [], detector.seen_through()
 
+    def look(i: int):
+        try:
+            return transform.image(open_image(files[i])).permute(1, 2, 0).numpy()
+        except DataError as problem:
+            return str(problem)
+
     def pictures():
-        for file in tqdm(files, desc=what, unit="image", leave=False):
-            try:
-                seen[file] = transform.image(open_image(file)).permute(1, 2, 0).numpy()
-            except DataError as problem:
-                problems.append(str(problem))
+        read = tqdm(read_ahead(look, len(files)), what, len(files), unit="image", leave=False)
+        for file, picture in zip(files, read):
+            if isinstance(picture, str):
+                problems.append(picture)
             else:
-                yield seen[file]
+                seen[file] = picture
+                yield picture
 
     try:
-        maps, scores = detector.predict(pictures())
+        maps, scores = detector.predict(pictures(), progress=False)
     except DataError as error:
         raise DataError("\n".join(problems) or str(error)) from error
     return seen, maps.numpy(), scores.numpy(), problems

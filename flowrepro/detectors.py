@@ -28,11 +28,12 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from .backbones import Backbone, sha256
 from .bases import Base, ClassMixture, DiagonalNormal, HierarchicalMixture, StandardNormal
 from .data import EXTENSIONS, DataError, Dataset, Transform, is_image, is_note, open_image
-from .features import FeatureBank, channel_stats
+from .features import FeatureBank, channel_stats, read_ahead
 from .flows import Flow, conv_flow, dense_flow, from_freia, positional_code, to_freia
 from .hgad import hgad_loss, hgad_terms
 from .scores import Parts, Score, calibration, join, score_batch
@@ -120,11 +121,14 @@ def open_images(images: Dataset | Tensor | str | Path | Iterable, transform: Tra
     From a `Dataset`, a tensor (N, 3, H, W), a folder, or what `read_image` takes, one or several; an array of more
     than three axes is several."""
     if isinstance(images, Dataset):
-        return map(images.image, range(len(images)))
+        one, n = images.image, len(images)
+        return map(one, range(n)) if images.transform.random else read_ahead(one, n)  # what is random is drawn in turn
     if isinstance(images, Tensor):
         return iter(images if images.ndim == 4 else images[None])
     if isinstance(images, (str, Path)):
         images = image_files(images)
+    if not transform.random and isinstance(images, list) and all(isinstance(p, (str, Path)) for p in images):
+        return read_ahead(lambda i: transform.image(read_image(images[i])), len(images))
     single = not isinstance(images, Iterable) or isinstance(images, np.ndarray) and images.ndim < 4
     return (transform.image(read_image(image)) for image in ([images] if single else images))
 
@@ -245,6 +249,7 @@ def predict(
     batch: int = 16,
     transform: Transform | None = None,  # for paths; default: that of the training images
     category: str | None = None,  # of all the images, for an HGAD that must be told; a `Dataset` tells itself
+    progress: bool = True,  # a bar, if it takes more than two seconds
 ) -> tuple[Tensor, Tensor]:  # anomaly maps (N, size, size) and image scores (N,), on the CPU
     "Anomaly maps and image scores; larger is more anomalous. No image's score depends on another's."
     if detector.score.normalise == "paper":
@@ -253,7 +258,13 @@ def predict(
     if batch < 1:
         raise ValueError(f"batch {batch}: a whole number from 1")
     detector.eval()
-    source, out, seen = open_images(images, transform or detector.seen_through()), [], 0
+    if isinstance(images, (str, Path)):
+        images = image_files(images)
+    read, many = open_images(images, transform or detector.seen_through()), None
+    if isinstance(images, (Dataset, list)):
+        many = len(images)
+    bar = tqdm(read, "scores", many, unit="image", leave=False, delay=2, disable=not progress)
+    source, out, seen = iter(bar), [], 0
     labels = detector.labels_of(images) if isinstance(images, Dataset) and category is None else None
     while chunk := list(islice(source, batch)):
         own = None if labels is None else labels[seen:seen + len(chunk)].to(detector.device)

@@ -107,9 +107,11 @@ def choose_place(nbytes: int, where: str, device: torch.device) -> str:
     return where
 
 # %% ../nbs/02_features.ipynb #599c1530
-def read_ahead(get: Callable[[int], torch.Tensor], n: int, workers: int, depth: int) -> Iterator[torch.Tensor]:
-    "`get(0) … get(n-1)` in order, up to `depth` of them computed ahead by `workers` threads."
-    pool = ThreadPoolExecutor(workers)
+def read_ahead(get: Callable[[int], torch.Tensor], n: int, workers: int | None = None,
+               depth: int = 32) -> Iterator[torch.Tensor]:
+    """`get(0) … get(n-1)` in order, up to `depth` of them computed ahead by `workers` threads;
+    None: one a core, eight at most."""
+    pool = ThreadPoolExecutor(workers or min(8, len(os.sched_getaffinity(0))))
     try:
         todo = deque(pool.submit(get, i) for i in range(min(depth, n)))
         for i in range(n):
@@ -145,9 +147,9 @@ def fill(flat: torch.Tensor, dataset, backbone, copies: int, seed: int, device: 
     n, N = len(dataset), len(dataset)*copies
     levels = split_levels(flat, N, backbone.shapes)
     random = dataset.transform.random
-    get = (lambda i: fixed_image(dataset, i % n, i // n, seed)) if random else (lambda i: dataset[i].image)
-    workers = 1 if random else min(8, len(os.sched_getaffinity(0)))   # one thread may seed the global generator
-    images = read_ahead(get, N, workers, depth=2*batch)
+    alone = getattr(dataset, "image", lambda i: dataset[i].image)     # without its mask
+    get = (lambda i: fixed_image(dataset, i % n, i // n, seed)) if random else alone
+    images = read_ahead(get, N, 1 if random else None, depth=2*batch)  # one thread may seed the global generator
     with tqdm(total=N, desc="features", unit="image", disable=not progress, leave=False) as bar:
         for start in range(0, N, batch):
             x = torch.stack([next(images) for _ in range(min(batch, N - start))])
