@@ -45,11 +45,14 @@ def cmd_run(args: argparse.Namespace) -> int:
     print(f"\nreport: {report(args.out).resolve()}")
     return 0
 
-
+# %% ../nbs/13_cli.ipynb #c72e6fb7
 def of_the_same_data(folder: Path, data_root: str | None) -> None:
     "ValueError if a run's folder holds a run on other images, which this one would replace."
     config = folder / "config.json"
-    before = json.loads(config.read_text()).get("data_root") if config.exists() else data_root
+    try:
+        before = json.loads(config.read_text())["data_root"]
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or nothing to lose
+        return
     if before != data_root and (not before or not data_root or Path(before).resolve() != Path(data_root).resolve()):
         raise ValueError(f"{folder}: holds a run on {before}; give another --out, or a --tag to tell the two apart")
 
@@ -411,6 +414,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    except ModuleNotFoundError as error:
+        print(f"flowrepro: {error.name} is not installed, which this needs: install flowrepro with [run] behind its "
+              "name, for reproduce with [workflow], for ONNX with [onnx]", file=sys.stderr)
+        return 2
     except (ValueError, OSError, RuntimeError) as error:
         print(f"flowrepro: {error}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) and type(error).__name__ != "WeightsError" else 2

@@ -509,10 +509,12 @@ def form_rows(runs: list[dict]) -> list[dict]:
 def component_rows(f: Findings) -> list[dict]:
     "The rows of T7, and in its notes what is known of the paper's own table."
     rows = ablation_rows(f, "hgad-single") + form_rows(f.runs)
+    modes = " or ".join(sorted({r["config"]["settings"]["detector"].get("class_mode", "inferred") for r in f.runs
+                                if variant_of(r) == "hgad"})) or "inferred"
     known = ", ".join(f"{METRICS[r.metric]} {as_published(r.digits)}"
                       for r in published("HGAD", table="Table 3").itertuples())
     f.reading += ["score rows: the finished HGAD, one forward pass, maps and image scores made in each form; "
-                  "class inferred. The form of the runs themselves is in the row HGAD, class inferred.",
+                  f"class {modes}. The form of the runs themselves is in the row HGAD, class {modes}.",
                   f"HGAD's Table 3 (full model): {known} on MVTec AD; its other rows are not known."]
     return rows
 
@@ -605,7 +607,9 @@ def of_other_seeds(folder: str | Path) -> list[dict]:
 def setting_note(runs: list[dict]) -> str:
     "With what runs of one setting were made, and whether that is the published one."
     c, seeds = runs[0]["config"], sorted({r["config"]["seed"] for r in runs})
-    other = ", ".join([f"preset {c['preset']}"] * (c["preset"] != "paper") + changed_settings(c))
+    base = c["overrides"].get("detector", {}).get("base") if c["method"] == "hgad" else None  # which its name tells
+    other = ", ".join([f"preset {c['preset']}"] * (c["preset"] != "paper") + changed_settings(c)
+                      + [f"base {base}"] * (base is not None))
     return (f"Backbone {c['settings']['backbone']['name']}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
             + (f"; not the published setting ({other})." if other
                else "; the published setting, as preset paper has it."))

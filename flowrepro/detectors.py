@@ -83,7 +83,7 @@ def normal_base(
 # %% ../nbs/07_detectors.ipynb #8334681f
 def image_files(images: str | Path | Iterable) -> list[Path]:
     """The image files that one path, a folder or several paths stand for; DataError if a folder holds none.
-    It is searched to the bottom; hidden files are left out, and folders of results, which hold a `scores.csv`."""
+    It is searched to the bottom; hidden files are left out, and the heat maps of `flowrepro predict`."""
     if not isinstance(images, (str, Path)):
         return [Path(p) for p in images]
     if images == "" or not Path(images).exists():
@@ -91,7 +91,8 @@ def image_files(images: str | Path | Iterable) -> list[Path]:
     if not Path(images).is_dir():
         return [Path(images)]
     below = sorted(Path(images).rglob("*"))
-    written = {p.parent for p in below if p.name == "scores.csv"} - {Path(images)}
+    by_predict = lambda p: p.name == "scores.csv" and p.read_bytes().startswith(b"image,score")
+    written = set(p.parent for p in below if by_predict(p)) - {Path(images)}
     own = [p for p in below if not written.intersection(p.parents)
            and not any(part[0] == "." or part == "__MACOSX" for part in p.relative_to(images).parts)]
     found = list(filter(is_image, own))

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,8 @@ FIGURES: dict[str, Callable[..., Figure]] = {}
 
 def opened(runs: list[dict], file: str) -> list[dict]:
     "The runs that hold a file, its content under 'file': arrays by name, or a table."
-    read = pd.read_csv if file.endswith(".csv") else lambda p: dict(np.load(p))
+    # categories are text: BTAD's are 01, 02, 03
+    read = partial(pd.read_csv, dtype={"category": str}) if file.endswith(".csv") else lambda p: dict(np.load(p))
     return [r | {"file": read(Path(r["path"]) / file)} for r in runs if (Path(r["path"]) / file).is_file()]
 
 
@@ -216,7 +218,12 @@ def panels_of(runs: list[dict], most: int = 4) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for run in runs:
         found.setdefault(run["config"]["category"], []).append(run)
-    return found if len(found) <= most else {f"mean of {len(found)} categories": runs}
+    if len(found) <= most:
+        return found
+    kind = lambda own: {(variant_of(r), r["config"]["seed"]) for r in own}
+    whole = [own for own in found.values() if kind(own) == kind(runs)]  # those that every method has
+    return ({f"mean of {len(whole)} categories": [r for own in whole for r in own]} if whole
+            else dict(list(found.items())[:most]))
 
 
 def curves(runs: list[dict], metric: str) -> pd.DataFrame:
@@ -230,6 +237,8 @@ def curves(runs: list[dict], metric: str) -> pd.DataFrame:
 # %% ../nbs/12c_figures.ipynb #abcc7577
 def draw_curves(ax: Axes, frame: pd.DataFrame, look: dict, gid: str) -> None:
     "A thin line a seed, its best evaluation as a star, and the mean as a thick line."
+    if frame.empty:
+        return
     for seed in frame if frame.shape[1] > 1 else []:
         line = frame[seed].dropna()
         ax.plot(line.index, line, color=look["color"], ls=look["ls"], lw=0.6, alpha=0.7, gid=f"{gid}-{seed}")
@@ -245,12 +254,14 @@ def draw_curves(ax: Axes, frame: pd.DataFrame, look: dict, gid: str) -> None:
 
 def gap(frame: pd.DataFrame) -> float:
     "What is left of the best evaluation at the end: last minus best, mean over the seeds."
-    return float(frame.ffill().iloc[-1].mean() - frame.max().mean())
+    return np.nan if frame.empty else float(frame.ffill().iloc[-1].mean() - frame.max().mean())
 
 
 def draw_gaps(ax: Axes, frames: list[pd.DataFrame]) -> None:
     "Mean over the seeds of the best evaluation and of the last, their difference beside them, one column a method."
     for i, (frame, look) in enumerate(zip(frames, cycle(LOOKS))):
+        if frame.empty:
+            continue
         best, last = frame.max().mean(), frame.ffill().iloc[-1].mean()
         ax.plot([i, i], [best, last], color=look["color"], lw=1.2, ls=look["ls"], gid=f"gap-{i}")
         ax.plot(i, last, marker=look["marker"], ms=5, color=look["color"], ls="")
@@ -264,7 +275,7 @@ def draw_gaps(ax: Axes, frames: list[pd.DataFrame]) -> None:
 
 def signed(value: float) -> str:
     "Three digits and a true minus sign."
-    return f"{value:.3f}".replace("-", "−")
+    return "–" if np.isnan(value) else f"{value:.3f}".replace("-", "−")
 
 # %% ../nbs/12c_figures.ipynb #6a3356cd
 @figure("F1", "Does the last epoch keep what the best one had?", "history.csv")
@@ -330,7 +341,7 @@ def divergence(mean: np.ndarray, var: np.ndarray, base: tuple | None = None) -> 
 def representative(runs: list[dict]) -> dict[str, dict]:
     "One run a variant, all of one category and seed if there is a pair that every variant has."
     groups = by_variant(runs)
-    key = lambda r: (r["config"]["category"], r["config"]["seed"])
+    key = lambda r: (*sets_of(r["config"]), r["config"]["category"], r["config"]["seed"])
     common = next((k for k in map(key, runs) if all(k in map(key, own) for own in groups.values())), None)
     return {v: next((r for r in own if key(r) == common), own[0]) for v, own in groups.items()}
 

@@ -284,13 +284,19 @@ def jobs_of(
                              | dict(dataset=dataset, data_root=root, category=category, preset=own, seed=seed))
                         job = jobs.setdefault(run_folder(variant, dataset, category, own, seed),
                                               Job(variant, own, seed, p, missing=missing))
+                        if (other := sets_of(job.parameters)) != sets:
+                            both = f"{'+'.join(sets)} and of {'+'.join(other)}"
+                            raise MatrixError(f"presets: {preset}: runs of {both} would have one folder, {job.name}: "
+                                              "put one into a matrix file of its own")
                         job.outputs += [output] if output not in job.outputs else []
     return list(jobs.values())
 
 # %% ../nbs/11a_matrix.ipynb #28f1a22d
 def variant_of(run: dict) -> str:
     "The variant of a run that `reports.read_runs` read, from the name of its folder."
-    return Path(run["path"]).name.partition(f"-{run['config']['dataset']}-")[0]
+    c, name = run["config"], Path(run["path"]).name
+    end = run_folder("", *(c[k] for k in ("dataset", "category", "preset", "seed")))
+    return name.removesuffix(end) if name.endswith(end) else name.partition(f"-{c['dataset']}-")[0]
 
 
 def title_of(matrix: dict, variant: str) -> str:
@@ -310,6 +316,10 @@ def belongs(run: dict, matrix: dict, preset: str, output: str) -> bool:
 def select(runs: list[dict], matrix: dict, preset: str, output: str) -> list[dict]:
     "The runs of an output, in the order of its variants."
     own = [r for r in runs if belongs(r, matrix, preset, output)]
+    seen: dict[str, Path] = {}
+    for path in (Path(r["path"]) for r in own):
+        if seen.setdefault(path.name, path) != path:
+            raise MatrixError(f"{seen[path.name]} and {path} are the same run: give the folder that holds one of them")
     return sorted(own, key=lambda r: matrix["outputs"][output]["variants"].index(variant_of(r)))
 
 
@@ -323,6 +333,7 @@ def absent(jobs: list[Job], runs: list[dict]) -> list[Job]:
 def first_seeds(matrix: dict, preset: str, runs: list[dict], seeds: int = 0) -> tuple[dict, list[dict]]:
     "A matrix and runs with the first so many seeds alone; with 0, as they are. MatrixError for an unknown preset."
     one_of("preset", preset, matrix["presets"])
+    demand(type(seeds) is int and seeds >= 0, "seeds", seeds, "a whole number from 0")
     if not seeds:
         return matrix, runs
     presets = matrix["presets"] | {preset: matrix["presets"][preset] | {"seeds": seeds}}

@@ -1,4 +1,4 @@
-"""AUROC, AP, F1-max and AUPRO of anomaly maps in one pass over the pixels, each with a proven error bound; raw log-likelihoods welcome.
+"""AUROC, AP, F1-max and AUPRO of anomaly maps together and without sorting, each with a proven error bound; raw log-likelihoods welcome.
 
 Docs: https://flowrepro.github.io/flowrepro/metrics.html.md"""
 

@@ -6,9 +6,9 @@ Docs: https://flowrepro.github.io/flowrepro/reports.html.md"""
 
 # %% auto #0
 __all__ = ['PAGE', 'style', 'shown_categories', 'mean_std', 'metrics_table', 'read_run', 'read_runs', 'method_name',
-           'changed_settings', 'setting_name', 'category_means', 'summary', 'headline', 'unified', 'last_epochs',
-           'plot_overview', 'output_maker', 'loss_words', 'plot_history', 'plot_scores', 'thresholds', 'hardest',
-           'gallery', 'overlay', 'keep', 'figure_tag', 'run_section', 'caption_html', 'figure_section',
+           'changed_settings', 'data_labels', 'setting_name', 'category_means', 'summary', 'headline', 'unified',
+           'last_epochs', 'plot_overview', 'output_maker', 'loss_words', 'plot_history', 'plot_scores', 'thresholds',
+           'hardest', 'gallery', 'overlay', 'keep', 'figure_tag', 'run_section', 'caption_html', 'figure_section',
            'outputs_section', 'runs_section', 'report']
 
 # %% ../nbs/12_reports.ipynb #beed5f09
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .matrix import chosen, first_seeds, load_matrix
+from .matrix import chosen, first_seeds, load_matrix, sets_of
 from .metrics import f1_max_threshold
 from .runs import Run, score_table
 from .tables import HEADLINE, METRICS
@@ -78,7 +78,8 @@ def read_run(folder: Path) -> dict:
 
 def read_runs(folder: str | Path) -> list[dict]:
     "Every complete run below a folder, by path; a run without metrics.json is not complete and left out."
-    return [read_run(p.parent) for p in sorted(Path(folder).rglob("metrics.json"))]
+    folder = Path(folder)  # `**` does not enter links, `*` does
+    return [read_run(p.parent) for p in sorted({*folder.rglob("metrics.json"), *folder.glob("*/metrics.json")})]
 
 
 def method_name(config: dict) -> str:
@@ -87,18 +88,30 @@ def method_name(config: dict) -> str:
     name = {"fastflow": "FastFlow", "cflow": "CFLOW-AD", "hgad": "HGAD"}[config["method"]]
     if config["method"] == "hgad" and base != "hierarchical":
         name = ("HGAD, class mixture only" if base == "classes"
-                else "single Gaussian" + ", unified" * (config["category"] == "all"))
+                else "single " + "learned " * (base == "diagonal" and not config["altub"])
+                + "Gaussian" + ", unified" * (config["category"] == "all"))
     return name + (" + AltUB" if config["altub"] else "")
 
 # %% ../nbs/12_reports.ipynb #be51de31
 def changed_settings(config: dict) -> list[str]:
     "What a run changes from its preset, each as 'name value'; where its features are kept changes nothing."
     groups = {g: names if isinstance(names, dict) else {g: names} for g, names in config["overrides"].items()}
-    changed = {k: v for g, names in groups.items() for k, v in names.items()
+    name = lambda g, k: f"{g}.{k}" if sum(k in names for names in groups.values()) > 1 else k
+    changed = {name(g, k): v for g, names in groups.items() for k, v in names.items()
                if (g, k) not in (("features", "cache"), ("features", "where"))}
     changed |= {k: config[k] for k in ("backbone", "weights") if config[k] != "auto"}
     # HGAD's base is in its name
     return [f"{k} {v}" for k, v in changed.items() if (config["method"], k) != ("hgad", "base")]
+
+
+def data_labels(runs: list[dict]) -> list[str]:
+    """What the data of each run are called: the data set; beside other unions, or other folders of one's own,
+    also the parts or the folder."""
+    configs = [run["config"] for run in runs]
+    detail = {"union": lambda c: "+".join(sets_of(c)), "folder": lambda c: str(c["data_root"])}
+    told = [(c["dataset"], detail.get(c["dataset"], lambda c: "")(c)) for c in configs]
+    count = {dataset: len({own for other, own in told if other == dataset}) for dataset, _ in told}
+    return [f"{dataset} {own}" if count[dataset] > 1 else dataset for dataset, own in told]
 
 
 def setting_name(config: dict, several: bool = True) -> str:
@@ -127,9 +140,9 @@ def summary(runs: list[dict]) -> pd.DataFrame:
     """One row per setting, data set and category, or their mean, and protocol:
     mean over the seeds, and ± their standard deviation where there are several."""
     rows, names = [], list(METRICS.values())
-    for run in runs:
+    for run, data in zip(runs, data_labels(runs)):
         c = run["config"]
-        key = {"method": setting_name(c), "dataset": c["dataset"], "preset": c["preset"]}
+        key = {"method": setting_name(c), "dataset": data, "preset": c["preset"]}
         for protocol, name in (("last", "last epoch"), ("best", "best on test")):
             result = run["results"][protocol]
             rows += [key | {"category": cat, "protocol": name, "seed": c["seed"]}
@@ -145,9 +158,11 @@ def headline(runs: list[dict]) -> pd.DataFrame:
     """One row per setting, data set and category:
     last epoch, mean ± deviation over seeds (mean of best on test), and seconds an epoch."""
     metrics, rows = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro_30"), []
-    for run in runs:
+    presets = {run["config"]["preset"] for run in runs}
+    for run, data in zip(runs, data_labels(runs)):
         c, last, best = run["config"], run["results"]["last"], run["results"]["best"]
-        rows += [{"method": setting_name(c), "data": c["dataset"], "category": cat, "seed": c["seed"],
+        data += f" (preset {c['preset']})" * (len(presets) > 1)
+        rows += [{"method": setting_name(c), "data": data, "category": cat, "seed": c["seed"],
                   "s/epoch": run["timing"]["epoch_s"]}
                  | {m: last[cat][m] for m in metrics} | {f"best {m}": best[cat][m] for m in metrics} for cat in last
                  if cat != "mean"]
@@ -163,13 +178,15 @@ def unified(runs: list[dict]) -> pd.DataFrame:
     each metric of `HEADLINE` in the last epoch, mean over seeds, of every category and, ± deviation over seeds, of
     their mean."""
     rows = []
-    for run in runs:
+    whole = [run for run in runs if run["config"]["category"] == "all"]
+    labels = data_labels(whole)
+    for run, data in zip(whole, labels):
         results, c = run["results"], run["config"]
-        if c["category"] == "all":
-            modes = results.get("last_by_class_mode") or {"–": results["last"]}
-            rows += [{"method": setting_name(c, several=False), "category of a test image": mode, "seed": c["seed"],
-                      "of": cat} | {m: r[cat][m] for m in HEADLINE}
-                     for mode, r in modes.items() for cat in r]
+        modes = results.get("last_by_class_mode") or {"–": results["last"]}
+        name = setting_name(c, several=False) + f" ({data})" * (len(set(labels)) > 1)
+        rows += [{"method": name, "category of a test image": mode, "seed": c["seed"],
+                  "of": cat} | {m: r[cat][m] for m in HEADLINE}
+                 for mode, r in modes.items() for cat in r]
     out: dict[tuple, dict] = {}
     by = ["method", "category of a test image", "of"]
     for (method, mode, cat), own in pd.DataFrame(rows).groupby(by, sort=False) if rows else ():
@@ -183,10 +200,10 @@ def last_epochs(runs: list[dict]) -> pd.DataFrame:
     """A row for each run and category, and for the mean over categories:
     data (with the preset, where runs differ in it), method, seed, and the metrics of `HEADLINE` in the last epoch."""
     rows, presets = [], {run["config"]["preset"] for run in runs}
-    for run in runs:
+    for run, data in zip(runs, data_labels(runs)):
         c, last = run["config"], run["results"]["last"]
         several, preset = c["category"] == "all", f" (preset {c['preset']})" * (len(presets) > 1)
-        before = f"{c['dataset']}{', one model:' * several}"
+        before = f"{data}{', one model:' * several}"
         rows += [{"several": several, "before": before, "after": preset, "method": setting_name(c, several=False),
                   "category": f"mean of {len(last) - 1}" if name == "mean" else name, "seed": c["seed"]}
                  | {m: last[name][m] for m in HEADLINE} for name in shown_categories(last)]

@@ -158,7 +158,7 @@ def parse_overrides(overrides: str | dict, settings: dict[str, dict]) -> dict:
     """Overrides as {group: {name: value}} plus 'evaluations'; a JSON text or a dict, nested or dotted.
     ConfigError names an unknown key."""
     try:
-        given = json.loads(overrides) if isinstance(overrides, str) else dict(overrides)
+        given = json.loads(overrides) if isinstance(overrides, str) else overrides
     except json.JSONDecodeError as error:
         raise ConfigError(f"overrides is not JSON ({error}): write it as '{{\"epochs\": 5}}'") from error
     if not isinstance(given, dict):
@@ -445,10 +445,10 @@ class Run:
 
     def train(self) -> "Run":
         "Features once, the training, an evaluation after each of the scheduled epochs and after the last."
+        self.masks = masks_by_category(self.test_set)  # first, as what is wrong with one is found soon
         self.train_bank, self.test_bank = self.bank(self.normal), self.bank(self.test_set)
         if self.labels is not None:
             self.labels = self.labels.repeat(self.train_bank.copies)
-        self.masks = masks_by_category(self.test_set)
         self.detector.prepare(self.train_bank)
         self.history = train_or_resume(self)
         if self.parts is None:  # resumed after the last evaluation

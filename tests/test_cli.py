@@ -475,6 +475,13 @@ def test_a_run_on_other_images_is_not_replaced(toy, tmp_path, capsys):
     assert code == 2 and f"holds a run on {tmp_path / 'a/weave'}; give another --out, or a --tag" in err
 
 
+def test_a_package_that_is_not_installed(tmp_path, monkeypatch, capsys):
+    "Named, with the extras that bring it."
+    monkeypatch.setitem(sys.modules, "flowrepro.reports", None)  # as if its import failed
+    code, _, err = run(capsys, "report", tmp_path)
+    assert code == 2 and "flowrepro.reports is not installed" in err and "[run]" in err
+
+
 def test_report_of_what_is_no_run(tmp_path, capsys):
     (tmp_path / "stray").mkdir()
     for content in ("{}", "no json"):

@@ -378,11 +378,12 @@ def test_rotation_tag_is_told(tmp_path):
     exif = Image.Exif(); exif[0x0112] = 6
     for i in range(2): Image.fromarray(pixels).save(tmp_path/f"{i}.jpg", exif=exif)
     Image.fromarray(pixels).save(tmp_path/"plain.jpg")
+    Image.fromarray(pixels).save(tmp_path/"bad tag.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + bytes(30))
     with pytest.warns(UserWarning, match="EXIF rotation is not applied"): assert open_image(tmp_path/"0.jpg").size == (12, 8)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("default")
-        for name in ("0.jpg", "1.jpg", "plain.jpg"): open_image(tmp_path/name)
-    assert len(told) == 1
+        for name in ("0.jpg", "1.jpg", "plain.jpg", "bad tag.jpg"): open_image(tmp_path/name)
+    assert sum("EXIF rotation" in str(w.message) for w in told) == 1
 
 
 def test_very_large_image(tmp_path, monkeypatch):

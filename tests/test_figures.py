@@ -251,6 +251,27 @@ def test_F1_many_categories_become_one_panel(tmp_path):
     np.testing.assert_allclose(line.get_ydata(), np.mean(tables, axis=0))
 
 
+def test_F1_without_a_category_of_one_method(tmp_path):
+    "Drawn all the same, and said; a mean over categories is of those that every method has."
+    for variant, names in (("fastflow-published", ("weave", "bolt")), ("fastflow-altub-published", ("weave",))):
+        for name in names:
+            fake_run(tmp_path / "two", variant, name)
+    figure = FIGURES["F1"](read_runs(tmp_path / "two"), MATRIX, "real")
+    assert figure.drawing and " and –" in figure.caption
+    for variant in ("fastflow-published", "fastflow-altub-published"):
+        for k in range(7 if variant == "fastflow-published" else 5):
+            fake_run(tmp_path / "many", variant, f"part {k}")
+    runs = read_runs(tmp_path / "many")
+    assert {name: len(own) for name, own in figures.panels_of(runs).items()} == {"mean of 5 categories": 10}
+
+
+def test_categories_are_text(tmp_path):
+    "BTAD's are 01, 02, 03."
+    fake_run(tmp_path, "hgad", "all", categories=("01", "02"))
+    (run,) = figures.opened(read_runs(tmp_path), "scores.csv")
+    assert set(run["file"]["category"]) == {"01", "02"}
+
+
 def test_F2_moments_and_bars(tmp_path):
     "Points are the moments of the file; a bar is the mean divergence over its runs."
     runs = make_runs(tmp_path, "F2", ("weave", "bolt"))

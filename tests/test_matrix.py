@@ -8,7 +8,7 @@ import yaml
 
 from flowrepro.data import OFFICIAL, DataError
 from flowrepro.matrix import (
-    MATRIX, MatrixError, belongs, chosen, find_roots, jobs_of, load_matrix, command_of, select
+    MATRIX, MatrixError, belongs, chosen, command_of, find_roots, first_seeds, jobs_of, load_matrix, select, variant_of
 )
 from flowrepro.runs import configure
 
@@ -195,6 +195,31 @@ def test_select_takes_its_own():
         assert {r["path"].name for r in own} == {j.name for j in jobs_of(M, "demo", {"toy": None}, [output])}
     assert [r["path"].name.split("-toy")[0] for r in select(runs, M, "demo", "T7")] == M["outputs"]["T7"]["variants"]
     assert not belongs(runs[0], M, "demo", "T1")
+
+
+def test_variant_with_the_name_of_the_data_in_it():
+    config = dict(dataset="toy", category="weave", preset="demo", seed=0)
+    assert variant_of({"path": "runs/fastflow-toy-wide-toy-weave-demo-0", "config": config}) == "fastflow-toy-wide"
+
+
+def test_two_unions_of_one_name():
+    m = load_matrix()
+    m["presets"]["demo"]["further"] = ["mvtec+visa/all", "mvtec+btad/all"]
+    with pytest.raises(MatrixError, match=r"mvtec\+btad and of mvtec\+visa would have one folder, .*union-all-demo-0"):
+        jobs_of(m, "demo", {"mvtec": "A", "visa": "B", "btad": "C"}, ["T6"])
+
+
+def test_a_run_twice_below_a_folder(tmp_path):
+    config = dict(dataset="toy", category="weave", preset="demo", seed=0)
+    runs = [{"path": tmp_path / top / "fastflow-toy-weave-demo-0", "config": config} for top in ("a", "b")]
+    with pytest.raises(MatrixError, match="a/fastflow.* and .*b/fastflow.* are the same run: give the folder"):
+        select(runs, M, "demo", "T1")
+
+
+@pytest.mark.parametrize("seeds", ["1", -1, True])
+def test_seeds_that_are_no_number(seeds):
+    with pytest.raises(MatrixError, match="seeds: must be a whole number from 0"):
+        first_seeds(M, "demo", [], seeds)
 
 
 def test_command_of_is_what_configure_takes():

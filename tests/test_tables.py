@@ -13,9 +13,9 @@ import pytest
 
 from flowrepro.data import OFFICIAL
 from flowrepro.matrix import DATA_FOLDERS, command_of, find_roots, jobs_of, load_matrix, run_folder, variant_of
-from flowrepro.reports import read_runs
+from flowrepro.reports import headline, last_epochs, read_runs, summary, unified
 from flowrepro.cli import print_published
-from flowrepro.comparisons import TABLES, beside_papers, measured, of_other_seeds, published, steadiness
+from flowrepro.comparisons import TABLES, beside_papers, measured, of_other_seeds, published, setting_note, steadiness
 from flowrepro.tables import HEADLINE, METRICS, Table, as_latex, as_markdown, as_published
 
 MATRIX = load_matrix()
@@ -54,6 +54,52 @@ def write_run(root: Path, variant: str, dataset: str = "toy", category: str = "w
 @pytest.fixture
 def root(tmp_path) -> Path:
     return tmp_path / "runs"
+
+
+@pytest.fixture
+def pair():
+    "`pair(a, b)`: two made-up runs of seed 0 that differ in what is given, one at 0.9, one at 0.5."
+    def make(*changes: dict) -> list[dict]:
+        runs = []
+        for change, value in zip(changes, (0.9, 0.5)):
+            config = dict(method="fastflow", altub=False, dataset="toy", data_root=None, category="all", preset="demo",
+                          seed=0, overrides={}, backbone="auto", weights="auto", settings={"detector": {}}) | change
+            result = {c: dict.fromkeys(METRICS, value) for c in ("one", "two", "mean")}
+            runs.append({"config": config, "results": {"last": result, "best": result}, "timing": {"epoch_s": 1.0}})
+        return runs
+    return make
+
+
+@pytest.mark.parametrize("one, other", [
+    (dict(dataset="union", data_root="mvtec=a,btad=b"), dict(dataset="union", data_root="mvtec=a,visa=c")),
+    (dict(dataset="folder", data_root="a/parts"), dict(dataset="folder", data_root="b/parts")),
+    (dict(preset="smoke"), dict(preset="demo")),
+    (dict(method="hgad", settings={"detector": {"base": "standard"}}),
+     dict(method="hgad", settings={"detector": {"base": "diagonal"}})),
+    (dict(altub=True, overrides={"schedule": {"lr": 0.1}, "altub": {"lr": 0.05}}),
+     dict(altub=True, overrides={"schedule": {"lr": 0.2}, "altub": {"lr": 0.05}})),
+], ids=["unions", "folders", "presets", "bases", "rates"])
+def test_only_seeds_are_averaged(pair, one, other):
+    "What differs in anything else has a row of its own: no ± beside one seed."
+    runs = pair(one, other)
+    assert not summary(runs)[list(METRICS.values())].map(lambda text: "±" in text).any(axis=None)
+    assert not headline(runs).astype(str).map(lambda text: "±" in text).any(axis=None)
+    assert set(last_epochs(runs)["image_auroc"]) == {0.9, 0.5}
+    if one.get("preset") != "smoke":
+        assert set(unified(runs)["mean"]) == {"0.900, 0.900, 0.900", "0.500, 0.500, 0.500"}
+
+
+def test_linked_runs_are_read(root, tmp_path):
+    write_run(root, "fastflow")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/run").symlink_to(next(root.iterdir()))
+    assert len(read_runs(tmp_path / "linked")) == 1
+
+
+def test_another_base_is_not_the_published_setting(pair):
+    run, _ = pair(dict(method="hgad", preset="paper", overrides={"detector": {"base": "classes"}},
+                       settings={"detector": {"base": "classes"}, "backbone": {"name": "b"}}), {})
+    assert "not the published setting (base classes)" in setting_note([run])
 
 
 def test_steadiness(root):
