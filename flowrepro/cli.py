@@ -23,7 +23,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     "Execute the run notebook, once or once a category, and write the report."
     from flowrepro.data import load, open_out, read
     from flowrepro.reports import read_run, read_runs, report, summary
-    from flowrepro.runs import configure, run_notebook
+    from flowrepro.runs import configure, made_otherwise, run_notebook
 
     parameters = {k: v for k, v in vars(args).items() if k not in ("command", "action", "out", "seeds", "tag")}
     configure(parameters)
@@ -37,6 +37,8 @@ def cmd_run(args: argparse.Namespace) -> int:
             for c in categories for s in args.seeds]
     for job in jobs:
         of_the_same_data(Path(job["out_dir"]), args.data_root)
+        if made_otherwise(job["out_dir"], job):
+            raise ValueError(f"{job['out_dir']}: holds a run of other settings; give a --tag, or another --out")
     for i, job in enumerate(jobs):
         print(f"[{i + 1}/{len(jobs)}] {job['category']}, seed {job['seed']} → {job['out_dir']}", flush=True)
         run_notebook(job, progress=True)

@@ -7,11 +7,11 @@ Docs: https://flowrepro.github.io/flowrepro/runs.html.md"""
 # %% auto #0
 __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES', 'PLAIN', 'HERE', 'TRAINED_BY', 'defaults_of',
            'settings_of', 'ConfigError', 'resolve', 'parse_overrides', 'Config', 'as_plain', 'given_parameters',
-           'check_choices', 'device_here', 'check_detector', 'check_settings', 'configure', 'published_for',
-           'write_json', 'revision', 'environment', 'peak_memory', 'masks_by_category', 'evaluate_parts',
-           'mean_results', 'best_results', 'Run', 'evaluation_epochs', 'training_code', 'train_or_resume',
-           'open_folder', 'contents', 'timing', 'score_table', 'by_class_mode', 'write_results', 'score_forms',
-           'execute_notebook', 'run_notebook']
+           'check_choices', 'device_here', 'check_detector', 'check_settings', 'configure', 'made_otherwise',
+           'check_suited', 'published_for', 'write_json', 'revision', 'environment', 'peak_memory', 'masks_by_category',
+           'evaluate_parts', 'mean_results', 'best_results', 'Run', 'evaluation_epochs', 'training_code',
+           'train_or_resume', 'open_folder', 'contents', 'timing', 'score_table', 'by_class_mode', 'write_results',
+           'score_forms', 'execute_notebook', 'run_notebook']
 
 # %% ../nbs/11_runs.ipynb #c6d1b3a8
 import difflib
@@ -310,6 +310,28 @@ def configure(parameters: dict | None = None, **more) -> Config:
                   | {"overrides": overrides, "settings": settings, "data_root": p["data_root"] and str(p["data_root"]),
                      "out_dir": str(p["out_dir"])})
 
+# %% ../nbs/11_runs.ipynb #cf06f3b9
+def made_otherwise(folder: str | Path, parameters: dict) -> bool:
+    "Does a folder hold a finished run of another method, backbone or settings? Where features are kept is none."
+    def told(config: dict) -> dict:
+        own = json.loads(json.dumps({k: config[k] for k in ("method", "altub", "backbone", "weights", "settings")}))
+        for place in ("cache", "where"):
+            own["settings"]["features"].pop(place, None)
+        return own
+    try:
+        made = told(json.loads((Path(folder) / "metrics.json").read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or none of this version
+        return False
+    return made != told(asdict(configure(parameters)))
+
+
+def check_suited(run: "Run") -> None:
+    "ConfigError if the settings do not suit the number of training images."
+    try:
+        check_training(run.detector, len(run.normal), run.schedule, run.altub)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
 
 def published_for(p: dict) -> dict[str, dict]:
     """Settings that depend on the backbone or the category:
@@ -433,7 +455,7 @@ class Run:
         self.altub = AltUB(**s["altub"]) if config.altub else None
         self.normal = self.train_set.filter(label=0)
         self.labels, self.test_labels = map(self.detector.labels_of, (self.normal, self.test_set))
-        check_training(self.detector, len(self.normal), self.schedule, self.altub)
+        check_suited(self)
         self.parts, self.seconds_evaluating, self.base_start = None, 0.0, base_state(self.detector)
         self.size = s["transform"]["mask_size"] or s["transform"]["size"]  # of maps and masks
         self.out = open_folder(config)

@@ -482,6 +482,22 @@ def test_a_package_that_is_not_installed(tmp_path, monkeypatch, capsys):
     assert code == 2 and "flowrepro.reports is not installed" in err and "[run]" in err
 
 
+def test_a_run_of_other_settings_is_not_replaced(finished, toy, tmp_path, capsys):
+    "Nor redone by `reproduce` in its place without a word; AltUB that never comes is a mistake in the settings."
+    from flowrepro.runs import made_otherwise
+
+    folder = shutil.copytree(next(finished.glob("*/metrics.json")).parent, tmp_path / "runs/fastflow-toy-weave-smoke-0")
+    command = ["run", "--data-root", toy, "--category", "weave", "--preset", "smoke", "--device", "cpu", "--out",
+               tmp_path / "runs"]
+    code, _, err = run(capsys, *command, "--overrides", '{"epochs": 3}')
+    assert code == 2 and "holds a run of other settings; give a --tag" in err
+    same = dict(dataset="toy", data_root=str(toy), category="weave", preset="smoke")
+    assert not made_otherwise(folder, same | {"overrides": {"features.cache": "elsewhere"}})
+    assert made_otherwise(folder, same | {"overrides": {"lr": 1.0}}) and not made_otherwise(tmp_path, same)
+    code, _, err = run(capsys, *command, "--altub", "--overrides", '{"every": 99}')
+    assert code == 2 and "never comes" in err
+
+
 def test_report_of_what_is_no_run(tmp_path, capsys):
     (tmp_path / "stray").mkdir()
     for content in ("{}", "no json"):

@@ -145,6 +145,27 @@ def with_second(top: Path, data: str) -> None:
     (top / "matrix.yml").write_text(yaml.safe_dump(m))
 
 
+def test_images_are_part_of_the_plan(tmp_path):
+    "A run depends on its images, wherever they and the results lie; a category that is not there is refused."
+    data, m = put(tmp_path / "data", "mvtec_ad/bottle", "mvtec_ad/nut", good="good"), load_matrix()
+    m["presets"]["smoke"]["first"] = ["mvtec/bottle"]
+    (tmp_path / "m.yml").write_text(yaml.safe_dump(m))
+    plan = lambda **more: R.make_plan("smoke", **{"data_root": data, "only": ["T1"], "out": tmp_path / "out",
+                                                  "matrix": tmp_path / "m.yml"} | more)["runs"]
+    depends = lambda runs: {name: (e["settings"], e["content"]) for name, e in runs.items()}
+    before = depends(plan())
+    assert before == depends(plan(data_root=shutil.copytree(data, tmp_path / "moved"), out=tmp_path / "other"))
+    (data / "mvtec_ad/nut/train/good/0000.png").unlink()
+    assert before == depends(plan())
+    (data / "mvtec_ad/bottle/train/good/0000.png").unlink()
+    now = depends(plan())
+    assert all(before[name][1] != now[name][1] for name in before)
+    m["presets"]["smoke"]["first"] = ["mvtec/botle"]
+    (tmp_path / "m.yml").write_text(yaml.safe_dump(m))
+    with pytest.raises(R.DataError, match="no category 'botle'; available: bottle, nut"):
+        plan()
+
+
 def test_missing_data_are_no_success(folder):
     """What can be done is done, what is missing is named at the end, and the exit code is 1,
     also when nothing is left to do."""

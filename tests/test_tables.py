@@ -13,7 +13,7 @@ import pytest
 
 from flowrepro.data import OFFICIAL
 from flowrepro.matrix import DATA_FOLDERS, command_of, find_roots, jobs_of, load_matrix, run_folder, variant_of
-from flowrepro.reports import headline, last_epochs, read_runs, summary, unified
+from flowrepro.reports import headline, last_epochs, output_maker, read_runs, summary, unified
 from flowrepro.cli import print_published
 from flowrepro.comparisons import TABLES, beside_papers, measured, of_other_seeds, published, setting_note, steadiness
 from flowrepro.tables import HEADLINE, METRICS, Table, as_latex, as_markdown, as_published
@@ -87,6 +87,11 @@ def test_only_seeds_are_averaged(pair, one, other):
     assert set(last_epochs(runs)["image_auroc"]) == {0.9, 0.5}
     if one.get("preset") != "smoke":
         assert set(unified(runs)["mean"]) == {"0.900, 0.900, 0.900", "0.500, 0.500, 0.500"}
+
+
+def test_no_such_folder_of_runs(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder; give the one that holds the run folders"):
+        output_maker(TABLES, "altub_tables", str(tmp_path / "nowhere"), "demo", 0, "", "", "")
 
 
 def test_linked_runs_are_read(root, tmp_path):
