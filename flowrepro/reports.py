@@ -259,7 +259,7 @@ def output_maker(
 ) -> Callable[[str], object]:
     """A function that makes, saves and returns a table or figure by its name, or None if it is not asked for.
     MatrixError for an unknown preset or name."""
-    if not Path(runs).is_dir():
+    if not Path(runs).is_dir() and Path(runs) != Path("runs/reproduce"):  # the default, where nothing may be yet
         raise FileNotFoundError(f"runs {runs}: no such folder; give the one that holds the run folders")
     matrix, found = first_seeds(load_matrix(matrix_file or None), preset, read_runs(runs), seeds)
     wanted = chosen(only, matrix, notebook)

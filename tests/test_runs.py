@@ -526,6 +526,7 @@ def test_no_masks_no_pixel_metrics(parts_folder, tmp_path):
     assert report(tmp_path).read_text().count("–") >= len(PIXEL)
 
 
+@pytest.mark.filterwarnings("ignore:image_auroc, image_ap, image_f1max. NaN")
 @pytest.mark.parametrize("method", ["fastflow", "hgad"])
 def test_no_normal_test_images(method, parts_folder, tmp_path):
     "Maps and scores, and no latents to show, which are of normal images."
