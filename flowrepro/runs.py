@@ -325,10 +325,10 @@ def made_otherwise(folder: str | Path, parameters: dict) -> bool:
     return made != told(asdict(configure(parameters)))
 
 
-def check_suited(run: "Run") -> None:
+def check_suited(detector, images: int, schedule: Schedule, altub: AltUB | None) -> None:
     "ConfigError if the settings do not suit the number of training images."
     try:
-        check_training(run.detector, len(run.normal), run.schedule, run.altub)
+        check_training(detector, images, schedule, altub)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -455,7 +455,7 @@ class Run:
         self.altub = AltUB(**s["altub"]) if config.altub else None
         self.normal = self.train_set.filter(label=0)
         self.labels, self.test_labels = map(self.detector.labels_of, (self.normal, self.test_set))
-        check_suited(self)
+        check_suited(self.detector, len(self.normal), self.schedule, self.altub)
         self.parts, self.seconds_evaluating, self.base_start = None, 0.0, base_state(self.detector)
         self.size = s["transform"]["mask_size"] or s["transform"]["size"]  # of maps and masks
         self.out = open_folder(config)
