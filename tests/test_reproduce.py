@@ -166,6 +166,23 @@ def test_images_are_part_of_the_plan(tmp_path):
         plan()
 
 
+def test_a_run_of_other_settings_is_not_taken(folder, monkeypatch, capsys):
+    "It is to be done, and said, though Snakemake sees nothing new; the others stay done, and a dry run changes nothing."
+    assert go(folder).returncode == 0
+    monkeypatch.chdir(folder)
+    ask = lambda: R.reproduce("smoke", out="out", matrix="matrix.yml", dry_run=True) or capsys.readouterr().out
+    before = ask()
+    name = sorted(RUNS)[0]
+    path = folder / "out" / name / "metrics.json"
+    made, when = json.loads(path.read_text()), path.stat()
+    made["config"]["settings"]["schedule"]["lr"] *= 2
+    path.write_text(json.dumps(made))
+    os.utime(path, ns=(when.st_atime_ns, when.st_mtime_ns))
+    after = ask()
+    assert "other settings" not in before and f"runs of other settings, which are replaced: {name}\n" in after
+    assert f"  {name}\n" in after and path.exists() and "to do: 1," in after
+
+
 def test_missing_data_are_no_success(folder):
     """What can be done is done, what is missing is named at the end, and the exit code is 1,
     also when nothing is left to do."""
