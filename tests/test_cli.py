@@ -527,6 +527,31 @@ def test_run(finished):
     assert (finished / "report.html").is_file()
 
 
+def test_a_run_that_fails_does_not_stop_the_others(finished, toy, tmp_path, capsys, monkeypatch):
+    "It is named and decides the exit code; --resume does again what is not finished, and nothing else."
+    from flowrepro import runs
+
+    shutil.copytree(finished, tmp_path / "runs")
+    (made,) = finished.glob("*/metrics.json")
+    done = []
+
+    def notebook(job, progress):
+        done.append(job["category"])
+        if job["category"] == "biscuit" and len(done) < 5:
+            raise RuntimeError("no memory")
+        shutil.copytree(made.parent, job["out_dir"], dirs_exist_ok=True)
+
+    monkeypatch.setattr(runs, "run_notebook", notebook)
+    categories = sorted(p.name for p in toy.iterdir() if p.is_dir())
+    arguments = ("run", "--preset", "smoke", "--data-root", toy, "--device", "cpu", "--out", tmp_path / "runs")
+    code, out, err = run(capsys, *arguments, "--resume")
+    assert code == 1 and done == [c for c in categories if c != "weave"] and "finished before" in out
+    assert err.count("no memory") == 2 and "report: " in out
+    done.clear()
+    done.extend(["an earlier call"] * 5)
+    assert run(capsys, *arguments, "--resume")[0] == 0 and done[5:] == ["biscuit"]
+
+
 def test_report(finished, capsys):
     "The table on the terminal, the page with everything in it: figures inlined, nothing loaded from elsewhere."
     (finished / "report.html").unlink()
