@@ -960,7 +960,8 @@ def check_records(records: list[Record], dataset: str, problems: list[str],
                                 f"officially {want[0]} and {want[1]}; "
                                 "restore the data set from the original archive, or know that it is another split")
     columns = ["category", "split", "normal", "anomalous", "official_normal", "official_anomalous"]
-    return pd.DataFrame(rows, columns=columns), list(dict.fromkeys(problems))
+    counts = pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(columns[2:], "Int64"))
+    return counts, list(dict.fromkeys(problems))
 
 def inspect_record(r: Record) -> list[str]:
     "Decode image and mask: the problems found."

@@ -667,6 +667,13 @@ def test_absent_categories():
     assert "not here: btad/02 (1 of 18 official categories)" in check_report(counts, [], None, "union")
 
 
+def test_counts_are_whole_numbers():
+    "Of a set with official counts and without."
+    here = [D.Record(Path("a.png"), 0, None, c, "good", split) for c in ("bagel", "own") for split in ("train", "validation")]
+    text = check_report(D.check_records(here, "mvtec3d", [], False)[0], [])
+    assert "244" in text and ".0" not in text and "NA>" not in text
+
+
 def test_many_problems():
     text = check_report(D.check_records([], "visa", [], False)[0], [f"{i}.JPG: missing" for i in range(2000)])
     assert "2000 problems:" in text
