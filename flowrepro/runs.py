@@ -641,7 +641,7 @@ def execute_notebook(name: str, executed: Path, parameters: dict, engine: str | 
         # no word on how the kernel talks to this process
         papermill.execute_notebook(HERE / f"experiments/{name}.ipynb", executed, parameters=parameters,
                                    engine_name=engine, kernel_name="python3", progress_bar=progress,
-                                   extra_arguments=["--IPKernelApp.log_level=ERROR"])
+                                   extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
     except papermill.PapermillExecutionError as error:
         kind = {"DataError": DataError, "ConfigError": ConfigError,
                 "WeightsError": WeightsError}.get(error.ename, RuntimeError)
