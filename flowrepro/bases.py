@@ -68,7 +68,7 @@ class StandardNormal(Base):
 
 # %% ../nbs/04_bases.ipynb #eb5dcd10
 class DiagonalNormal(Base):
-    "N(m, diag e^{2s}) with trainable m and s, zero at first (@eq-diagonal)."
+    "N(m, diag exp(2s)) with trainable m and s, zero at first (@eq-diagonal)."
 
     def __init__(
         self,

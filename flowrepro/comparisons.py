@@ -10,8 +10,8 @@ __all__ = ['PROTOCOLS', 'MEASURED', 'BACKBONES', 'PAPERS', 'SHOWN', 'FORMS', 'RE
            'results_of', 'measured', 'backbone_name', 'published_as', 'Reference', 'reference', 'difference',
            'commands', 'with_means', 'modes_of', 'places', 'Findings', 'letter', 'letters_of', 'measured_on', 'Recipe',
            'by_seed', 'beside', 'setting_of', 'row_of', 'titled', 'lacking', 'comparison_rows', 'wobble', 'steadiness',
-           'stability_row', 'stability_rows', 'paired', 'changed_row', 'ablation_rows', 'form_rows', 'component_rows',
-           'anchor_rows', 'method_rows', 'of_other_seeds', 'setting_note', 'telling', 'beside_papers']
+           'stability_row', 'over_categories', 'stability_rows', 'paired', 'changed_row', 'ablation_rows', 'form_rows',
+           'component_rows', 'anchor_rows', 'method_rows', 'of_other_seeds', 'setting_note', 'telling', 'beside_papers']
 
 # %% ../nbs/12b_comparisons.ipynb #405f9ff5
 import contextlib
@@ -107,7 +107,8 @@ def measured(runs: list[dict], matrix: dict | None = None) -> pd.DataFrame:
         c, variant = run["config"], variant_of(run) if matrix else ""
         about = {"variant": variant, "method": title_of(matrix, variant) if matrix else method_name(c),
                  "data": data_name(sets_of(c)), "seed": c["seed"],
-                 "backbone": c["settings"]["backbone"]["name"], "epoch_s": run["timing"]["epoch_s"],
+                 "epoch_s": run["timing"]["epoch_s"],
+                 "backbone": "random " * str(c.get("weights")).startswith("random") + c["settings"]["backbone"]["name"],
                  "official": on_official_data(run)}
         rows += [about
                  | {"protocol": protocol, "mode": mode, "category": category, "metric": m,
@@ -308,7 +309,8 @@ class Recipe:
         notes = [*f.reading, *measured_on(own, matrix), *letters_of(f.sources),
                  *([f"{len(gone)} of {len(jobs)} runs are missing."] if gone else [])]
         strong = {i for i, row in enumerate(rows) if any(name in row["method"] for name in self.strong)}
-        return Table(self.name, self.title.format(preset=preset), pd.DataFrame(rows), notes,
+        of = " and ".join(dict.fromkeys(job.preset for job in jobs)) or preset  # ablations keep that of their role
+        return Table(self.name, self.title.format(preset=of), pd.DataFrame(rows), notes,
                      commands(gone, self.name, preset, out), self.keys, strong)
 
 # %% ../nbs/12b_comparisons.ipynb #296f6484
@@ -410,7 +412,8 @@ def steadiness(runs: list[dict]) -> pd.DataFrame:
     "A row for each run of one category, and metric of `HEADLINE`: last, best on test, and `wobble`, fractions."
     rows = []
     for run in runs:
-        c, history = run["config"], pd.read_csv(Path(run["path"]) / "history.csv")
+        c, file = run["config"], Path(run["path"]) / "history.csv"
+        history = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=["epoch"])
         pick = lambda protocol, k, m: np.nan if (v := run["results"][protocol][k][m]) is None else v
         about = dict(data=data_name(sets_of(c)), variant=variant_of(run), seed=c["seed"])
         rows += [about | dict(category=k, metric=m, last=pick("last", k, m), best=pick("best", k, m),
@@ -433,13 +436,22 @@ def stability_row(own: pd.DataFrame) -> dict[str, str]:
     return cells
 
 
+def over_categories(own: pd.DataFrame, n: int) -> pd.DataFrame:
+    "The means over n categories of a method's rows of `steadiness`, for the seeds that have them all."
+    groups = own.groupby(["seed", "metric"], sort=False, as_index=False)
+    means = groups.agg(n=("category", "nunique"),
+                       **{k: (k, lambda v: v.mean(skipna=False)) for k in ("last", "best", "wobble")})
+    return only(means, n=n)
+
+
 def stability_rows(f: Findings) -> list[dict]:
     "A row for each data set, category and method: how steady the test scores are during training and over seeds."
     frame, rows = steadiness(f.runs), []
     for data, names in f.places.items():
-        for category in (c for c in names if c != "mean"):
+        for category in names:
             for variant in f.output["variants"]:
-                own = only(frame, data=data, category=category, variant=variant)
+                own = only(frame, data=data, variant=variant)
+                own = over_categories(own, len(names) - 1) if category == "mean" else only(own, category=category)
                 rows.append({"data": data, "category": category, "method": title_of(f.matrix, variant),
                              "seeds": str(own["seed"].nunique() or NOTHING)} | stability_row(own))
     return rows
@@ -515,6 +527,8 @@ def component_rows(f: Findings) -> list[dict]:
                       for r in published("HGAD", table="Table 3").itertuples())
     f.reading += ["score rows: the finished HGAD, one forward pass, maps and image scores made in each form; "
                   f"class {modes}. The form of the runs themselves is in the row HGAD, class {modes}.",
+                  "+ centres inside a class brings the losses L_in and L_z as well; M = 1 in T8 has these and no "
+                  "further centres.",
                   f"HGAD's Table 3 (full model): {known} on MVTec AD; its other rows are not known."]
     return rows
 

@@ -20,7 +20,7 @@ from .detectors import Detector
 from .features import FeatureBank
 
 # %% ../nbs/10a_diagnostics.ipynb #d682382f
-TRACED = ("mean", "log_scale", "mu", "phi")
+TRACED = ("mean", "log_scale", "mu", "phi", "psi")
 
 
 def base_state(detector: Detector) -> dict[str, Tensor]:

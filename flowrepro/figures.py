@@ -561,9 +561,10 @@ def base_log_prob(arrays: dict) -> np.ndarray:
     z = arrays["z"].astype(float)
     centres = arrays["centres"].astype(float) if "centres" in arrays else np.zeros((1, 1, z.shape[1]))
     k, m, c = centres.shape
-    phi = arrays.get(f"trace/{int(arrays['level'])}.phi")
-    weights = (np.repeat(log_softmax(phi[-1].astype(float)) if phi is not None and len(centres) > 1
-                         else np.full(k, -np.log(k)), m) - np.log(m))
+    phi, psi = (arrays.get(f"trace/{int(arrays['level'])}.{name}") for name in ("phi", "psi"))
+    outer = log_softmax(phi[-1].astype(float)) if phi is not None and k > 1 else np.full(k, -np.log(k))
+    inner = log_softmax(psi[-1].astype(float), 1) if psi is not None else np.full((k, m), -np.log(m))
+    weights = (outer[:, None] + inner).ravel()
     flat = centres.reshape(-1, c)
     square = (z**2).sum(1)[:, None] + (flat**2).sum(1) - 2 * z @ flat.T
     return (logsumexp(-square / 2 + weights, axis=1) - c / 2 * np.log(2 * np.pi)) / c

@@ -393,12 +393,13 @@ def keep(fig, path: Path, dpi: int = 100):
     return Image(filename=str(path))
 
 # %% ../nbs/12_reports.ipynb #bf4533bd
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>flowrepro report</title>
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>flowrepro report</title>
 <link rel="icon" href="data:,"><style>
 body{font:15px/1.5 system-ui,sans-serif;max-width:1480px;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
 td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}
-pre{font-size:12px;overflow-x:auto}th{text-align:left}img{max-width:100%}h2{margin-top:2.5rem}.note{color:#555}
+pre{font-size:12px;overflow-x:auto}img{max-width:100%}h2{margin-top:2.5rem}.note{color:#555}
 </style></head><body>
 <h1>flowrepro report</h1>
 <p class="note">Headline numbers are those of the last epoch of a schedule fixed beforehand. <em>Best on test</em>
@@ -406,9 +407,9 @@ picks the epoch with the test set, metric by metric, as the papers report.</p>
 """
 
 
-def figure_tag(path: Path) -> str:
-    "An image file inlined into HTML."
-    return (f'<img alt="{html.escape(path.stem)}" '
+def figure_tag(path: Path, alt: str = "") -> str:
+    "An image file inlined into HTML; what it shows in words, else its name."
+    return (f'<img alt="{html.escape(alt or path.stem)}" '
             f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">')
 
 
@@ -438,9 +439,11 @@ def caption_html(text: str) -> str:
 def figure_section(stem: Path) -> str:
     """The HTML of a figure of the papers, from its path without ending: title, drawing and caption;
     where it is not drawn, the caption says what is missing."""
-    drawing, caption = stem.with_suffix(".png"), stem.with_suffix(".md")
-    return (f"<section id={stem.name}><h3>{stem.name}</h3>" + (figure_tag(drawing) if drawing.exists() else "")
-            + (caption_html(caption.read_text(encoding="utf-8")) if caption.exists() else "") + "</section>")
+    drawing, file = stem.with_suffix(".png"), stem.with_suffix(".md")
+    caption = file.read_text(encoding="utf-8") if file.exists() else ""
+    title = caption.partition("**")[2].partition("**")[0]
+    return (f"<section id={stem.name}><h3>{stem.name}</h3>" + (figure_tag(drawing, title) if drawing.exists() else "")
+            + (caption_html(caption) if caption else "") + "</section>")
 
 
 def outputs_section(root: Path) -> str:

@@ -8,10 +8,10 @@ Docs: https://flowrepro.github.io/flowrepro/runs.html.md"""
 __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES', 'PLAIN', 'HERE', 'TRAINED_BY', 'defaults_of',
            'settings_of', 'ConfigError', 'resolve', 'parse_overrides', 'Config', 'as_plain', 'given_parameters',
            'check_choices', 'device_here', 'check_detector', 'check_settings', 'configure', 'made_otherwise',
-           'check_suited', 'published_for', 'write_json', 'revision', 'environment', 'peak_memory', 'masks_by_category',
-           'evaluate_parts', 'mean_results', 'best_results', 'Run', 'evaluation_epochs', 'training_code',
-           'train_or_resume', 'open_folder', 'contents', 'timing', 'score_table', 'by_class_mode', 'write_results',
-           'score_forms', 'execute_notebook', 'run_notebook']
+           'check_suited', 'published_for', 'write_json', 'revision', 'processor', 'environment', 'peak_memory',
+           'masks_by_category', 'evaluate_parts', 'mean_results', 'best_results', 'Run', 'evaluation_epochs',
+           'training_code', 'train_or_resume', 'open_folder', 'contents', 'timing', 'score_table', 'by_class_mode',
+           'write_results', 'score_forms', 'execute_notebook', 'run_notebook']
 
 # %% ../nbs/11_runs.ipynb #c6d1b3a8
 import difflib
@@ -85,7 +85,7 @@ PRESETS["cflow"] = {
         backbone=dict(name="wide_resnet50_2.tv_in1k", levels=(2, 3, 4)),
         detector=dict(steps=8, code=128, fibers=256, clamp=1.9, soft=True, rule="published", norm="none"),
         score=asdict(PUBLISHED["cflow"]), features=dict(copies=8),  # one for each pass of a meta-epoch
-        schedule=dict(batch=32, weight_decay=0.0, **META), evaluations=25),
+        schedule=dict(batch=32, weight_decay=0.0, idle=True, **META), evaluations=25),
 }
 
 # %% ../nbs/11_runs.ipynb #e5a12f45
@@ -381,15 +381,25 @@ def revision() -> str | None:
         return None
 
 
+def processor() -> str:
+    "The CPU's name; its architecture where the system does not tell."
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((l.partition(":")[2].strip() for l in lines if l.startswith("model name")), platform.machine())
+
+
 def environment(device: str = "cpu") -> dict:
-    "Versions, code revision and hardware, to stand beside every result."
+    "Versions, code revision, hardware and date, to stand beside every result."
     packages = {n: version(n) for n in ("flowrepro", "torch", "torchvision", "timm", "numpy", "pandas", "scipy")}
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
     tf32 = {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32}
     on_gpu = {"tf32": tf32} if device == "cuda" else {}
     return {"revision": revision(), "python": platform.python_version(), **packages, "device": device,
             "device_name": name,
-            "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(), **on_gpu}
+            "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **on_gpu}
 
 # %% ../nbs/11_runs.ipynb #41414502
 def peak_memory(device: str) -> dict:
@@ -604,7 +614,7 @@ def write_results(run: Run) -> dict:
     if modes := by_class_mode(run):
         results["last_by_class_mode"] = modes
     metrics = {"config": asdict(run.config), "results": results, "timing": timing(run),
-               "environment": environment(run.config.device)}
+               "environment": json.loads((run.out / "environment.json").read_text())}
     write_json(run.out / "metrics.json", metrics)
     (run.out / "checkpoint.pt").unlink(missing_ok=True)
     return metrics

@@ -7,7 +7,7 @@ Docs: https://flowrepro.github.io/flowrepro/tables.html.md"""
 # %% auto #0
 __all__ = ['METRICS', 'HEADLINE', 'MISSING', 'NOTHING', 'TD', 'TEX', 'LONG', 'BROAD', 'percent', 'as_published', 'points',
            'spread', 'Table', 'quiet', 'headings', 'under', 'numbers_in', 'source_of', 'plain_values', 'markdown',
-           'as_markdown', 'as_html', 'tex', 'tex_heading', 'as_latex']
+           'as_markdown', 'of_words', 'as_html', 'tex', 'tex_heading', 'as_latex']
 
 # %% ../nbs/11b_tables.ipynb #11b00005
 import html
@@ -156,9 +156,16 @@ def as_markdown(table: Table) -> str:
 TD = ' style="text-align:{}; white-space:nowrap; padding:0.1em 0.6em"'
 
 
+def of_words(table: Table) -> list[bool]:
+    "By column, whether it names the row or holds no number: it stands left then."
+    cells = lambda name: table.frame[name].astype(str)
+    return [k < table.keys or not cells(name).str.match(r"[\d+−–-]|$").any() for k, name in enumerate(table.frame)]
+
+
 def as_html(table: Table) -> str:
     "The same in HTML, with the two lines of the heading."
-    names, left = list(table.frame.columns), lambda k: TD.format("left" if k < table.keys else "right")
+    names, words = list(table.frame.columns), of_words(table)
+    left = lambda k: TD.format("left" if words[k] else "right")
     upper = "".join(f'<th colspan="{n}" style="text-align:center">{html.escape(t)}</th>' for t, n in headings(names))
     lower = "".join(f"<th{left(k)}>{html.escape(c.rpartition(': ')[2])}</th>" for k, c in enumerate(names))
     line = lambda i, row: "".join(f"<td{left(k)}>"
@@ -204,7 +211,7 @@ def as_latex(table: Table) -> str:
     # a bracket after a line's end would be its optional argument
     wrap = lambda line: "{}" + line if line.startswith("[") else line
     rows = [wrap(" & ".join(bold(i, c) for c in row)) + r" \\" for i, row in enumerate(quiet(table))]
-    columns = "l" * table.keys + "r" * (table.frame.shape[1] - table.keys)
+    columns = "".join("l" if words else "r" for words in of_words(table))
     caption = rf"\caption{{{tex(table.title)}}}\label{{tab:{table.name}}}"
     notes = [rf"\par\noindent {tex(n)}" for n in table.notes]
     broad, long, heading = table.frame.shape[1] > BROAD, len(table.frame) > LONG, tex_heading(table)

@@ -41,6 +41,7 @@ class Schedule:
     warmup: int = 0  # epochs of linear rise from a tenth of the rate; CFLOW-AD, HGAD: two meta-epochs, 16
     hold: int = 0  # epochs through which the cosine stands still (CFLOW-AD, HGAD: 8); 0: it moves with each step
     clip: float | None = None  # norm that the gradient is clipped to
+    idle: bool = False  # Adam also moves what a loss does not reach, from its memory: PyTorch 1.x, as CFLOW-AD ran
     precision: str = "float32"  # 'bfloat16': the networks under autocast; stream and logdet stay float32
     seed: int = 0
 
@@ -219,14 +220,15 @@ def train_batch(model: Detector, optimizer: torch.optim.Optimizer | BaseTurn, lo
         if isinstance(optimizer, BaseTurn):
             optimizer.step(loss, rate)
         else:
-            adam_step(model, optimizer, loss, rate, schedule.clip)
+            adam_step(model, optimizer, loss, rate, schedule.clip, schedule.idle)
 
 
-def adam_step(model: Detector, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: float | None) -> None:
+def adam_step(model: Detector, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: float | None,
+              idle: bool = False) -> None:
     "An ordinary step at a learning rate; a group may have a multiple of it."
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("rate", 1.0)
-    model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=not idle)
     loss.backward()
     if clip is not None:
         torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)

@@ -243,3 +243,43 @@ def test_cross_references():
         docs.cross_reference("p", [{"cell_type": "markdown", "source": "See @eq-none."}])
     with pytest.raises(docs.DocsError, match="used twice"):
         docs.cross_reference("p", [{"cell_type": "markdown", "source": "$$x$$ {#eq-a}\n\n$$x$$ {#eq-a}"}])
+
+
+def test_bars_stand_in_pairs():
+    "A norm's two bars are of one height, and a bar is no operator with spaces about it."
+    for tex in r"\lVert z \rVert^2", r"\|z\|^2", r"\log|\det J|", "|a-b|/|b|":
+        bars = re.findall(r"<mo([^>]*)>&#x0(?:007C|2016);", docs.mathml("p", tex, False))
+        assert len(bars) % 2 == 0 and all('stretchy="false"' in b for b in bars), tex
+        assert [re.search('form="(.*?)"', b)[1] for b in bars] == ["prefix", "postfix"] * (len(bars) // 2), tex
+
+
+def test_parameters_are_not_linked_to_functions_of_their_name(site):
+    "`rows`, `spread` and so on are parameters, fields or keys where they stand in a text, not another page's functions."
+    for page in site.rglob("*.html"):
+        wrong = re.findall(r'<a href="[^"#]+#(?:flat|key|lacking|place|rows|smoothing|spread)"><code>[^<]*', page.read_text())
+        assert not wrong, (page.name, wrong)
+
+
+def test_words_of_a_table_of_numbers_have_room():
+    "Beside numbers that are kept whole, the words of a cell are not squeezed into a column of single words."
+    row = "<tr><td>HGAD, score: as the public code</td>" + "<td>1.00</td>" * 8 + "</tr>"
+    text = docs.finish("p.html", f"<head></head><table><tbody>{row}</tbody></table>", "https://x.org/", set())
+    assert '<span class="words">HGAD, score' in text and re.search(r"\.words \{[^}]*min-width", text)
+
+
+def test_signatures_say_what_the_code_says(site):
+    "The comment of `**options` stands beside them, not beside the result; a default None is no type."
+    texts = {p.name: docs.html.unescape(re.sub(r"<[^>]+>", "", p.read_text())) for p in site.glob("*.html")}
+    assert not [name for name, text in texts.items() if "NoneType" in text]
+    for page, line in (("data", "**options # of the reader, such as validation=True of mvtec3d"),
+                       ("training", "# fields of `Schedule`\n)->list[dict]:")):
+        assert line in texts[f"{page}.html"], page
+
+
+def test_sidebar_shows_the_page_it_stands_beside(site, browser, serve):
+    "In a window too low for the whole sidebar, the current page's link is in view."
+    browser.call("Emulation.setDeviceMetricsOverride", width=1280, height=700, deviceScaleFactor=1, mobile=False)
+    browser.visit(f"{serve(site)}/experiments/run.html")
+    top = browser.call("Runtime.evaluate", returnByValue=True, expression="document.querySelector("
+                       "'.sidebar-link.active').getBoundingClientRect().top")["result"]["value"]
+    assert 0 < top < 700

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from flowrepro import figures
+from flowrepro.bases import HierarchicalMixture
 from flowrepro.figures import FIGURES
 from flowrepro.matrix import load_matrix, run_folder
 from flowrepro.metrics import auroc
@@ -361,6 +363,16 @@ def test_F4_tells_how_many(tmp_path):
     assert texts(figure).count("one kind only") == 1 and texts(figure).count("bolt") == 2
     points = {a.axes: np.isnan(a.get_ydata()).tolist() for a in artists(figure, "auroc-")}
     assert sorted(points.values()) == [[False] * 4, [False, True, False, False]]
+
+
+def test_base_log_prob_has_the_trained_weights():
+    "Of the categories and of the centres inside them; the same as the base's own density, a channel."
+    mixture, z = HierarchicalMixture(3, 5, 4, generator=torch.Generator().manual_seed(0)).double(), torch.randn(50, 5)
+    with torch.no_grad():
+        mixture.phi.normal_(), mixture.psi.normal_(0, 3)
+    arrays = {"z": z.numpy(), "centres": mixture.all_centres().detach().numpy(), "level": np.array(1),
+              "trace/1.phi": mixture.phi.detach().numpy()[None], "trace/1.psi": mixture.psi.detach().numpy()[None]}
+    assert np.allclose(figures.base_log_prob(arrays), mixture.log_prob(z.double()).detach().numpy() / 5, atol=1e-9)
 
 
 def test_F4_without_latents(tmp_path):

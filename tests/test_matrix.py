@@ -1,5 +1,6 @@
 "The matrix: what the file may say, which runs it comes to, and which runs a table takes."
 import copy
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,6 +185,16 @@ def test_no_matrix(tmp_path, text):
 def test_unknown_words(call):
     with pytest.raises(MatrixError, match="did you mean"):
         call()
+
+
+@pytest.mark.parametrize("preset", ["smoke", "demo", "paper"])
+def test_one_number_changed_is_changed(preset):
+    "At no preset does a row of T7 or T8 configure as HGAD does, though what is published is that preset's own."
+    parameters = {j.variant: j.parameters | {"data_root": None, "seed": 0}
+                  for j in jobs_of(M, preset, find_roots(None), ["T7", "T8"], 1)}
+    settings = {v: asdict(configure(p | {"dataset": "toy"}))["settings"] for v, p in parameters.items()}
+    assert len(settings) > 10
+    assert not [v for v, s in settings.items() if v != "hgad" and s == settings["hgad"]]
 
 
 def test_select_takes_its_own():

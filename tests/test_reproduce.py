@@ -91,6 +91,7 @@ def test_report_holds_every_output(folder):
     settings and executed notebook."""
     page = (folder / "out/report.html").read_text()
     assert "<section id=T1>" in page and "<section id=F3>" in page and "http" not in page
+    assert 'name="viewport"' in page and '<img alt="F3"' not in page
     for name in RUNS:
         assert f'href="{name}/run.ipynb"' in page
         assert f'href="{name}/config.json"' in page

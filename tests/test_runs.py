@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -399,8 +400,9 @@ def test_environment(done):
     "Versions, hardware and the code's revision stand beside the numbers."
     e, t = stored(done)["environment"], stored(done)["timing"]
     assert e["torch"] == torch.__version__.split("+")[0] or e["torch"] == torch.__version__
-    assert ({"revision", "python", "flowrepro", "timm", "numpy", "device", "device_name", "cpus", "threads", "system"}
-            <= e.keys())
+    assert ({"revision", "python", "flowrepro", "timm", "numpy", "device", "device_name", "cpus", "threads", "system",
+             "date"} <= e.keys())
+    assert time.strptime(e["date"], "%Y-%m-%dT%H:%M:%SZ") and e["device_name"] not in ("", "x86_64")
     assert e["device"] == done.config.device
     assert e["revision"] is None or len(e["revision"].rstrip("+")) == 12
     assert {"features_s", "train_s", "evaluate_s", "epoch_s", "epoch_without_bank_s", "ram_mib"} <= t.keys()

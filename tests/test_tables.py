@@ -16,7 +16,7 @@ from flowrepro.matrix import DATA_FOLDERS, command_of, find_roots, jobs_of, load
 from flowrepro.reports import headline, last_epochs, output_maker, read_runs, summary, unified
 from flowrepro.cli import print_published
 from flowrepro.comparisons import TABLES, beside_papers, measured, of_other_seeds, published, setting_note, steadiness
-from flowrepro.tables import HEADLINE, METRICS, Table, as_latex, as_markdown, as_published
+from flowrepro.tables import HEADLINE, METRICS, Table, as_html, as_latex, as_markdown, as_published
 
 MATRIX = load_matrix()
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +105,33 @@ def test_another_base_is_not_the_published_setting(pair):
     run, _ = pair(dict(method="hgad", preset="paper", overrides={"detector": {"base": "classes"}},
                        settings={"detector": {"base": "classes"}, "backbone": {"name": "b"}}), {})
     assert "not the published setting (base classes)" in setting_note([run])
+
+
+def test_stability_over_categories(root):
+    "T3's mean is of the seeds that have every category; a run without its history has no deviation."
+    for seed, categories in ((0, ("weave", "bolt")), (1, ("weave",))):
+        for k, category in enumerate(categories):
+            write_run(root, "fastflow-published", category=category, seed=seed, last=0.9 - 0.2 * k, best=0.95)
+    table = lambda: TABLES["T3"](read_runs(root), MATRIX, "real").frame.set_index(["category", "method"])
+    mean = table().loc["mean", "FastFlow, published setting"]
+    assert mean["seeds"] == "1" and mean["image AUROC: last"] == "80.00" and mean["image AUROC: best on test"] == "95.00"
+    for path in root.glob("*/history.csv"):
+        path.unlink()
+    without = table().loc["mean", "FastFlow, published setting"]
+    assert (mean != without).sum() == len(HEADLINE) and without["image AUROC: last"] == "80.00"
+
+
+def test_titles_say_the_preset_of_their_runs():
+    "The ablations keep that of their role."
+    for name, preset in dict(T1="real", T3="demo", T4="demo", T5="real", T7="demo", T8="demo").items():
+        assert TABLES[name]([], MATRIX, "real").title.rpartition("(preset ")[2].startswith(preset)
+
+
+def test_columns_of_words_stand_left():
+    table = Table("T0", "words", pd.DataFrame({"data": ["a"], "method": ["b"], "of": ["2022"], "AUROC": ["–"],
+                                               "source": ["[c]"]}), keys=1)
+    assert re.search(r"tabular}{(\w+)}", as_latex(table))[1] == "llrrl"
+    assert re.findall(r'<td style="text-align:(\w+)', as_html(table)) == ["left", "left", "right", "right", "left"]
 
 
 def test_steadiness(root):
@@ -386,6 +413,17 @@ def test_beside_the_papers_but_not_comparable(more, words, root):
         for path in root.glob("*/scores.csv"):
             pd.DataFrame({"category": ["bottle"] * 3}).to_csv(path, index=False)
     assert beside_papers(of_other_seeds(next(root.iterdir()))).frame["image AUROC: difference"].iloc[0] == words
+
+
+def test_random_weights_are_another_backbone(root):
+    "Though it has the name of the papers'."
+    own_runs(root, "cflow", "bottle", backbone="wide_resnet50_2.tv_in1k")
+    for path in root.glob("*/metrics.json"):
+        run = json.loads(path.read_text())
+        run["config"]["weights"] = "random"
+        path.write_text(json.dumps(run))
+    frame = beside_papers(read_runs(root)).frame
+    assert set(frame.filter(regex=": difference$").stack()) - {"–"} == {"other backbone"}
 
 
 def test_beside_the_papers_a_mean_needs_every_category(root):

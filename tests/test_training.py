@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from flowrepro import training
 from flowrepro.altub import AltUB, BaseTurn
@@ -462,6 +463,27 @@ def test_clip(make, features):
     assert lengths[None] > 1
     assert lengths[0.5] == pytest.approx(0.5, rel=1e-3)
     assert lengths[1e9] == pytest.approx(lengths[None], rel=1e-4)
+
+
+def test_idle():
+    "Adam's memory moves what a loss does not reach as PyTorch 1.x did, or not at all."
+    def moved(idle: bool) -> bool:
+        net, x = nn.ModuleList([nn.Linear(1, 1, bias=False) for _ in range(2)]), torch.ones(1, 1)
+        adam = torch.optim.Adam(net.parameters(), 0.1)
+        for level in net:
+            adam_step(net, adam, level(x).sum(), 0.1, None, idle)
+        before = net[0].weight.item()
+        adam_step(net, adam, net[1](x).sum(), 0.1, None, idle)
+        return net[0].weight.item() != before
+    assert moved(True) and not moved(False)
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_idle_is_used(make, features, monkeypatch, idle):
+    seen, own = [], training.adam_step
+    monkeypatch.setattr(training, "adam_step", lambda *given: seen.append(given[5]) or own(*given))
+    fit(make(), features.bank, replace(SCHEDULE, epochs=1, idle=idle), progress=False)
+    assert set(seen) == {idle}
 
 
 def test_bfloat16_is_close(make, features):

@@ -9,6 +9,7 @@ own site. Outputs are the ones stored in the notebooks; only imports and exporte
 import argparse
 import ast
 import html
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"fig": "Figure", "tbl": "Table", "eq": "Equation"}
+# parameters, fields and keys that happen to be called as a function of another page
+OTHERWISE = "flat", "key", "lacking", "place", "rows", "smoothing", "spread"
 CODE = re.compile(r"(^ *(`{3,}|~{3,}).*?^ *\2[ \t]*$|`+[^`]*`+)", re.M | re.S)
 STYLE = """<style>
 :root { --sd-sidebar-width: 11.5rem; --sd-margin-width: 11.5rem; --sd-body-width: 900px; --sd-gap: 1.75rem }
@@ -33,6 +36,8 @@ mtd[columnalign="left"] { text-align: -webkit-left } mtd[columnalign="right"] { 
 .equation-number { margin-left: 2em }
 table.dataframe { width: auto } table.dataframe td, table.dataframe th { text-align: right; padding: .2rem .35rem }
 table.numbers:not(.dataframe) :is(td, th) { padding: .2rem .5rem } table.numbers th { vertical-align: bottom } .whole { white-space: nowrap }
+.words { display: inline-block; min-width: 9rem }
+#quarto-search input::placeholder { color: #5c636a; opacity: 1 }
 </style>"""
 
 
@@ -47,6 +52,12 @@ def outside_code(change, text: str) -> str:
         parts += [change(text[start:m.start()]), m.group()]
         start = m.end()
     return "".join(parts) + change(text[start:])
+
+
+def signatures(text: str) -> str:
+    "Mend what nbdev prints of `**options`, whose comment it gives to the result, and of a default None without a type."
+    text = re.sub(r"(\*\*\w+)(\n\)->[^\n]*?): (# [^\n]*)", r"\1 \3\2:", text)
+    return text.replace(":NoneType=None", "=None").replace("NoneType", "None")
 
 
 def cross_reference(page: str, cells: list[dict]) -> None:
@@ -91,7 +102,7 @@ def cross_reference(page: str, cells: list[dict]) -> None:
             cell["source"] = outside_code(refer, cell["source"])
         for output in cell.get("outputs", []):  # docstrings
             if text := output.get("data", {}).get("text/markdown"):
-                output["data"]["text/markdown"] = outside_code(refer, "".join(text))
+                output["data"]["text/markdown"] = signatures(outside_code(refer, "".join(text)))
     if lost:
         raise DocsError(f"{page}: {', '.join(lost)} refers to no label on this page; "
                         "correct it, or link to the other page")
@@ -170,6 +181,12 @@ def mathml(page: str, tex: str, display: bool) -> str:
     if unknown := re.search(r">(\\[A-Za-z]+|&)<|(linebreak)", formula):
         what = unknown[1] or "a line break outside of aligned"
         raise DocsError(f"{page}: {what} in the formula {tex!r} is not understood; write it in other commands")
+    # bars come in pairs, each as high as a letter; det is a word, as log is
+    formula = formula.replace('<mo movablelimits="true">det</mo>', "<mi>det</mi>")
+    bar = r"<mo(?: (?:fence|stretchy)=\"false\")*>(?=&#x(?:0007C|02016);</mo>)"
+    if len(re.findall(bar, formula)) % 2 == 0:
+        forms = itertools.cycle(("prefix", "postfix"))
+        formula = re.sub(bar, lambda m: f'<mo stretchy="false" form="{next(forms)}">', formula)
     # log p
     formula = re.sub(r"(<mi>[a-z]{2,}</mi>)(?=<m(?:i|n|su[bp]|subsup|over)>)", r'\1<mspace width="0.17em"/>', formula)
     if not label:
@@ -184,7 +201,7 @@ def of_numbers(m: re.Match) -> str:
     if max(map(len, rows)) < 5 or 2 * sum(not cell or cell[0] in "0123456789+-−–" for cell in cells) < len(cells):
         return m[0]
     whole = lambda c: (f'{c[1]}<span class="whole">{c[2]}</span>' if len(c[2]) < 25 and ", " not in c[2]
-                       else c[1] + c[2].replace(" ± ", "&nbsp;±&nbsp;"))
+                       else f'{c[1]}<span class="words">{c[2].replace(" ± ", "&nbsp;±&nbsp;")}</span>')
     head = m[1].replace('class="', 'class="numbers ', 1) if 'class="' in m[1] else f'{m[1]} class="numbers"'
     return head + re.sub(r"(<td\b[^>]*>(?:<[^>]+>)*)([^<]+)", whole, m[2])
 
@@ -211,12 +228,19 @@ def finish(page: str, text: str, address: str, places: set[str]) -> str:
     text = re.sub(r"(<(?:fig)?caption\b[^>]*>)(.*?)(?=</(?:fig)?caption>)", caption, text, flags=re.S)
     text = re.sub(r'<(link|script)\b[^>]*/katex@[^>]*>(</script>)?', "", text)
     text = re.sub(rf'href="{re.escape(address)}([^"#]*)((?:#[^"]*)?)"', reference, text)
+    text = re.sub(rf'<a href="[^"#]+#({"|".join(OTHERWISE)})"><code>([^<]*)</code></a>', r"<code>\2</code>", text)
     text = text.replace('class="dataframe"', 'class="dataframe table table-sm"')
+    text = re.sub(r"(<th\b[^>]*>AUPRO)@", r"\1<wbr>@", text)
     # printed tables are not broken into lines
     text = re.sub(r"<pre>(?=(?:(?!</pre>).)*\S {3,}\S)", '<pre class="columns">', text, flags=re.S)
     after = r"(?=\s*</p>\s*<figcaption\b[^>]*>(.*?)</figcaption>|\s*</div>\s*<div\b[^>]*>\s*<p><strong>(.*?)</strong>|)"
     text = re.sub(r"(<img\b(?![^>]*\salt=)[^>]*)>" + after, described, text, flags=re.S)
     text = re.sub(r"(<table\b[^>]*)(>.*?</table>)", of_numbers, text, flags=re.S)
+    # the sidebar shows the page that it stands beside
+    text = text.replace("</body>", """<script>{
+  const bar = document.getElementById("quarto-sidebar"), here = bar && bar.querySelector(".sidebar-link.active")
+  if (here) bar.scrollTop = here.getBoundingClientRect().top - bar.getBoundingClientRect().top - bar.clientHeight / 2
+}</script></body>""", 1)
     icon = "" if 'rel="icon"' in text else '<link rel="icon" href="data:,">'  # else browsers ask for /favicon.ico
     return text.replace("</head>", STYLE + icon + "</head>", 1)
 
