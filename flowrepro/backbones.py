@@ -8,9 +8,10 @@ Docs: https://flowrepro.github.io/flowrepro/backbones.html.md"""
 __all__ = ['PAPER_TAGS', 'PACKAGED', 'DTYPES', 'WeightsError', 'known_tags', 'full_name', 'sha256', 'package_of', 'has_package',
            'packaged_file', 'read_state', 'fit_state', 'check_hub', 'load_net', 'crossword', 'n_levels', 'is_plain',
            'cut', 'n_parameters', 'state_hash', 'conv_bn_pairs', 'fold_norms', 'shrink', 'check_pyramid',
-           'has_one_size', 'size_arg', 'Backbone', 'normalize', 'stages', 'speed_up', 'feature_shapes']
+           'has_one_size', 'size_arg', 'Backbone', 'check_held', 'normalize', 'stages', 'speed_up', 'feature_shapes']
 
 # %% ../nbs/01_backbones.ipynb #01582351
+import copy
 import difflib
 import hashlib
 import importlib
@@ -119,6 +120,10 @@ def fit_state(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], s
     skip = "num_batches_tracked"
     need = {k: v for k, v in wanted.items() if not k.endswith(skip)}
     if all(k in state for k in need):
+        parts = {k.partition(".")[0] for k in wanted}
+        if more := [k for k in state if k.partition(".")[0] in parts and k not in wanted and not k.endswith(skip)]:
+            raise WeightsError(f"{source}: holds {more[0]}, which the network has not, and {len(more) - 1} more; "
+                               "use weights of this network")
         bad = next((k for k in need if state[k].shape != need[k].shape), None)
         if bad:
             raise WeightsError(f"{source}: {bad} is {tuple(state[bad].shape)}, "
@@ -183,7 +188,12 @@ def load_net(name: str,               # timm name, with or without a weight tag
     path = packaged_file(base) if w == "packaged" else Path(w).expanduser()
     state = read_state(path)
     with torch.random.fork_rng(devices=[]): net = timm.create_model(full, **kw).eval()
-    net.load_state_dict(fit_state(state, net.state_dict(), str(path)), strict=False)
+    wanted, head = net.state_dict(), net.pretrained_cfg.get("classifier") or ()
+    head = tuple(f"{h}." for h in ((head,) if isinstance(head, str) else head))
+    body = {k: v for k, v in wanted.items() if not k.startswith(head)}
+    if all(k in state or k.endswith("num_batches_tracked") for k in body):  # by name: a classifier of its own, or none
+        state, wanted = {k: state[k] for k in state if not k.startswith(head)}, body
+    net.load_state_dict(fit_state(state, wanted, str(path)), strict=False)
     return net, f"packaged:{base}:{PACKAGED[base][:8]}" if w == "packaged" else f"file:{sha256(path)[:8]}"
 
 # %% ../nbs/01_backbones.ipynb #3a810326
@@ -320,6 +330,8 @@ class Backbone(nn.Module):
         self.channels = [s[0] for s in self.shapes]
         speed_up(self)
         self.dtype = dtype                               # all above ran without autocast
+        self.held = state_hash(self.net)
+        self.register_load_state_dict_post_hook(check_held)
 
     def train(self, mode: bool = True) -> "Backbone":
         "Stays in eval mode, whatever its parents do."
@@ -339,6 +351,12 @@ class Backbone(nn.Module):
         return dict(name=self.name, levels=list(self.levels), pyramid=list(self.pyramid), size=self.size,
                     dtype=self.dtype, fold=self.fold, channels_last=self.channels_last,
                     mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist(), weight_id=self.weight_id)
+
+def check_held(b: "Backbone", _) -> None:
+    "`WeightsError` if other weights were loaded into a backbone than its `weight_id` names."
+    if next(b.net.parameters()).dtype.itemsize >= 4 and state_hash(copy.deepcopy(b.net).float()) != b.held:
+        raise WeightsError(f"these are not the weights {b.weight_id} by which caches and saved detectors know this "
+                           "backbone: save yours with torch.save(net.state_dict(), path), give Backbone(weights=path)")
 
 # %% ../nbs/01_backbones.ipynb #dacb5312
 def normalize(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,9 @@ Docs: https://flowrepro.github.io/flowrepro/detectors.html.md"""
 # %% auto #0
 __all__ = ['DETECTORS', 'FASTFLOW_PUBLISHED', 'CFLOW_SIZES', 'CLASS_MODES', 'BASES', 'OFFICIAL', 'Standardise', 'norm_layer',
            'normal_base', 'image_files', 'read_image', 'open_images', 'check_images', 'Detector', 'all_parts',
-           'calibrate', 'score_parts', 'fit', 'predict', 'image_id', 'not_trained_on', 'weights_of', 'save',
-           'read_saved', 'load', 'load_state', 'FastFlow', 'DenseDetector', 'FiberBatches', 'CFlow', 'OverCategories',
-           'HGADLosses', 'HGADParts', 'HGAD', 'check_official', 'to_official', 'from_official']
+           'calibrate', 'score_parts', 'fit', 'predict', 'image_id', 'not_trained_on', 'weights_of', 'own_classes',
+           'save', 'read_saved', 'load', 'load_state', 'FastFlow', 'DenseDetector', 'FiberBatches', 'CFlow',
+           'OverCategories', 'HGADLosses', 'HGADParts', 'HGAD', 'check_official', 'to_official', 'from_official']
 
 # %% ../nbs/07_detectors.ipynb #b1e512b9
 import copy
@@ -210,8 +210,9 @@ class Detector(nn.Module):
 def all_parts(detector: Detector, bank: FeatureBank, labels: Tensor | None = None, batch: int = 32) -> list[Parts]:
     "The parts of every image of a bank, level by level."
     detector.eval()
-    own = lambda i: None if labels is None else labels[i:i + batch].to(detector.device)
-    return join([detector.parts(bank[slice(i, i + batch)], own(i)) for i in range(0, len(bank), batch)])
+    index = torch.arange(len(bank)).split(batch)
+    own = lambda i: None if labels is None else labels[i % len(labels)].to(detector.device)  # of copies, the same
+    return join([detector.parts(bank[i], own(i)) for i in index])
 
 
 @torch.no_grad()
@@ -305,6 +306,12 @@ def weights_of(weight_id: str, path: str | Path) -> str:
     return ":".join(weight_id.split(":")[:2]) if origin == "random" else origin
 
 # %% ../nbs/07_detectors.ipynb #eb91ced4
+def own_classes(detector: Detector) -> list[str]:
+    "Classes of your own that a detector is made of, but for its backbone's."
+    made = {n: type(m) for n, m in detector.named_modules() if not n.startswith("backbone")}
+    return sorted({t.__name__ for t in made.values() if t.__module__.partition(".")[0] not in ("flowrepro", "torch")})
+
+
 def save(detector: Detector, path: str | Path) -> None:
     """Write a detector to one safetensors file, in a folder that is made if need be.
     The frozen backbone is named in it, not stored."""
@@ -313,7 +320,8 @@ def save(detector: Detector, path: str | Path) -> None:
     kept = Transform(**{f.name: getattr(seen, f.name) for f in fields(Transform)})
     about = {"method": detector.method, "config": dumps(detector.config), "backbone": dumps(detector.backbone.config()),
              "weight_id": detector.backbone.weight_id, "score": dumps(asdict(detector.score)),
-             "transform": dumps(asdict(kept)), "trained_on": json.dumps(detector.trained_on)}
+             "transform": dumps(asdict(kept)), "trained_on": json.dumps(detector.trained_on),
+             "own_classes": json.dumps(own_classes(detector))}
     if type(seen) is not Transform:
         warnings.warn(f"{path} keeps {kept}, not a {type(seen).__name__}: once it is loaded, "
                       "set detector.transform, or give transform= to predict", stacklevel=2)
@@ -361,6 +369,10 @@ def load(path: str | Path, weights: str | None = None, kind: type[Detector] = De
     detector.transform = Transform(**json.loads(about["transform"])) if "transform" in about else None
     detector.trained_on = json.loads(about.get("trained_on", "[]"))
     load_state(detector, state, path)
+    if gone := {*json.loads(about.get("own_classes", "[]"))} - {*own_classes(detector)}:
+        raise DataError(f"{path}: has a {', '.join(sorted(gone))} of your own, which a new {type(detector).__name__} lacks: "
+                        "make the detector as you did, then load_state(detector, read_saved(path)[1], path); or give a "
+                        "detector of your own its own `method`, and put it into detectors.DETECTORS")
     return detector
 
 # %% ../nbs/07_detectors.ipynb #0f90683d

@@ -140,6 +140,7 @@ def check_transform(dataset, copies: int) -> None:
         raise ValueError(f"copies={copies} of the same image: the transform is not random; use copies=1")
 
 # %% ../nbs/02_features.ipynb #9609e76d
+@torch.no_grad()
 def fill(flat: torch.Tensor, dataset, backbone, copies: int, seed: int, device: torch.device, batch: int,
          progress: bool) -> None:
     """Write the features of all images (all copies of them) into `flat`.
@@ -153,6 +154,9 @@ def fill(flat: torch.Tensor, dataset, backbone, copies: int, seed: int, device: 
     with tqdm(total=N, desc="features", unit="image", disable=not progress, leave=False) as bar:
         for start in range(0, N, batch):
             x = torch.stack([next(images) for _ in range(min(batch, N - start))])
+            if x.is_floating_point() and not (x.min() >= -1e-3 and x.max() <= 1.001):
+                raise ValueError(f"images as floats lie in [0, 1], these in [{x.min():.3g}, {x.max():.3g}]: "
+                                 "divide by 255, or give uint8")
             for level, y in zip(levels, backbone(x.to(device))):
                 if y.shape[1:] != level.shape[1:]:
                     raise ValueError(f"images of {tuple(x.shape[1:])} give features {tuple(y.shape[1:])} instead of "

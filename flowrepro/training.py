@@ -43,15 +43,17 @@ class Schedule:
     clip: float | None = None  # norm that the gradient is clipped to
     idle: bool = False  # Adam also moves what a loss does not reach, from its memory: PyTorch 1.x, as CFLOW-AD ran
     precision: str = "float32"  # 'bfloat16': the networks under autocast; stream and logdet stay float32
-    seed: int = 0
+    seed: int = 0  # of the order of images and fibers; first weights are drawn as a detector is made
 
     def __post_init__(self):
         for field, allowed in (("decay", ("cosine", "constant")), ("precision", ("float32", "bfloat16"))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} {getattr(self, field)!r}: one of {', '.join(allowed)}")
         for field, least in (("epochs", 1), ("batch", 1), ("warmup", 0), ("hold", 0)):
-            if not isinstance(getattr(self, field), int) or getattr(self, field) < least:
-                raise ValueError(f"{field} {getattr(self, field)}: a whole number from {least}")
+            if not isinstance(getattr(self, field), int | np.integer) or getattr(self, field) < least:
+                raise ValueError(f"{field} {getattr(self, field)!r}: a whole number from {least}")
+        if not isinstance(self.seed, int | np.integer):
+            raise ValueError(f"seed {self.seed!r}: a whole number")
         for field, right in (("lr", self.lr > 0), ("weight_decay", self.weight_decay >= 0),
                              ("clip", self.clip is None or self.clip > 0),
                              ("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)),
@@ -175,6 +177,8 @@ def fit(
     identity = {"method": model.method, "detector": dict(model.config), "schedule": asdict(schedule),
                 "altub": altub and asdict(altub), "source": source}
     start, history = 0, []
+    if checkpoint is not None:
+        Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
     if checkpoint is not None and Path(checkpoint).exists():
         start, history = read_checkpoint(Path(checkpoint), model, optimizers, identity)
     bar = tqdm(range(start, schedule.epochs), "training", schedule.epochs, initial=start, unit="epoch",
@@ -262,7 +266,6 @@ def fit_dataset(
     schedule, labels = Schedule(**schedule), model.labels_of(normal)
     check_training(model, len(normal), schedule, altub)
     model.transform, model.trained_on = dataset.transform, [image_id(r.image) for r in normal.records]
-    torch.manual_seed(schedule.seed)
     bank = FeatureBank(normal, model.backbone, where=where, cache=cache, device=str(model.device), progress=progress)
     model.prepare(bank)
     model.calibration.fill_(math.nan)  # of the weights before; until the training is through, there is none

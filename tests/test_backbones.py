@@ -240,7 +240,8 @@ def test_files_that_do_not_fit(tmp_path):
     swapped = list(state.values()); swapped[1], swapped[3] = torch.zeros(5), swapped[1]
     refused({f"p{i}.{k.split('.')[-1]}": v for i, (k, v) in enumerate(zip(state, swapped))},
             "stands where the network has")
-    refused(load_net("resnet34", "random")[0].state_dict() | {"fc.weight": torch.zeros(1)}, "fc.weight")
+    refused(state | {"layer1.0.conv1.weight": torch.zeros(1)}, "layer1.0.conv1.weight")
+    refused(load_net("resnet34", "random")[0].state_dict(), "holds layer1.2.conv1.weight, which the network has not")
     refused([1, 2], "no state dict")
     refused({"a": 1}, "no state dict")
     class Evil:
@@ -258,3 +259,25 @@ def test_random_weights_only_by_name_and_seeded():
     torch.manual_seed(5); before = torch.get_rng_state()
     a, b, c = (Backbone("resnet18", (1,), weights=w, size=64).weight_id for w in ("random", "random:0", "random:1"))
     assert a == b != c and a.startswith("random:0:") and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("classes", [0, 2])
+def test_weights_with_another_classifier_or_none(tmp_path, classes):
+    "Only what is used must fit; what else a training kept beside the network does not matter."
+    state = timm.create_model("resnet18", num_classes=classes).state_dict()
+    torch.save(state | {"projector.weight": torch.zeros(3, 3)}, tmp_path/"w.pth")
+    net = Backbone("resnet18", (1,), weights=tmp_path/"w.pth", size=64)
+    assert net.weight_id.startswith("file:")
+    torch.save({k: v for k, v in state.items() if not k.startswith("fc.")} | {f"fc.{k}": v for k, v in (
+        ("weight", torch.zeros(1000, 512)), ("bias", torch.zeros(1000)))}, tmp_path/"w.pth")
+    assert all(map(torch.equal, net(images()), Backbone("resnet18", (1,), weights=tmp_path/"w.pth", size=64)(images())))
+
+
+def test_other_weights_are_not_loaded_in_silence():
+    "A cache or a file knows a backbone by its weights; its own come back in any precision."
+    make = lambda seed: Backbone("resnet18", (1,), weights=f"random:{seed}", size=64)
+    net = make(0)
+    net.load_state_dict(make(0).state_dict())
+    net.double().load_state_dict(net.state_dict())
+    net.half().load_state_dict(net.state_dict())
+    with pytest.raises(WeightsError, match="not the weights random:0"): make(0).load_state_dict(make(7).state_dict())

@@ -14,6 +14,7 @@ from torch import nn
 
 from flowrepro import backbones
 from flowrepro.backbones import Backbone, WeightsError
+from flowrepro.bases import Base
 from flowrepro.data import DataError, Dataset, Transform, load, read
 from flowrepro.detectors import DETECTORS, FASTFLOW_PUBLISHED, HGAD, CFlow, Detector, FastFlow, Standardise, norm_layer
 from flowrepro.scores import PUBLISHED, Score
@@ -441,6 +442,27 @@ def rewrite(source, target, tensors=None, **about):
 def saved(trained, tmp_path):
     trained.save(tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
+
+
+class Laplace(Base):
+    "A base without parameters, so that a file of its detector looks like any other."
+    def log_prob(self, z, label=None): return -z.abs().sum(self.dim)
+
+
+def test_a_base_of_your_own_is_not_lost(tiny_backbone, tmp_path, monkeypatch):
+    "A file does not load as something else, but it loads into a detector made alike, or by a class that is known."
+    make = lambda kind=FastFlow: kind(tiny_backbone(), steps=1)
+    model, path = make(), tmp_path / "m.safetensors"
+    model.bases = nn.ModuleList(Laplace(c, 1) for c in model.backbone.channels)
+    model.save(path)
+    with pytest.raises(DataError, match="Laplace of your own"):
+        Detector.load(path)
+
+    class Mine(FastFlow):
+        method = "mine"
+    make(Mine).save(path)
+    monkeypatch.setitem(DETECTORS, "mine", Mine)
+    assert type(Detector.load(path)) is Mine
 
 
 @pytest.mark.parametrize("settings", [

@@ -341,3 +341,20 @@ def test_a_data_set_of_ones_own(toy, tmp_path):
     first, second, again = (bank(d, cache=tmp_path) for d in (train, other, Inverted(train.records, train.transform)))
     assert not second.found and again.found
     assert not any(torch.equal(a, b) for a, b in zip(first[slice(None)], second[slice(None)], strict=True))
+
+
+def test_network_of_your_own(folder):
+    "Its parameters may be trainable: features need no gradient."
+    class Own(Net):
+        def __init__(self): super().__init__(); self.own = nn.Conv2d(3, 8, 4, 4)
+        def forward(self, x): return [self.own(x/255)] + super().forward(x)[1:]
+    net = Own(); net.shapes = [tuple(y.shape[1:]) for y in net(Data(folder)[0].image[None])]
+    b = bank(Data(folder), net)
+    assert not any(level.requires_grad for level in b[0:2])
+
+
+def test_floats_beyond_one(folder):
+    "Images of 0 to 255 are told from such of 0 to 1 before they are features."
+    class Floats(Data):
+        def __getitem__(self, i): return SimpleNamespace(image=super().__getitem__(i).image.float())
+    with pytest.raises(ValueError, match=r"divide by 255"): bank(Floats(folder))

@@ -470,8 +470,9 @@ def test_gradients_of_the_products(lead, coded):
     mixings = [lambda *a: flows.Rotation.apply(*a, perm), *map(shuffled, [-1, *range(len(lead))])]
     for product, given in (*layers, *((m, (doubles(*lead, 5), scale, doubles(5))) for m in mixings)):
         assert torch.autograd.gradcheck(product, given)
-        grad, = torch.autograd.grad(product(*given).square().sum(), given[0], create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"): grad.sum().backward()
+        for loss in (product(*given).square().sum(), product(*given).sum()):
+            with pytest.raises(RuntimeError, match="first derivatives only"):
+                torch.autograd.grad(loss, given[0], create_graph=True)
 
 
 @pytest.mark.parametrize("shape, to",
@@ -551,3 +552,43 @@ def test_compiles_in_one_piece(kind):
     for got, want in zip(gradients(torch.compile(flow, backend="aot_eager", fullgraph=True)), gradients(flow),
                          strict=True):
         close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("make, x", [(flows.dense_flow, torch.randn(4)), (flows.conv_flow, torch.randn(1, 4, 1, 1))])
+def test_a_hessian_is_refused(make, x):
+    "Not zero, which it is not."
+    flow = make(4, 2)
+    for loss in (lambda v: flow(v)[0].square().sum(), lambda v: flow(v)[1].sum()):
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            torch.autograd.functional.hessian(loss, x)
+
+
+def test_steps_of_your_own():
+    "A flow runs them as they are, forth and back."
+    class Twice(flows.Step):
+        def forward(self, x, cond=None):
+            y, j = super().forward(x, cond)
+            return 2 * y, j + 4 * torch.tensor(2.0).log()
+
+        def inverse(self, z, cond=None): return super().inverse(z / 2, cond)
+    flow, x = flows.Flow(Twice(4, 8) for _ in range(2)), torch.randn(3, 4)
+    z, logdet = flow(x)
+    assert torch.allclose(flow.inverse(z), x, atol=1e-5)
+    exact = torch.stack([torch.autograd.functional.jacobian(lambda v: flow(v[None])[0][0], row).slogdet()[1] for row in x])
+    assert torch.allclose(logdet, exact, atol=1e-5)
+
+
+def test_default_dtype():
+    "A flow made under float64 is float64 in all its parts."
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert flows.dense_flow(6, 2)(torch.randn(5, 6))[0].dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_freia_networks_of_three_layers():
+    "Are refused, not cut."
+    state = flows.to_freia(flows.dense_flow(6, 1)) | {"module_list.0.subnet.4.weight": torch.zeros(6, 6)}
+    with pytest.raises(ValueError, match="subnet.4.weight"):
+        flows.from_freia(flows.dense_flow(6, 1), state)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from flowrepro.bases import ClassMixture, HierarchicalMixture
 from flowrepro.data import DataError, Dataset, Transform, load
 from flowrepro.detectors import CLASS_MODES, HGAD, CFlow, Detector, FastFlow
+from flowrepro.features import FeatureBank
 from flowrepro.hgad import Affinity, affinities, hgad_loss, hgad_terms
 from flowrepro.scores import PUBLISHED, Score
 from flowrepro.training import Schedule, fit, optimizers_of
@@ -575,6 +576,15 @@ def trained(tiny_backbone, two) -> HGAD:
     torch.manual_seed(0)
     return HGAD(tiny_backbone(**PYRAMID), **SMALL, stage_one=0.3,
                 joint=True).fit(two[0], epochs=4, batch=4, progress=False)
+
+
+def test_calibration_on_copies(tiny_backbone, two):
+    "Of rotated images, each copy has the category of its image."
+    data = Dataset(two[0].records, Transform(32, rotate=10.0))
+    model = HGAD(tiny_backbone(**PYRAMID), **SMALL, class_mode="known")
+    labels = model.labels_of(data)
+    model.calibrate(FeatureBank(data, model.backbone, copies=2, progress=False), labels)
+    assert model.calibration.isfinite().all()
 
 
 def with_mode(model: HGAD, mode: str, path) -> HGAD:

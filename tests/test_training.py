@@ -55,6 +55,31 @@ def test_same_seed_same_model(make, features):
     assert not same(a, c) and losses(one) != losses(three)
 
 
+def test_fit_leaves_the_random_numbers_of_others(tiny_backbone, toy):
+    "So that several detectors made in one loop are several, an ensemble."
+    train, _ = load("toy", toy, "weave", Transform(32))
+    torch.manual_seed(5)
+    model = FastFlow(tiny_backbone(), steps=1)
+    state = torch.get_rng_state()
+    model.fit(train, epochs=1, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    one, two = (FastFlow(tiny_backbone(), steps=1).fit(train, epochs=1, progress=False) for _ in range(2))
+    assert not torch.equal(next(one.flows.parameters()), next(two.flows.parameters()))
+
+
+def test_checkpoint_in_a_new_folder(make, features, tmp_path):
+    fit(make(), features.bank, replace(SCHEDULE, epochs=1), checkpoint=tmp_path / "new/c.pt", progress=False)
+    assert (tmp_path / "new/c.pt").exists()
+
+
+@pytest.mark.parametrize("wrong", [dict(epochs=1.5), dict(batch="8"), dict(seed=0.5), dict(seed="a")])
+def test_whole_numbers(wrong):
+    "NumPy's are some, too."
+    assert Schedule(epochs=np.int64(3), seed=np.int64(1)).epochs == 3
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} .*whole number"):
+        Schedule(**wrong)
+
+
 def test_fit_dataset_is_seeded(tiny_backbone, toy):
     train, _ = load("toy", toy, "weave", Transform(32))
     out = []
