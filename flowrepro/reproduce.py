@@ -7,10 +7,10 @@ Docs: https://flowrepro.github.io/flowrepro/reproduce.html.md"""
 # %% auto #0
 __all__ = ['RUN_MODULES', 'OUTPUT_MODULES', 'OVERHEAD', 'PRELOADED', 'RESERVE', 'run_inputs', 'output_inputs', 'images_of',
            'content_of', 'run_entry', 'notebook_entries', 'lacking', 'make_plan', 'gpus', 'job_gpus', 'length',
-           'kind_of', 'past_seconds', 'known_seconds', 'estimate', 'said', 'one_gpu', 'execute', 'forked',
-           'register_here', 'joined', 'end', 'warm_jobs', 'profile_of', 'at_once', 'can_submit', 'snakemake_command',
-           'to_do', 'reason', 'Watch', 'room', 'drive', 'some_run', 'describe', 'missing_data', 'other_revisions',
-           'failures', 'wanted_tables', 'glance', 'reproduce', 'only_one', 'terminable', 'work']
+           'kind_of', 'past_seconds', 'known_seconds', 'said', 'one_gpu', 'execute', 'forked', 'register_here',
+           'joined', 'end', 'warm_jobs', 'profile_of', 'at_once', 'can_submit', 'snakemake_command', 'to_do', 'reason',
+           'Watch', 'room', 'drive', 'some_run', 'describe', 'missing_data', 'other_revisions', 'failures',
+           'wanted_tables', 'glance', 'reproduce', 'only_one', 'terminable', 'work']
 
 # %% ../nbs/12d_reproduce.ipynb #06bfb1d3
 import contextlib
@@ -197,17 +197,14 @@ def past_seconds(folders: list[Path], device: str = "cpu") -> dict[tuple[str, st
     return {key: (median if " " in key[0] else min)(seconds) for key, seconds in out.items()}
 
 
-def known_seconds(name: str, plan: dict, past: dict[tuple[str, str], float]) -> float | None:
-    "Seconds of a planned run by past timings; None if there are none."
-    p = plan["runs"][name]["parameters"]
-    own = length(p)
-    return past.get((name.rpartition("-")[0], own), past.get((kind_of(p), own)))
-
-
-def estimate(names: list[str], plan: dict, past: dict[tuple[str, str], float]) -> tuple[float, int]:
-    "Seconds of some runs one after the other, and how many of them nothing is known of."
-    found = [known_seconds(n, plan, past) for n in names]
-    return sum(s for s in found if s is not None), sum(s is None for s in found)
+def known_seconds(names: list[str], plan: dict, past: dict[tuple[str, str], float]) -> dict[str, float]:
+    "Seconds of planned runs by past timings; a run without any is left out."
+    found = {}
+    for name in names:
+        p = plan["runs"][name]["parameters"]
+        own = length(p)
+        found[name] = past.get((name.rpartition("-")[0], own), past.get((kind_of(p), own)))
+    return {name: seconds for name, seconds in found.items() if seconds is not None}
 
 # %% ../nbs/12d_reproduce.ipynb #d51f48b5
 def said(seconds: float) -> str:
@@ -503,16 +500,16 @@ def some_run(plan: dict, data_root: str | Path | None, only: list[str] | None) -
                     f"give --data-root, the folder that holds {', '.join(DATA_FOLDERS[n] + '/' for n in names)}")
 
 # %% ../nbs/12d_reproduce.ipynb #f3a1d011
-def describe(plan: dict, todo: list[str], past: dict[tuple[str, str], float], jobs: int) -> str:
+def describe(plan: dict, todo: list[str], seconds: dict[str, float], jobs: int) -> str:
     "What the plan comes to: runs, those still to do and how long they take, data that are missing."
-    seconds, unknown = estimate(todo, plan, past)
+    unknown = len(todo) - len(seconds)
     outputs = sorted({o for e in plan["runs"].values() for o in e["outputs"]}, key=lambda o: (o[0] != "T", o))
     lines = [f"{len(plan['runs'])} runs{' for ' * bool(outputs)}{', '.join(outputs)}, "
              f"{len(plan['runs']) - len(todo)} of them done"]
     if todo:
-        known = (f"about {said(seconds / min(jobs, len(todo) - unknown))} by past timings" if len(todo) > unknown
+        known = (f"about {said(sum(seconds.values()) / min(jobs, len(seconds)))} by past timings" if seconds
                  else "no past timings to tell how long")
-        known += f", not counting {unknown} that never ran" if 0 < unknown < len(todo) else ""
+        known += f", not counting {unknown} that never ran" if unknown and seconds else ""
         known += ("; the page of costs (nbs/12e_costs.ipynb) counts the hours of preset paper, "
                   f"and the disk that its features take in {plan['out']}/features"
                   if unknown and plan["preset"] == "paper" else "")
@@ -613,15 +610,16 @@ def reproduce(
         told = to_do(plan, plan_file, jobs)
         todo = [n for n in plan["runs"] if n in told or n in strange]
         past = past_seconds([out, Path("results")], "cuda" if plan["gpu"] else "cpu")
+        seconds = known_seconds(todo, plan, past)
         others = other_revisions(plan) if not todo or dry_run else ""
         replaced = f"runs of other settings, which are replaced: {', '.join(strange)}" if strange else ""
-        print("\n".join(filter(None, [describe(plan, todo, past, jobs), others, replaced])), flush=True)
+        print("\n".join(filter(None, [describe(plan, todo, seconds, jobs), others, replaced])), flush=True)
         if dry_run:
             print("\n".join(f"  {n}" for n in todo))
             return 0
         for name in strange:
             (out / name / "metrics.json").unlink()
-        code = work(plan, plan_file, todo, past, jobs, cluster)
+        code = work(plan, plan_file, todo, seconds, jobs, cluster)
         print(glance(out, wanted_tables(plan)), end="")
         if any(out.glob("*/metrics.json")):
             print(f"report: {report(out).resolve()}")
@@ -655,11 +653,10 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/12d_reproduce.ipynb #bea95126
-def work(plan: dict, plan_file: Path, todo: list[str], past: dict[tuple[str, str], float], jobs: int,
+def work(plan: dict, plan_file: Path, todo: list[str], seconds: dict[str, float], jobs: int,
          cluster: str | None) -> int:
     "The two calls of Snakemake, and what failed; the exit code."
     out = Path(plan["out"])
-    seconds = {n: s for n in todo if (s := known_seconds(n, plan, past))}
     warm = contextlib.nullcontext({}) if cluster else warm_jobs(max(1, (os.cpu_count() or 1) // jobs))
     watch, log = Watch(out, todo, seconds, jobs), out / "snakemake.log"
     try:

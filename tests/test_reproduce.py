@@ -373,10 +373,11 @@ def test_only_runs_as_long_stand_in(tmp_path):
     # the preset's epochs, of which the matrix takes 12
     write_past(tmp_path / "a/hgad-toy-all-demo-0", 90.0, method="hgad")
     past = R.past_seconds([tmp_path / "a"])
-    assert R.estimate([plain], plan, past) == (50.0, 0) and R.estimate([ablation, hgad], plan, past) == (0, 2)
+    assert R.known_seconds([plain, ablation, hgad], plan, past) == {plain: 50.0}
     write_past(tmp_path / "b/any", 70.0, overrides={"schedule": {"epochs": 12}, "features": {"cache": "x"}},
                method="hgad")
-    assert R.estimate([hgad, plain], plan, R.past_seconds([tmp_path / "a", tmp_path / "b"])) == (120.0, 0)
+    past = R.past_seconds([tmp_path / "a", tmp_path / "b"])
+    assert R.known_seconds([hgad, plain], plan, past) == {hgad: 70.0, plain: 50.0}
 
 
 def test_paper_has_no_estimate_from_short_runs(tmp_path, monkeypatch, capsys):
@@ -389,7 +390,7 @@ def test_paper_has_no_estimate_from_short_runs(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "to do: 15, 1 at a time; no past timings to tell how long; the page of costs (nbs/12e_costs.ipynb)" in said
     plan, name = R.make_plan("smoke", only=["T9"], out=tmp_path), "hgad-toy-all-smoke-0"
-    assert "10 at a time; about 90 s by" in R.describe(plan, [name], {(name[:-2], "{}"): 90.0}, 10)
+    assert "10 at a time; about 90 s by" in R.describe(plan, [name], {name: 90.0}, 10)
 
 
 @pytest.mark.parametrize("text",
