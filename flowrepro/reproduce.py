@@ -7,10 +7,10 @@ Docs: https://flowrepro.github.io/flowrepro/reproduce.html.md"""
 # %% auto #0
 __all__ = ['RUN_MODULES', 'OUTPUT_MODULES', 'OVERHEAD', 'PRELOADED', 'RESERVE', 'run_inputs', 'output_inputs', 'images_of',
            'content_of', 'run_entry', 'notebook_entries', 'lacking', 'make_plan', 'gpus', 'job_gpus', 'length',
-           'kind_of', 'past_seconds', 'known_seconds', 'said', 'one_gpu', 'execute', 'forked', 'register_here',
-           'joined', 'end', 'warm_jobs', 'profile_of', 'at_once', 'can_submit', 'snakemake_command', 'to_do', 'reason',
-           'Watch', 'room', 'drive', 'some_run', 'describe', 'missing_data', 'other_revisions', 'failures',
-           'wanted_tables', 'glance', 'reproduce', 'only_one', 'terminable', 'work']
+           'kind_of', 'past_seconds', 'known_seconds', 'said', 'one_gpu', 'execute', 'forked', 'register_here', 'end',
+           'warm_jobs', 'profile_of', 'at_once', 'can_submit', 'snakemake_command', 'to_do', 'reason', 'Watch', 'room',
+           'drive', 'some_run', 'describe', 'missing_data', 'other_revisions', 'failures', 'wanted_tables', 'glance',
+           'reproduce', 'only_one', 'terminable', 'work']
 
 # %% ../nbs/12d_reproduce.ipynb #06bfb1d3
 import contextlib
@@ -290,24 +290,13 @@ def register_here() -> None:
                     nb_man.cell_start(cell, i)
                     outputs = shell.run(cell.source)
                     cell.execution_count = shell.execution_count - 1
-                    cell.outputs = [from_dict(joined(o)) for o in outputs]
+                    cell.outputs = [from_dict(o) for o in outputs]
                     if shell.exc:
                         nb_man.cell_exception(cell, i, exception=shell.exc)
                         break
                     nb_man.cell_complete(cell, i)
 
     papermill_engines.register("here", Here)
-
-# %% ../nbs/12d_reproduce.ipynb #3cfb1e6a
-def joined(output: dict) -> dict:
-    "A notebook output with its lists of lines joined, but for a traceback, which is a list in the format, too."
-    whole = lambda v: "".join(v) if isinstance(v, list) else v
-    out = dict(output)
-    if "text" in out:
-        out["text"] = whole(out["text"])
-    if "data" in out:
-        out["data"] = {k: whole(v) for k, v in out["data"].items()}
-    return out
 
 # %% ../nbs/12d_reproduce.ipynb #eb66ac36
 def end(job) -> None:
