@@ -35,6 +35,7 @@ import pandas as pd
 import torch
 
 from .data import OFFICIAL, DataError, absent_categories, open_out, read
+from .features import Lock
 from .matrix import DATA_FOLDERS, MATRIX, Job, find_roots, jobs_of, load_matrix, refuse, role_of, sets_of
 from .reports import read_runs, report
 from .runs import HERE, execute_notebook, made_otherwise, parse_overrides, revision, run_notebook, settings_of
@@ -217,22 +218,17 @@ def said(seconds: float) -> str:
 def one_gpu(out: Path, share: int = 1) -> Iterator[int | None]:
     """The number of a GPU that fewer than `share` other jobs of this folder use, in CUDA_VISIBLE_DEVICES;
     None without GPUs. Slurm gives each job its own, so nothing is done there."""
-    import fcntl
-
     visible = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v] or list(map(str, range(gpus())))
     if "SLURM_JOB_ID" in os.environ or len(visible) < 2:
         yield 0 if visible else None
         return
     while True:
         for i, device in enumerate(visible * share):  # each GPU's first place, then each one's second
-            with open(out / f".gpu{i}.lock", "w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                os.environ["CUDA_VISIBLE_DEVICES"] = device
-                yield i % len(visible)
-                return
+            with Lock(out / f".gpu{i}.lock", wait=False) as free:
+                if free:
+                    os.environ["CUDA_VISIBLE_DEVICES"] = device
+                    yield i % len(visible)
+                    return
         time.sleep(0.2)
 
 # %% ../nbs/12d_reproduce.ipynb #cfc2d08a
@@ -618,14 +614,10 @@ def reproduce(
 @contextlib.contextmanager
 def only_one(out: Path) -> Iterator[None]:
     "ValueError if another `reproduce` works in this folder."
-    import fcntl
-
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with Lock(out / ".lock", wait=False) as free:
+        if not free:
             raise ValueError(f"{out}: another flowrepro reproduce works in this folder; "
-                             "wait for it, or give another --out") from error
+                             "wait for it, or give another --out")
         yield
 
 
