@@ -6,10 +6,10 @@ Docs: https://flowrepro.github.io/flowrepro/reproduce.html.md"""
 
 # %% auto #0
 __all__ = ['RUN_MODULES', 'OUTPUT_MODULES', 'OVERHEAD', 'PRELOADED', 'RESERVE', 'run_inputs', 'output_inputs', 'images_of',
-           'content_of', 'run_entry', 'notebook_entries', 'lacking', 'make_plan', 'gpus', 'job_gpus', 'length',
-           'kind_of', 'past_seconds', 'known_seconds', 'said', 'one_gpu', 'execute', 'forked', 'register_here', 'end',
-           'warm_jobs', 'profile_of', 'at_once', 'can_submit', 'snakemake_command', 'to_do', 'reason', 'Watch', 'room',
-           'drive', 'some_run', 'describe', 'missing_data', 'other_revisions', 'failures', 'wanted_tables', 'glance',
+           'run_entry', 'notebook_entries', 'lacking', 'make_plan', 'gpus', 'job_gpus', 'length', 'kind_of',
+           'past_seconds', 'known_seconds', 'said', 'one_gpu', 'execute', 'forked', 'register_here', 'end', 'warm_jobs',
+           'profile_of', 'at_once', 'can_submit', 'snakemake_command', 'to_do', 'reason', 'Watch', 'room', 'drive',
+           'some_run', 'describe', 'missing_data', 'other_revisions', 'failures', 'wanted_tables', 'glance',
            'reproduce', 'only_one', 'terminable', 'work']
 
 # %% ../nbs/12d_reproduce.ipynb #06bfb1d3
@@ -35,7 +35,7 @@ import pandas as pd
 import torch
 
 from .data import OFFICIAL, DataError, absent_categories, open_out, read
-from .features import Lock
+from .features import Lock, files_hash
 from .matrix import DATA_FOLDERS, MATRIX, Job, find_roots, jobs_of, load_matrix, refuse, role_of, sets_of
 from .reports import read_runs, report
 from .runs import HERE, execute_notebook, made_otherwise, parse_overrides, revision, run_notebook, settings_of
@@ -74,11 +74,6 @@ def images_of(jobs: list[Job], roots: dict[str, str | None]) -> dict[str, str]:
 
     return {j.name: " ".join(of(s, j.parameters["category"]) for s in sets_of(j.parameters) if s != "toy")
             for j in jobs}
-
-
-def content_of(files: tuple[str, ...]) -> str:
-    "SHA-256 over the contents of files, wherever they lie."
-    return hashlib.sha256(b"".join(hashlib.sha256(Path(f).read_bytes()).digest() for f in files)).hexdigest()
 
 # %% ../nbs/12d_reproduce.ipynb #c730edda
 def run_entry(job: Job, out: Path) -> dict:
@@ -138,7 +133,7 @@ def make_plan(
     plan["runs"] = {j.name: run_entry(j, out) for j in here}
     plan["notebooks"] = notebook_entries(content, wanted, here, preset, seeds, out,
                                          Path(matrix).resolve() if matrix else None)
-    same = cache(content_of)
+    same = cache(files_hash)
     for entry in (*plan["runs"].values(), *plan["notebooks"].values()):
         entry["content"] = same(tuple(entry["inputs"]))
     for name, images in images_of(here, roots).items():

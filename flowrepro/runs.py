@@ -16,7 +16,6 @@ __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES
 # %% ../nbs/11_runs.ipynb #c6d1b3a8
 import difflib
 import errno
-import hashlib
 import inspect
 import json
 import os
@@ -41,7 +40,7 @@ from .backbones import DTYPES, Backbone, WeightsError, full_name
 from .data import DataError, Dataset, Transform, absent_categories, load
 from .detectors import CFLOW_SIZES, CLASS_MODES, DETECTORS, FASTFLOW_PUBLISHED, image_id
 from .diagnostics import base_state, base_trace, latents_file, pictures_file
-from .features import FeatureBank
+from .features import FeatureBank, files_hash
 from .metrics import evaluate
 from .scores import PUBLISHED, Parts, Score, score_batch
 from .training import OtherTraining, Schedule, check_training, fit
@@ -514,7 +513,7 @@ TRAINED_BY = ("altub", "bases", "detectors", "features", "flows", "hgad", "metri
 
 def training_code() -> str:
     "SHA-256 of the modules that decide how a training goes on and what its history says."
-    return hashlib.sha256(b"".join((HERE / f"{name}.py").read_bytes() for name in TRAINED_BY)).hexdigest()
+    return files_hash(HERE / f"{name}.py" for name in TRAINED_BY)
 
 
 def train_or_resume(run: Run) -> list[dict]:
