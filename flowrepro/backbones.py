@@ -360,7 +360,7 @@ def check_held(b: "Backbone", _) -> None:
 
 # %% ../nbs/01_backbones.ipynb #dacb5312
 def normalize(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    "uint8 or float in [0, 1] (B, 3, H, W) to (x − mean)/std. `ValueError` for anything else."
+    "uint8 or float in [0, 1] (B, 3, H, W) to (x − mean)/std. `ValueError` for another shape or type."
     if x.ndim != 4 or x.shape[1] != 3: raise ValueError(f"images must be (B, 3, H, W), not {tuple(x.shape)}")
     if x.dtype == torch.uint8: x = x.float()/255
     elif not x.is_floating_point(): raise ValueError(f"images must be uint8, or float in [0, 1], not {x.dtype}")

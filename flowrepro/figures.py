@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .matrix import Job, absent, command_of, jobs_of, select, sets_of, title_of, variant_of
+from .matrix import Job, absent, commands, jobs_of, select, sets_of, title_of, variant_of
 from .metrics import auroc
 from .reports import style
 from .tables import METRICS
@@ -162,18 +162,17 @@ def missing_words(jobs: list[Job], most: int = 4) -> str:
     return f"Missing here: {', '.join(j.name for j in jobs[:most])}{rest}."
 
 # %% ../nbs/12c_figures.ipynb #828e5c67
-def nothing(name: str, question: str, matrix: dict, preset: str, out: str = "runs/reproduce", skipped: str = "",
-            most: int = 2) -> Figure:
+def nothing(name: str, question: str, matrix: dict, preset: str, out: str = "runs/reproduce",
+            skipped: str = "") -> Figure:
     "A figure without a drawing, whose caption names the runs to make in a folder, with the commands of the first ones."
     jobs = missing_jobs([], matrix, preset, name)
     head = f"**{name}. {question}** Not drawn at preset {preset}: "
     if skipped or not jobs:
         return Figure(name, None, head + (skipped or "the matrix names no runs for it."))
-    lines = "\n".join(command_of(j, out) for j in jobs[:most])
-    rest = f"\n# and {len(jobs) - most} more" if len(jobs) > most else ""
+    lines = "\n".join(commands(jobs, name, preset, out))
     where = ", `DATA` being the folder of the data sets" if "DATA/" in lines else ""
     return Figure(name, None, head + f"none of its runs ({len(jobs)} a seed) is there. "
-                                     f"They are made by the following{where}.\n\n```bash\n{lines}{rest}\n```")
+                                     f"They are made by the following{where}.\n\n```bash\n{lines}\n```")
 
 # %% ../nbs/12c_figures.ipynb #66915153
 # name: (runs, matrix, preset, the folder that runs are made in), as in `tables.TABLES`

@@ -422,7 +422,7 @@ def test_without_runs(name, tmp_path):
     figure = FIGURES[name]([], MATRIX, "real")
     assert figure.drawing is None
     assert "papermill nbs/experiments/run.ipynb" in figure.caption
-    assert figure.caption.count("papermill") <= 2
+    assert figure.caption.count("papermill") <= 3 and "the whole graph: flowrepro reproduce" in figure.caption
     for suffix in ("svg", "png"):
         (tmp_path / f"{name}.{suffix}").write_text("old")
     assert figure.save(tmp_path) == [tmp_path / f"{name}.md"] and [p.name for p in tmp_path.iterdir()] == [f"{name}.md"]
