@@ -184,7 +184,7 @@ def sample_digest(path: Path, blocks: int = 256, size: int = 4096) -> str:
 
 def write_atomic(path: Path, text: str) -> None:
     "Write a small file so that it is there completely or not at all."
-    tmp = path.with_name(path.name + ".tmp")
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(tmp, "w") as f: f.write(text); f.flush(); os.fsync(f.fileno())
     os.replace(tmp, path)
 

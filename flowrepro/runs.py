@@ -40,7 +40,7 @@ from .backbones import DTYPES, Backbone, WeightsError, full_name
 from .data import DataError, Dataset, Transform, absent_categories, load
 from .detectors import CFLOW_SIZES, CLASS_MODES, DETECTORS, FASTFLOW_PUBLISHED, image_id
 from .diagnostics import base_state, base_trace, latents_file, pictures_file
-from .features import FeatureBank, files_hash
+from .features import FeatureBank, files_hash, write_atomic
 from .metrics import evaluate
 from .scores import PUBLISHED, Parts, Score, score_batch
 from .training import OtherTraining, Schedule, check_training, fit
@@ -359,9 +359,7 @@ def write_json(path: Path, value: dict) -> None:
             return [clean(x) for x in v]
         v = as_plain(v)
         return None if isinstance(v, float) and not np.isfinite(v) else v
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(clean(value), indent=1) + "\n")
-    temporary.replace(path)
+    write_atomic(path, json.dumps(clean(value), indent=1) + "\n")
 
 # %% ../nbs/11_runs.ipynb #d4be77e2
 HERE = Path(flowrepro.__file__).parent
