@@ -1,4 +1,5 @@
 """What several test files share: one thread, a cache of their own, a small toy set, small backbones."""
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,9 +9,18 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-TEST_DATA = Path(os.environ.get("FLOWREPRO_TEST_DATA") or Path(__file__).resolve().parents[1] / ".." / "shared"
-                 / "data")
+ROOT = Path(__file__).resolve().parents[1]
+TEST_DATA = Path(os.environ.get("FLOWREPRO_TEST_DATA") or ROOT / "../shared/data")
+
+
+def real_images(name: str) -> Path:
+    "A folder of real images; the test is skipped where it is absent."
+    if not (TEST_DATA / name).is_dir():
+        pytest.skip(f"{TEST_DATA / name} is absent; set FLOWREPRO_TEST_DATA")
+    return TEST_DATA / name
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,10 +51,7 @@ def toy(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_visa() -> Path:
     "The root of the tiny VisA sample."
-    root = TEST_DATA / "tiny_visa_fryum"
-    if not root.is_dir():
-        pytest.skip(f"{root} is absent; set FLOWREPRO_TEST_DATA")
-    return root
+    return real_images("tiny_visa_fryum")
 
 
 @pytest.fixture(scope="session")
@@ -127,3 +134,32 @@ def moved(module, device=None, **_):
                     empty = torch.empty(t.shape, dtype=t.dtype, device=device or t.device)
                     held[k] = nn.Parameter(empty, t.requires_grad) if held is m._parameters else empty
     return module
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-12) -> None:
+    "Equal up to `tolerance` of the largest value of b (at least 1)."
+    assert a.shape == b.shape, f"{tuple(a.shape)} instead of {tuple(b.shape)}"
+    assert not b.numel() or (error := (a - b).abs().max().item()) <= tolerance * max(1.0, b.abs().max().item()), (
+        f"off by {error:.1e}")
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns, backward included (views without
+    storage of their own count as well)."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out
+
+
+def run_experiment(notebook: str, runs: Path, out: Path) -> None:
+    "Run the code cells of an experiment notebook here, as papermill would over the runs of a folder."
+    scope = {}
+    for cell in json.loads((ROOT / f"nbs/experiments/{notebook}.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), scope)
+            if "parameters" in cell["metadata"].get("tags", []):
+                scope |= {"runs": str(runs), "out_dir": str(out)}

@@ -15,11 +15,6 @@ from flowrepro import backbones as bb
 from flowrepro.backbones import Backbone, WeightsError, load_net
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    n = torch.get_num_threads(); torch.set_num_threads(1); yield; torch.set_num_threads(n)
-
-
 def images(n=2, side=64, seed=0):
     return torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from conftest import Largest, close
 from flowrepro.bases import (
     Base, ClassMixture, DiagonalNormal, HierarchicalMixture, StandardNormal, affinity, main_centres, own_affinity
 )
@@ -89,13 +88,6 @@ def over(cases: dict):
     return pytest.mark.parametrize("case", cases.values(), ids=cases.keys())
 
 
-def match(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-12) -> None:
-    "Equal up to `tolerance` of the largest value of b (at least 1)."
-    assert a.shape == b.shape, f"{tuple(a.shape)} instead of {tuple(b.shape)}"
-    assert not b.numel() or (error := (a - b).abs().max().item()) <= tolerance * max(1.0, b.abs().max().item()), (
-        f"off by {error:.1e}")
-
-
 def grid(channels: int, half: float = 13.0, step: float = 0.1) -> tuple[torch.Tensor, float]:
     "Points (n, D) of a square grid in D = 1 or 2 dimensions, and the volume of a cell."
     axis = torch.arange(-half, half, step, dtype=torch.float64)
@@ -141,7 +133,7 @@ def test_integrates_to_one(case, channels):
     with torch.no_grad():
         for label in (None, *range(case.classes)):
             mass = density(base, points, label).sum(-1) * cell
-            match(mass, torch.ones_like(mass), 1e-9)
+            close(mass, torch.ones_like(mass), 1e-9)
 
 
 @over(CASES)
@@ -150,7 +142,7 @@ def test_log_prob_by_torch_distributions(case, scale):
     "Also so far away that every density is zero in floating point."
     base, rows = case.build(), case.rows(scale=scale)
     for label in case.each_label(len(rows)):
-        match(base.log_prob(rows, label), direct(base, rows, label))
+        close(base.log_prob(rows, label), direct(base, rows, label))
 
 
 @over(CASES)
@@ -178,9 +170,9 @@ def test_shapes(case):
         out = dense.log_prob(rows, label)
         assert out.shape == (n, p) and spatial.log_prob(case.spatial(rows), label).shape == (n, *case.positions)
         if case.settings.get("per") != "position":
-            match(dense.log_prob(rows.unflatten(1, case.positions), label), out.unflatten(1, case.positions))
-            match(dense.log_prob(rows[:, 0], label), out[:, 0])  # (B, D)
-        match(spatial.log_prob(case.spatial(rows).contiguous(), label), spatial.log_prob(case.spatial(rows), label))
+            close(dense.log_prob(rows.unflatten(1, case.positions), label), out.unflatten(1, case.positions))
+            close(dense.log_prob(rows[:, 0], label), out[:, 0])  # (B, D)
+        close(spatial.log_prob(case.spatial(rows).contiguous(), label), spatial.log_prob(case.spatial(rows), label))
 
 
 @over(CASES)
@@ -207,7 +199,7 @@ def test_dense_is_spatial(case):
     spatial = to_spatial(case, dense)
     for label in case.each_label(len(rows)):
         out = [base.log_prob(z, label) for base, z in ((dense, rows), (spatial, case.spatial(rows)))]
-        match(out[1].flatten(1), out[0])
+        close(out[1].flatten(1), out[0])
         weights = torch.randn_like(out[0])
         gradients = []
         for base, o in zip((dense, spatial), out):
@@ -218,7 +210,7 @@ def test_dense_is_spatial(case):
             assert (g is None) == (gradients[1][name] is None), name
             if g is not None:
                 other = gradients[1][name]
-                match(other.flatten(1).T if (g.ndim, other.ndim) == (2, 3) else other.reshape(g.shape), g)
+                close(other.flatten(1).T if (g.ndim, other.ndim) == (2, 3) else other.reshape(g.shape), g)
 
 
 @over(MIXTURES)
@@ -226,8 +218,8 @@ def test_marginal_is_the_weighted_sum_over_categories(case):
     base, rows = case.build(), case.rows()
     each = torch.stack([base.log_prob(rows, torch.full((len(rows),), y)) for y in range(case.classes)])
     weights = base.phi.softmax(0)
-    match(base.log_prob(rows).exp(), (each.exp() * weights[:, None, None]).sum(0))
-    match(base.class_log_prob(rows) - rows.square().sum(-1, keepdim=True) / 2 - case.channels * math.log(2 * math.pi)
+    close(base.log_prob(rows).exp(), (each.exp() * weights[:, None, None]).sum(0))
+    close(base.class_log_prob(rows) - rows.square().sum(-1, keepdim=True) / 2 - case.channels * math.log(2 * math.pi)
           / 2, each.movedim(0, -1))
 
 
@@ -242,9 +234,9 @@ def test_posterior_for_the_entropy(case):
     "Of the main centres with equal weights, whatever the weights are."
     base, rows = case.build(), case.rows()
     q = base.log_posterior(rows)
-    match(q.exp().sum(-1), torch.ones(rows.shape[:2], dtype=rows.dtype))
-    match(q, (-(rows[:, :, None] - base.mu).square().sum(-1) / 2).log_softmax(-1))
-    match(to_spatial(case, base).log_posterior(case.spatial(rows)), q)
+    close(q.exp().sum(-1), torch.ones(rows.shape[:2], dtype=rows.dtype))
+    close(q, (-(rows[:, :, None] - base.mu).square().sum(-1) / 2).log_softmax(-1))
+    close(to_spatial(case, base).log_posterior(case.spatial(rows)), q)
 
 
 @over(CASES)
@@ -252,8 +244,8 @@ def test_per_dimension(case):
     "log p over D without its constant: −‖z‖²/2D for N(0, I)."
     base, rows = case.build(), case.rows()
     for label in case.each_label(len(rows)):
-        match(base.per_dimension(rows, label), base.log_prob(rows, label) / case.channels + math.log(2 * math.pi) / 2)
-    match(StandardNormal(case.channels).per_dimension(rows), -rows.square().mean(-1) / 2)
+        close(base.per_dimension(rows, label), base.log_prob(rows, label) / case.channels + math.log(2 * math.pi) / 2)
+    close(StandardNormal(case.channels).per_dimension(rows), -rows.square().mean(-1) / 2)
 
 
 def test_a_hierarchy_of_one_centre_is_a_class_mixture():
@@ -263,14 +255,14 @@ def test_a_hierarchy_of_one_centre_is_a_class_mixture():
     plain = Case(ClassMixture, classes=case.classes).build()
     plain.load_state_dict({k: v for k, v in base.state_dict().items() if k in ("mu", "phi")})
     for label in case.each_label(len(rows)):
-        match(base.log_prob(rows, label), plain.log_prob(rows, label))
+        close(base.log_prob(rows, label), plain.log_prob(rows, label))
     assert base.delta.shape == (case.classes, 0, case.channels)
 
 
 def test_a_mixture_of_one_is_a_normal():
     base, rows = CASES["hierarchy, one of both"].build(), CASES["standard"].rows()
     for label in (None, torch.zeros(len(rows), dtype=torch.long)):
-        match(base.log_prob(rows, label), StandardNormal(5).log_prob(rows - base.mu.detach()[0]))
+        close(base.log_prob(rows, label), StandardNormal(5).log_prob(rows - base.mu.detach()[0]))
 
 
 # -- gradients -----------------------------------------------------------------------------------------------------
@@ -402,13 +394,13 @@ def test_images_do_not_see_each_other(case):
     for label in case.each_label(5):
         out, own = base.log_prob(rows, label), (lambda i: None if label is None else label[i])
         for i in range(5):
-            match(base.log_prob(rows[i:i + 1], own(slice(i, i + 1))), out[i:i + 1])
+            close(base.log_prob(rows[i:i + 1], own(slice(i, i + 1))), out[i:i + 1])
         order = torch.tensor([3, 1, 4, 0, 2])
-        match(base.log_prob(rows[order], own(order)), out[order])
+        close(base.log_prob(rows[order], own(order)), out[order])
         changed = rows.clone()
         changed[2] += 1.0
         again = base.log_prob(changed, label)
-        match(again[[0, 1, 3, 4]], out[[0, 1, 3, 4]])
+        close(again[[0, 1, 3, 4]], out[[0, 1, 3, 4]])
         assert (again[2] != out[2]).all()
 
 
@@ -418,7 +410,7 @@ def test_positions_do_not_see_each_other(case):
     base, rows = case.build(), case.rows()
     for label in case.each_label(len(rows)):
         alone = torch.cat([base.log_prob(rows[:, p:p + 1], label) for p in range(rows.shape[1])], dim=1)
-        match(alone, base.log_prob(rows, label))
+        close(alone, base.log_prob(rows, label))
 
 
 @over(CASES)
@@ -459,24 +451,10 @@ def test_float32_is_near_float64(case):
     base, rows = case.build(), case.rows()
     for label in case.each_label(len(rows)):
         exact = base.double().log_prob(rows, label)
-        match(base.float().log_prob(rows.float(), label).double(), exact, 2e-6)
+        close(base.float().log_prob(rows.float(), label).double(), exact, 2e-6)
 
 
 # -- memory --------------------------------------------------------------------------------------------------------
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returns, backward included (views without
-    storage of their own count as well)."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
-        return out
-
 
 def gathered(base: HierarchicalMixture, rows: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     "The straightforward form, which gathers each row's own centres, (N, M, D)."
@@ -500,7 +478,7 @@ def test_no_gather_of_centres(images, positions, dim):
     with Largest() as naive:
         slow = gathered(case.build(), rows, label)
     assert naive.elements == n * m * d
-    match(out.detach().flatten(1), slow.detach())
+    close(out.detach().flatten(1), slow.detach())
 
 
 # -- parts of it ---------------------------------------------------------------------------------------------------
@@ -510,9 +488,9 @@ def test_affinity():
     g = torch.Generator().manual_seed(0)
     z, mu = torch.randn(3, 4, 5, generator=g, dtype=torch.float64), torch.randn(6, 5, generator=g, dtype=torch.float64)
     expected = (z.square().sum(-1, keepdim=True) - (z[:, :, None] - mu).square().sum(-1)) / 2
-    match(affinity(z, mu), expected), match(affinity(z, mu.expand(3, 6, 5)), expected)
+    close(affinity(z, mu), expected), close(affinity(z, mu.expand(3, 6, 5)), expected)
     own = own_affinity(z, mu.view(3, 2, 5), torch.tensor([2, 0, 2]))
-    match(own, expected.unflatten(-1, (3, 2))[torch.arange(3), :, torch.tensor([2, 0, 2])])
+    close(own, expected.unflatten(-1, (3, 2))[torch.arange(3), :, torch.tensor([2, 0, 2])])
 
 
 @pytest.mark.parametrize("classes, channels",
@@ -579,7 +557,7 @@ def test_labels_of_other_whole_number_types(case, dtype):
         out = base.log_prob(rows, label.to(dtype))
     except ValueError:
         return
-    match(out, base.log_prob(rows, label))
+    close(out, base.log_prob(rows, label))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool], ids=str)
@@ -592,7 +570,7 @@ def test_labels_that_torch_takes_for_a_mask(dtype, positions):
         out = base.log_prob(rows, label.to(dtype))
     except ValueError:
         return
-    match(out, base.log_prob(rows, label))
+    close(out, base.log_prob(rows, label))
 
 
 @pytest.mark.parametrize("make", [

@@ -1,6 +1,6 @@
 """Readers, transforms, toy drawing and checks of flowrepro.data, with bad input;
 real images through FLOWREPRO_TEST_DATA."""
-import hashlib, os, shutil, struct, zlib
+import hashlib, shutil, struct, zlib
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
@@ -8,16 +8,11 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from conftest import real_images
 from flowrepro import data as D
 from flowrepro.data import (
     DataError, Dataset, Record, Transform, check, check_report, cropped_defects, load, make_toy, open_image, read
 )
-
-REAL = Path(os.environ.get("FLOWREPRO_TEST_DATA") or Path(__file__).resolve().parents[1]/".."/"shared"/"data")
-
-def real(name):
-    if not (REAL/name).is_dir(): pytest.skip(f"{REAL/name} is absent; set FLOWREPRO_TEST_DATA")
-    return REAL/name
 
 def put(path, size=(8, 8), value=100, spot=None, mode="RGB"):
     "A flat image at `path`; `spot` = (x, y) set to 255."
@@ -623,7 +618,7 @@ def test_contact_sheet(toy):
 # -- real images --------------------------------------------------------------------------------------------------
 
 def test_real_bottle():
-    root = real("mvtec_ad")
+    root = real_images("mvtec_ad")
     r = read("mvtec", root, "bottle")
     assert counts(r) == (209, 20, 63)
     assert {x.defect for x in r} == {"good", "broken_large", "broken_small", "contamination"}
@@ -634,7 +629,7 @@ def test_real_bottle():
     assert test.masks()[20:].any((1, 2)).all() and cropped_defects(test).empty
 
 def test_real_visa():
-    root = real("visa")
+    root = real_images("visa")
     r = read("visa", root)
     assert counts(r) == (450, 50, 100) and {x.category for x in r} == {"fryum"}
     s = Dataset([x for x in r if x.label][:1], Transform(128, "crop"))[0]
@@ -646,13 +641,12 @@ def test_real_visa():
     assert (D.OFFICIAL["visa"] == {c: (n[c, "train", "normal"], n[c, "test", "normal"], n[c, "test", "anomaly"])
                                    for c in D.OFFICIAL["visa"]})
 
-def test_real_tiny_visa():
-    root = real("tiny_visa_fryum")
-    r = read("visa", root)
+def test_real_tiny_visa(tiny_visa):
+    r = read("visa", tiny_visa)
     assert len(r) == 23
-    c, p = check(root, "visa", progress=False)
+    c, p = check(tiny_visa, "visa", progress=False)
     assert len(p) == 2 and all("officially" in x for x in p)            # only the counts of this sample differ
-    _, test = load("visa", root, transform=Transform(64, "crop"))
+    _, test = load("visa", tiny_visa, transform=Transform(64, "crop"))
     assert test.masks().shape == (len(test), 64, 64)
 
 

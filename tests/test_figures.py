@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import ROOT, run_experiment
 from flowrepro import figures
 from flowrepro.bases import HierarchicalMixture
 from flowrepro.figures import FIGURES
@@ -20,8 +21,6 @@ from flowrepro.metrics import auroc
 from flowrepro.reports import hardest, loss_words, outputs_section, read_runs, thresholds
 
 MATRIX = load_matrix()
-ROOT = Path(__file__).resolve().parents[1]
-EXPERIMENTS = ROOT / "nbs/experiments"
 TOYS = ("biscuit", "bolt", "speckle", "weave")
 CHANNELS, EPOCHS = 8, [0, 2, 4, 6]
 
@@ -470,13 +469,7 @@ def test_notebook_writes_its_figures(notebook, names, tmp_path):
             for category in ("all",) if notebook == "hgad_figures" else ("weave", "bolt"):
                 if not (tmp_path / run_folder(variant, "toy", category, "demo", 0)).exists():
                     fake_run(tmp_path, variant, category)
-    cells = json.loads((EXPERIMENTS / f"{notebook}.ipynb").read_text())["cells"]
-    scope = {}
-    for cell in cells:
-        if cell["cell_type"] == "code":
-            exec("".join(cell["source"]), scope)
-            if "parameters" in cell["metadata"].get("tags", []):
-                scope |= {"runs": str(tmp_path), "out_dir": str(tmp_path / "out")}
+    run_experiment(notebook, tmp_path, tmp_path / "out")
     assert (sorted(p.name for p in (tmp_path / "out/figures").iterdir())
             == sorted(f"{n}.{k}" for n in names for k in ("md", "png", "svg")))
 

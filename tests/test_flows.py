@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import close
 from flowrepro import flows
 from flowrepro.flows import (
     UNIT, Coupling, conv_flow, dense_flow, from_freia, log_scale, positional_code, positive, random_rotation, to_freia
@@ -71,12 +72,6 @@ CASES = {
     "dense odd hard conditional": Case(5, 4, c_cond=6, rule="unit-gain", clamp=1.9),
 }
 every_flow = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-
-
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
-    "Equal up to `tolerance` of the largest value of b (at least 1)."
-    assert a.shape == b.shape
-    assert (error := (a - b).abs().max().item()) <= tolerance * max(1.0, b.abs().max().item()), f"off by {error:.1e}"
 
 
 # -- the battery ---------------------------------------------------------------------------------------------------

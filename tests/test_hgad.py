@@ -9,9 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from conftest import Largest
 from flowrepro.bases import ClassMixture, HierarchicalMixture
 from flowrepro.data import DataError, Dataset, Transform, load
 from flowrepro.detectors import CLASS_MODES, HGAD, CFlow, Detector, FastFlow
@@ -274,17 +273,6 @@ def test_autocast_keeps_float32():
             terms = hgad_terms(z, logdet, label, mixture)
         results.append([*terms.values(), *torch.autograd.grad(hgad_loss(terms), list(mixture.parameters()))])
     assert all(x.dtype == torch.float32 and torch.equal(x, y) for x, y in zip(*results, strict=True))
-
-
-class Largest(TorchDispatchMode):
-    "The number of elements of the largest tensor that any operation returns."
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
-        return out
 
 
 @pytest.mark.parametrize("size", [(6, 20, 24, 4, 8), (120, 1, 24, 4, 8), (1, 130, 24, 4, 8)], ids=str)

@@ -3,14 +3,13 @@ paper, what is missing, the files written."""
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import ROOT, run_experiment
 from flowrepro.data import OFFICIAL
 from flowrepro.matrix import DATA_FOLDERS, command_of, find_roots, jobs_of, load_matrix, run_folder, variant_of
 from flowrepro.reports import headline, last_epochs, output_maker, read_runs, summary, unified
@@ -19,8 +18,6 @@ from flowrepro.comparisons import TABLES, beside_papers, measured, of_other_seed
 from flowrepro.tables import HEADLINE, METRICS, Table, as_html, as_latex, as_markdown, as_published
 
 MATRIX = load_matrix()
-ROOT = Path(__file__).resolve().parents[1]
-EXPERIMENTS = ROOT / "nbs/experiments"
 TOYS = ("biscuit", "bolt", "speckle", "weave")
 
 
@@ -368,13 +365,7 @@ def test_special_characters_in_latex_and_markdown():
 def test_notebook_writes_its_tables(notebook, tmp_path):
     "The cells of an experiment notebook, run with other parameters, write every table of theirs."
     names = [n for n, o in MATRIX["outputs"].items() if o["notebook"] == notebook]
-    cells = json.loads((EXPERIMENTS / f"{notebook}.ipynb").read_text())["cells"]
-    code = [c for c in cells if c["cell_type"] == "code"]
-    assert [c["metadata"].get("tags") for c in code].count(["parameters"]) == 1
-    text = "\n".join("".join(c["source"]) if c["metadata"].get("tags") != ["parameters"] else
-                     f"runs, preset, seeds, out_dir, only, matrix_file = {str(tmp_path)!r}, 'demo', 0, "
-                     f"{str(tmp_path)!r}, '', ''" for c in code)
-    subprocess.run([sys.executable, "-c", text], check=True, timeout=120)
+    run_experiment(notebook, tmp_path, tmp_path)
     assert sorted(p.name for p in (tmp_path / "tables").glob("*.tex")) == [f"{n}.tex" for n in names]
 
 
