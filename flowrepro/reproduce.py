@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from multiprocessing import connection, get_context
@@ -78,8 +79,8 @@ def images_of(jobs: list[Job], roots: dict[str, str | None]) -> dict[str, str]:
 # %% ../nbs/12d_reproduce.ipynb #c730edda
 def run_entry(job: Job, out: Path) -> dict:
     "What the plan says of a run."
-    cache = {"features.cache": str(out / "features")}
-    p = job.parameters | {"overrides": json.dumps(job.parameters["overrides"] | cache), "out_dir": str(out / job.name)}
+    overrides = job.parameters["overrides"] | {"features.cache": str(out / "features")}
+    p = job.parameters | {"overrides": json.dumps(overrides), "out_dir": str(out / job.name)}
     # wherever data and results lie
     same = json.dumps({k: v for k, v in job.parameters.items() if k != "data_root"}, sort_keys=True)
     return {"parameters": p, "settings": same, "inputs": run_inputs(job), "outputs": job.outputs,
@@ -500,8 +501,7 @@ def describe(plan: dict, todo: list[str], seconds: dict[str, float], jobs: int) 
 def missing_data(plan: dict) -> list[str]:
     """A line for each data set that was not found, or not with all of its categories:
     how many runs need it, and what to do."""
-    count = {name: sum(name in names for names in plan["missing"].values()) for names in plan["missing"].values()
-             for name in names}
+    count = Counter(name for names in plan["missing"].values() for name in names)
     return [*(f"missing data: {name}, so {n} run{'s' * (n > 1)} cannot be made; "
               f"put it in the data root (--data-root) as {DATA_FOLDERS[name]}/" for name, n in sorted(count.items())),
             *(f"missing data: {', '.join(gone)} of {name}, so nothing there is of all {len(OFFICIAL[name])} "
