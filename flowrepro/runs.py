@@ -352,14 +352,8 @@ def published_for(p: dict) -> dict[str, dict]:
 # %% ../nbs/11_runs.ipynb #09cf6c32
 def write_json(path: Path, value: dict) -> None:
     "Write JSON atomically; numbers that are not finite become null."
-    def clean(v):
-        if isinstance(v, dict):
-            return {str(k): clean(x) for k, x in v.items()}
-        if isinstance(v, (list, tuple)):
-            return [clean(x) for x in v]
-        v = as_plain(v)
-        return None if isinstance(v, float) and not np.isfinite(v) else v
-    write_atomic(path, json.dumps(clean(value), indent=1) + "\n")
+    finite = json.loads(json.dumps(value, default=as_plain), parse_constant=lambda name: None)
+    write_atomic(path, json.dumps(finite, indent=1) + "\n")
 
 # %% ../nbs/11_runs.ipynb #d4be77e2
 HERE = Path(flowrepro.__file__).parent
