@@ -59,7 +59,7 @@ def is_base_turn(
     steps: int,  # an epoch
 ) -> bool:
     "Does this step train the base alone?"
-    if epoch + step / steps < altub.warmup * epochs:
+    if epoch + step / steps < altub.warmup * epochs - 1e-9:
         return False
     count = epoch if altub.unit == "epoch" else epoch * steps + step
     return (count + 1) % altub.every == 0

@@ -352,7 +352,8 @@ class Backbone(nn.Module):
                     dtype=self.dtype, fold=self.fold, channels_last=self.channels_last,
                     mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist(), weight_id=self.weight_id)
 
-def check_held(b: "Backbone", _) -> None:
+# %% ../nbs/01_backbones.ipynb #954f7bac
+def check_held(b: Backbone, _) -> None:
     "`WeightsError` if other weights were loaded into a backbone than its `weight_id` names."
     if next(b.net.parameters()).dtype.itemsize >= 4 and state_hash(copy.deepcopy(b.net).float()) != b.held:
         raise WeightsError(f"these are not the weights {b.weight_id} by which caches and saved detectors know this "

@@ -27,7 +27,8 @@ def cmd_run(args: argparse.Namespace) -> int:
 
     own = ("command", "action", "out", "seeds", "tag", "resume")
     parameters = {k: v for k, v in vars(args).items() if k not in own}
-    configure(parameters)
+    for seed in args.seeds:
+        configure(parameters | {"seed": seed})
     categories = [args.category]
     if args.category == "each":
         categories = sorted({r.category for r in read(args.dataset, args.data_root)})

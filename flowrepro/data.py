@@ -97,6 +97,9 @@ def open_mask(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     if size is not None and im.size != tuple(size):
         raise DataError(_size_message(path, im.size, size))
     a = np.asarray(im)
+    if im.mode == "P" and any(im.getpalette("RGB")[:3]):  # index 0 is no black: black, where there is any, is no defect
+        color = np.asarray(im.convert("RGB")).any(-1)
+        a = a if color.all() else color
     if a.ndim == 3: a = a[..., :-1] if im.mode in ("LA", "PA", "RGBA") else a
     if a.ndim == 3: a = a.any(-1)
     return Image.fromarray(np.where(a > 0, 255, 0).astype(np.uint8))
@@ -430,6 +433,9 @@ def read_visa(root: Path, category="all", fail: Fail = stop, split: str = "1cls"
         if row["label"] not in ("normal", "anomaly") or row["split"] not in ("train", "test") or not row["image"]:
             fail(f"{where}: split {row['split']!r}, label {row['label']!r}, image {row['image']!r}; "
                  "expected train/test, normal/anomaly and a file; restore the csv from the original archive")
+            continue
+        if Path(row["image"]).parts[0] != row["object"]:
+            fail(f"{where}: {row['image']} is not of {row['object']}; restore the csv from the original archive")
             continue
         if image in listed: fail(f"{where}: {image} is listed already; remove one of the rows"); continue
         label, mask = int(row["label"] == "anomaly"), root/row["mask"] if row["mask"] else None
@@ -854,6 +860,10 @@ def read(dataset: str,             # toy mvtec btad visa mvtec3d folder union
             raise DataError(f"{root}: {_absent(root)}; restore its target or give another root")
         return READERS[dataset](root, category, fail, **options)
     except DataError as e: fail(str(e)); return []
+    except OSError as e:
+        fail(f"{e.filename or root}: cannot be read ({e.strerror}); "
+             "give yourself the right to read it (chmod -R u+rX), or give another root")
+        return []
 
 def load(dataset: str, root=None, category="all", transform: Transform = Transform(),
          test: bool = True) -> tuple[Dataset, Dataset]:

@@ -370,9 +370,9 @@ def load(path: str | Path, weights: str | None = None, kind: type[Detector] = De
     detector.trained_on = json.loads(about.get("trained_on", "[]"))
     load_state(detector, state, path)
     if gone := {*json.loads(about.get("own_classes", "[]"))} - {*own_classes(detector)}:
-        raise DataError(f"{path}: has a {', '.join(sorted(gone))} of your own, which a new {type(detector).__name__} lacks: "
-                        "make the detector as you did, then load_state(detector, read_saved(path)[1], path); or give a "
-                        "detector of your own its own `method`, and put it into detectors.DETECTORS")
+        raise DataError(f"{path}: has a {', '.join(sorted(gone))} of your own, which a new {type(detector).__name__} "
+                        "lacks: make the detector as you did, then load_state(detector, read_saved(path)[1], path); "
+                        "or give a detector of your own its own `method`, and put it into detectors.DETECTORS")
     return detector
 
 # %% ../nbs/07_detectors.ipynb #0f90683d

@@ -7,11 +7,11 @@ Docs: https://flowrepro.github.io/flowrepro/runs.html.md"""
 # %% auto #0
 __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES', 'PLAIN', 'HERE', 'TRAINED_BY', 'defaults_of',
            'settings_of', 'ConfigError', 'resolve', 'parse_overrides', 'Config', 'as_plain', 'given_parameters',
-           'check_choices', 'device_here', 'check_detector', 'check_settings', 'configure', 'made_otherwise',
-           'check_suited', 'published_for', 'write_json', 'revision', 'processor', 'environment', 'peak_memory',
-           'masks_by_category', 'evaluate_parts', 'mean_results', 'best_results', 'Run', 'evaluation_epochs',
-           'training_code', 'train_or_resume', 'open_folder', 'contents', 'timing', 'score_table', 'by_class_mode',
-           'write_results', 'score_forms', 'execute_notebook', 'run_notebook']
+           'check_choices', 'device_here', 'check_detector', 'check_kind', 'check_settings', 'configure',
+           'made_otherwise', 'check_suited', 'published_for', 'write_json', 'revision', 'processor', 'environment',
+           'peak_memory', 'masks_by_category', 'evaluate_parts', 'mean_results', 'backbone_of', 'best_results', 'Run',
+           'evaluation_epochs', 'training_code', 'train_or_resume', 'open_folder', 'contents', 'timing', 'score_table',
+           'by_class_mode', 'write_results', 'score_forms', 'execute_notebook', 'run_notebook']
 
 # %% ../nbs/11_runs.ipynb #c6d1b3a8
 import difflib
@@ -227,6 +227,9 @@ def check_choices(p: dict) -> None:
     for name, allowed in CHOICES.items():
         if p[name] not in allowed or isinstance(p[name], bool) != isinstance(allowed[0], bool):
             raise ConfigError(f"{name}={p[name]!r}: one of {', '.join(map(str, allowed))}")
+    for name in ("backbone", "weights", "out_dir"):
+        if not isinstance(p[name], (str, Path)) or not str(p[name]).strip():
+            raise ConfigError(f"{name}={p[name]!r}: a text")
     if isinstance(p["seed"], bool) or not isinstance(p["seed"], int) or p["seed"] < 0:
         raise ConfigError(f"seed={p['seed']!r}: a whole number from 0")
     if p["dataset"] != "toy" and not p["data_root"]:
@@ -249,6 +252,19 @@ def check_detector(method: str, settings: str) -> None:
         if model.labelled:
             model.adopt(["any"])
 
+# %% ../nbs/11_runs.ipynb #907a47f6
+def check_kind(name: str, value, default) -> None:
+    "ConfigError for an override of another kind than its default, or that is no finite number."
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list"}
+    kind, number = type(default), isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is None or kind not in kinds:  # the class itself says whether it takes None
+        right = kind is not bool and (value is None or (isinstance(value, str) if name == "features.cache" else number))
+    else:
+        right = number if kind is float else type(value) is kind
+    numbers = value if isinstance(value, tuple) else (value,)
+    if not right or any(isinstance(v, float) and not np.isfinite(v) for v in numbers):
+        raise ConfigError(f"override {name} {value!r}: must be {kinds.get(kind, 'a number or null')}")
+
 
 def check_settings(settings: dict, p: dict, overrides: dict) -> None:
     """ConfigError for a setting that makes no sense by itself or beside another;
@@ -257,7 +273,7 @@ def check_settings(settings: dict, p: dict, overrides: dict) -> None:
         for kind in (Score, Schedule, Transform, AltUB):
             kind(**settings[kind.__name__.lower()])
         check_detector(p["method"], json.dumps(settings["detector"]))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ConfigError(str(error)) from error
     held, base = settings["features"], settings["detector"]["base"]
     for name, allowed in (("where", ("auto", "device", "ram", "disk")), ("dtype", tuple(DTYPES))):
@@ -279,6 +295,9 @@ def check_settings(settings: dict, p: dict, overrides: dict) -> None:
     if not p["altub"] and "altub" in overrides:
         raise ConfigError(f"override altub.{next(iter(overrides['altub']))} with altub=False: "
                           "it would do nothing; set altub=True")
+    for group, values in settings_of(p["method"]).items():
+        for name in overrides.get(group, {}).keys() & values.keys():
+            check_kind(f"{group}.{name}", overrides[group][name], values[name])
 
 # %% ../nbs/11_runs.ipynb #5b22e64e
 def configure(parameters: dict | None = None, **more) -> Config:
@@ -290,7 +309,10 @@ def configure(parameters: dict | None = None, **more) -> Config:
     check_choices(p)
     defaults, preset = settings_of(p["method"]), PRESETS[p["method"]][p["preset"]]
     overrides = parse_overrides(p["overrides"], defaults)
-    p["backbone"] = overrides.get("backbone", {}).pop("name", p["backbone"])  # said either way, it is the same
+    named = overrides.get("backbone", {}).pop("name", p["backbone"])  # said either way, it is the same
+    if not isinstance(named, str) or p["backbone"] not in ("auto", named):
+        raise ConfigError(f"override backbone.name {named!r} with backbone={p['backbone']!r}: a timm name, given once")
+    p["backbone"] = named
     settings = {g: names | preset.get(g, {}) for g, names in defaults.items()}
     for group, values in published_for(p).items():
         settings[group] |= values
@@ -430,6 +452,15 @@ def mean_results(results: dict) -> dict:
     return {m: float(np.mean([r[m] for r in results.values()])) for m in next(iter(results.values()))}
 
 # %% ../nbs/11_runs.ipynb #ac653d02
+def backbone_of(config: Config) -> Backbone:
+    "The backbone of a run; ConfigError for levels or a size that it does not have, WeightsError."
+    s = config.settings
+    try:
+        return Backbone(**s["backbone"], weights=config.weights, size=s["transform"]["size"])
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+
+
 def best_results(history: list[dict]) -> dict:
     """Of each metric the evaluated epoch in which its mean over the categories is highest:
     *best on test*, the protocol of the papers, chosen with the test set."""
@@ -448,7 +479,7 @@ class Run:
         self.train_set, self.test_set = load(config.dataset, config.data_root, config.category,
                                              Transform(**s["transform"]))
         torch.manual_seed(config.seed)
-        self.backbone = Backbone(**s["backbone"], weights=config.weights, size=s["transform"]["size"]).to(config.device)
+        self.backbone = backbone_of(config).to(config.device)
         detector = DETECTORS[config.method](self.backbone, score=Score(**s["score"]), **s["detector"])
         self.detector = detector.to(config.device)
         self.detector.transform = self.train_set.transform

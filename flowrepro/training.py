@@ -103,8 +103,12 @@ def write_checkpoint(path: Path, model: Detector, optimizers: list[torch.optim.O
     saved = {"model": state, "optimizers": [plain(o.state_dict()) for o in optimizers], "epoch": epoch,
              "history": plain(history), "training": plain(training)}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    torch.save(saved, temporary)
-    temporary.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.save(saved, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a full disk
 
 
 def read_checkpoint(path: Path, model: Detector, optimizers: list[torch.optim.Optimizer],
@@ -177,8 +181,6 @@ def fit(
     identity = {"method": model.method, "detector": dict(model.config), "schedule": asdict(schedule),
                 "altub": altub and asdict(altub), "source": source}
     start, history = 0, []
-    if checkpoint is not None:
-        Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
     if checkpoint is not None and Path(checkpoint).exists():
         start, history = read_checkpoint(Path(checkpoint), model, optimizers, identity)
     bar = tqdm(range(start, schedule.epochs), "training", schedule.epochs, initial=start, unit="epoch",

@@ -384,3 +384,10 @@ def test_turns_alone_reach_the_moments():
         turn.step(-base.log_prob(z).mean(), rate=0.0)
     torch.testing.assert_close(base.mean.detach(), z.mean(0), atol=1e-2, rtol=0)
     torch.testing.assert_close(base.log_scale.detach().exp(), z.std(0, unbiased=False), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("warmup, epochs, first", [(0.07, 100, 7), (0.14, 50, 7), (0.28, 25, 7), (0.55, 100, 55)])
+def test_the_first_epoch_after_the_warm_up_is_whole(warmup, epochs, first):
+    "0.07 · 100 is a little more than 7 in floating point."
+    turns = [is_base_turn(AltUB(unit="epoch", every=first + 1, warmup=warmup), first, s, epochs, 5) for s in range(5)]
+    assert turns == [True] * 5

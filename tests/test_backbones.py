@@ -13,6 +13,8 @@ from torch import nn
 
 from flowrepro import backbones as bb
 from flowrepro.backbones import Backbone, WeightsError, load_net
+from flowrepro import backbones
+from flowrepro.backbones import conv_bn_pairs, fit_state, read_state
 
 
 def images(n=2, side=64, seed=0):
@@ -276,3 +278,49 @@ def test_other_weights_are_not_loaded_in_silence():
     net.double().load_state_dict(net.state_dict())
     net.half().load_state_dict(net.state_dict())
     with pytest.raises(WeightsError, match="not the weights random:0"): make(0).load_state_dict(make(7).state_dict())
+
+
+def test_weights_inside_a_checkpoint(tmp_path):
+    "Under either of the usual names."
+    for name in ("state_dict", "model"):
+        torch.save({name: {"a": torch.ones(1)}, "epoch": 3}, tmp_path / "w.pth")
+        assert list(read_state(tmp_path / "w.pth")) == ["a"]
+
+
+def test_tensors_in_order_must_be_of_one_kind():
+    "Where names differ: as many, of the same shape, and a weight where a weight stands."
+    wanted, one = {"y.weight": torch.zeros(2), "y.num_batches_tracked": torch.tensor(0)}, torch.ones(2)
+    assert fit_state({"x.weight": one}, wanted, "w.pth") == {"y.weight": one}
+    for state, words in (({"x.bias": one}, r"x.bias \(2,\) stands where the network has y.weight"),
+                         ({"x.weight": one, "z.weight": one}, "2 tensors, the network has 1")):
+        with pytest.raises(WeightsError, match=words):
+            fit_state(state, wanted, "w.pth")
+
+
+def test_packaged_weights_are_not_those_of_a_tag(monkeypatch):
+    "Who names a tag wants that one: of the hub."
+    def no_hub(name, *_):
+        raise WeightsError(f"asked for {name}")
+
+    monkeypatch.setattr(backbones, "check_hub", no_hub)
+    monkeypatch.setattr(backbones, "has_package", lambda name: True)
+    with pytest.raises(WeightsError, match="asked for tf_efficientnet_lite0.in1k"):
+        load_net("tf_efficientnet_lite0.in1k")
+
+
+def test_a_convolution_of_two_norms_is_not_folded():
+    net = torch.nn.ModuleDict({"conv": torch.nn.Conv2d(3, 4, 1), "a": torch.nn.BatchNorm2d(4),
+                               "b": torch.nn.BatchNorm2d(4)})
+    def both():
+        y = net["conv"](torch.zeros(1, 3, 2, 2))
+        return net["a"](y), net["b"](y)
+    assert conv_bn_pairs(net.eval(), both) == []
+    assert len(conv_bn_pairs(net, lambda: net["a"](net["conv"](torch.zeros(1, 3, 2, 2))))) == 1
+
+
+def test_what_decides_the_features_is_in_the_config(tiny_backbone):
+    "All of it is in the key of a bank: the statistics that images are normalized by, and the pyramid, too."
+    one = tiny_backbone(pyramid=(1.0, 0.5))
+    assert one.config() == dict(
+        name="test_resnet.r160_in1k", levels=[1, 2], pyramid=[1.0, 0.5], size=32, dtype="float32", fold=True,
+        channels_last=True, mean=one.mean.flatten().tolist(), std=one.std.flatten().tolist(), weight_id=one.weight_id)

@@ -655,3 +655,18 @@ def test_latents_that_would_be_broadcast(base, shape):
 def test_spatial_positions_have_two_axes():
     with pytest.raises(ValueError, match=r"positions \(3,\).*\(H, W\) if spatial"):
         DiagonalNormal(5, dim=1, per="position", positions=(3,))
+
+
+def test_affinity_takes_the_higher_precision():
+    "Of rows and centres, whichever it is."
+    z, mu = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    for rows, centres in ((z.float(), mu), (z, mu.float()), (z.bfloat16(), mu.float())):
+        for c in (centres, centres.expand(2, -1, -1)):
+            out = affinity(rows, c)
+            assert out.dtype == torch.promote_types(rows.dtype, c.dtype)
+            torch.testing.assert_close(out, affinity(rows.to(out.dtype), c.to(out.dtype)))
+
+
+def test_draws_carry_no_gradient():
+    for base in (StandardNormal(3), DiagonalNormal(3), ClassMixture(2, 3), HierarchicalMixture(2, 3, 2)):
+        assert not base.sample(5).requires_grad

@@ -674,3 +674,95 @@ def test_many_problems():
     assert "49.JPG" in text
     assert "50.JPG" not in text
     assert text.endswith("and 1950 more; mend these first")
+
+
+@pytest.mark.parametrize("tag, told", [(1, False), (2, True), (8, True)])
+def test_rotation_tags(tmp_path, recwarn, tag, told):
+    "1 is upright, as most cameras write it, and nothing to be told; 2 to 8 are not."
+    exif = Image.Exif(); exif[0x0112] = tag
+    Image.new("RGB", (8, 6)).save(tmp_path/"a.jpg", exif=exif)
+    open_image(tmp_path/"a.jpg")
+    assert [str(w.message).endswith("if other images of these parts have no such tag") for w in recwarn] == [True]*told
+
+def test_views_of_a_split_and_of_normal_images(tmp_path):
+    ds = Dataset(read("mvtec", mvtec(tmp_path)), Transform(8))
+    assert [len(ds.filter(split=s)) for s in ("train", "test")] == [3, 4]
+    assert [len(ds.filter(label=y)) for y in (0, 1)] == [5, 2]
+
+def test_image_alone_is_turned_by_the_generator(tmp_path):
+    put(tmp_path/"i.png", (64, 64), spot=(50, 9))
+    ds = Dataset([Record(tmp_path/"i.png", 0, None, "c", "good", "train")], Transform(64, rotate=30.),
+                 torch.Generator().manual_seed(3))
+    one = ds.image(0); ds.generator.manual_seed(3)
+    assert torch.equal(one, ds[0].image)
+
+def test_mask_of_another_size_is_found_without_a_reader(tmp_path):
+    "By all masks at once, as by one sample."
+    r = Record(put(tmp_path/"i.png", (8, 8)), 1, put(tmp_path/"m.png", (8, 9), 0, (1, 1), "L"), "c", "d", "test")
+    ds = Dataset([r], Transform(8))
+    for call in (ds.masks, lambda: ds[0]): says(call, "m.png", "8×9", "8×8")
+
+def test_two_masks_for_one_image(tmp_path):
+    gt = mvtec(tmp_path)/"nut"/"ground_truth"/"bent"
+    put(gt/"001.png", value=0, spot=(1, 1), mode="L")
+    says(lambda: read("mvtec", tmp_path), "two masks for one image", gt/"001.png", "001_mask.png", "remove one")
+
+def test_visa_anomalies_in_train(tmp_path):
+    "Of another split than the one-class one, which would be trained on as normal."
+    table = visa(tmp_path)/"split_csv"/"1cls.csv"
+    table.write_text(table.read_text().replace("cashew,test,anomaly", "cashew,train,anomaly", 1))
+    says(lambda: read("visa", tmp_path), "Anomaly/0.JPG is anomalous and in train", "1cls.csv")
+
+def test_union_reads_the_parts_asked_for(tmp_path):
+    "A data set whose name begins like another's stays closed."
+    b = mvtec3d(tmp_path/"b")
+    assert len(read("union", f"mvtec={tmp_path/'absent'},mvtec3d={b}", "mvtec3d/bagel")) > 0
+
+def test_nothing_to_train_on(tmp_path, monkeypatch):
+    "Told even where no test images are asked for."
+    monkeypatch.setitem(D.READERS, "folder", lambda *_, **__: [])
+    for test in (True, False): says(lambda: load("folder", tmp_path, test=test), "no train images in folder")
+
+def test_check_compares_both_counts(tmp_path, monkeypatch):
+    mvtec(tmp_path)
+    for official, n in (((3, 2, 2), 0), ((3, 2, 5), 1), ((3, 9, 2), 1), ((4, 2, 2), 1)):
+        monkeypatch.setitem(D.OFFICIAL, "mvtec", {"nut": official})
+        assert len(check(tmp_path, "mvtec", progress=False)[1]) == n, official
+
+def test_check_of_a_mask_that_contradicts_its_label(tmp_path):
+    "Both ways."
+    root, gt = mvtec3d(tmp_path), tmp_path/"bagel"/"test"
+    put(gt/"good"/"gt"/"000.png", value=0, spot=(1, 1), mode="L"); put(gt/"hole"/"gt"/"001.png", value=0, mode="L")
+    problems = check(root, "mvtec3d", progress=False)[1]
+    for words in (("good/gt/000.png", "marks a defect, but its image is labeled normal"),
+                  ("hole/gt/001.png", "is empty, but its image is labeled anomalous")):
+        assert [p for p in problems if all(w in p for w in words)], words
+
+
+def test_palette_mask_whose_first_color_is_white(tmp_path):
+    a = np.zeros((32, 40), np.uint8)
+    a[4:16, 5:35] = 255
+    Image.fromarray(a).quantize(2).save(tmp_path / "m.png")  # index 0 is white
+    assert (np.asarray(D.open_mask(tmp_path / "m.png")) == a).all()
+
+
+def test_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    def denied(self):
+        raise PermissionError(13, "Permission denied", str(self))
+    (tmp_path / "a/train/good").mkdir(parents=True)
+    monkeypatch.setattr(type(tmp_path), "iterdir", denied)
+    with pytest.raises(DataError, match="chmod"):
+        D.read("mvtec", tmp_path)
+
+
+def test_visa_row_of_another_category(tmp_path):
+    rows = ["object,split,label,image,mask"]
+    for c in ("candle", "pcb1"):
+        (tmp_path / c / "Data/Images/Normal").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / c / "Data/Images/Normal/0.JPG")
+        rows.append(f"candle,train,normal,{c}/Data/Images/Normal/0.JPG,")
+    (tmp_path / "split_csv").mkdir()
+    (tmp_path / "split_csv/1cls.csv").write_text("\n".join([*rows, "pcb1,test,normal,,"]))
+    told = []
+    D.read("visa", tmp_path, fail=told.append)
+    assert any("line 3" in t and "is not of candle" in t for t in told)

@@ -18,6 +18,7 @@ from flowrepro.bases import Base
 from flowrepro.data import DataError, Dataset, Transform, load, read
 from flowrepro.detectors import DETECTORS, FASTFLOW_PUBLISHED, HGAD, CFlow, Detector, FastFlow, Standardise, norm_layer
 from flowrepro.scores import PUBLISHED, Score
+from flowrepro import detectors
 
 SHAPES = {  # of the published backbones' features
     "resnet18.tv_in1k": [(64, 64, 64), (128, 32, 32), (256, 16, 16)],
@@ -689,3 +690,89 @@ def test_unknown_setting():
         FastFlow("resnet18", depth=3)
     with pytest.raises(ValueError, match="unknown backbone"):
         FastFlow("resnet1800")
+
+
+def test_a_base_of_the_mean_alone(stand_in):
+    "`scale=False` reaches the base of every level; what AltUB's turns move is the mean."
+    for method, settings in ((FastFlow, {}), (CFlow, dict(code=4))):
+        for scale in (True, False):
+            model = method(stand_in([(4, 2, 2), (5, 1, 1)]), steps=1, base="diagonal", scale=scale, **settings)
+            assert [b.log_scale.requires_grad for b in model.bases] == [scale] * 2
+            assert len(model.base_parameters()) == (4 if scale else 2)
+
+
+@pytest.mark.parametrize("below, zero", [(-2.0, "-2"), (-0.01, "-0.01")])
+def test_floats_that_are_standardised_already(trained, images, below, zero):
+    "Negative ones are refused as well as those up to 255."
+    with pytest.raises(DataError, match=rf"lie in \[0, 1\], these in \[{zero}, "):
+        trained.predict(torch.where(images[:1] < 130, below, 1.0))
+
+
+def test_a_table_of_scores_beside_the_images(trained, parts_folder, tmp_path):
+    "What `flowrepro predict` wrote below is left out; a table in the folder itself takes no image away."
+    folder = shutil.copytree(parts_folder / "spot", tmp_path / "spot")
+    for at in (folder, folder / "heat"):
+        at.mkdir(exist_ok=True)
+        (at / "scores.csv").write_text("image,score\n")
+    shutil.copy(sorted(folder.glob("*.png"))[0], folder / "heat")
+    assert len(trained.predict(folder)[1]) == 3
+
+
+def test_random_images_are_read_in_turn(parts_folder, monkeypatch):
+    "A rotation is drawn image by image, never ahead in threads, whose order would decide it."
+    files, turned = sorted((parts_folder / "good").iterdir()), Transform(32, rotate=30.0)
+    monkeypatch.setattr(detectors, "read_ahead", None)
+    for given in (Dataset(read("folder", parts_folder), turned), files):
+        assert len(list(detectors.open_images(given, turned))) == len(given)
+
+
+@pytest.mark.parametrize("method, more", [(FastFlow, dict(kernels=(1, 3), ratio=0.5)), (CFlow, dict(code=8)),
+                                          (HGAD, dict(code=8, categories=["a", "b"]))])
+def test_settings_reach_every_step(method, more, stand_in):
+    "Not the default of the flow, nor that of another method."
+    for soft, rule, clamp in ((True, "unit-gain", 1.3), (False, "published", 2.7)):
+        model = method(stand_in([(8, 2, 2), (6, 1, 1)]), steps=3, soft=soft, rule=rule, clamp=clamp, **more)
+        for flow, c in zip(model.flows, (8, 6)):
+            nets = [step.coupling.subnet for step in flow.steps]
+            assert len(nets) == 3
+            assert {(s.mixing.soft, s.coupling.rule, s.coupling.clamp) for s in flow.steps} == {(soft, rule, clamp)}
+            if method is FastFlow:
+                assert [n.first.kernel_size[0] for n in nets] == [1, 3, 1]
+                assert {n.first.out_channels for n in nets} == {int(c / 2 * 0.5)}
+            else:
+                assert {n.first.in_features for n in nets} == {c // 2 + 8}
+
+
+def test_likelihoods_that_are_not_finite(features, stand_in):
+    "What a last step ruined is told at once, and there is no calibration to score by."
+    model = FastFlow(stand_in(features.shapes), steps=1)
+    with torch.no_grad():
+        model.flows[1].steps[0].mixing.offset[0] = float("inf")
+    with pytest.raises(RuntimeError, match="not finite: the training diverged.*lower lr, or clip"):
+        model.calibrate(features.bank)
+    assert model.calibration.isnan().all()
+
+
+def test_labels_of_a_bank(features, stand_in):
+    "Each batch has those of its own images."
+    model = HGAD(stand_in(features.shapes), ["a", "b"], steps=1, code=4, centres=2, class_mode="known")
+    labels = torch.arange(14) // 7
+    for a, b in zip(model.all_parts(features.bank, labels, batch=4), model.parts(features.bank[slice(None)], labels)):
+        torch.testing.assert_close(a.base, b.base)
+
+
+def test_a_data_set_of_images_told_their_category(tiny_backbone, parts_folder):
+    "The category that is given counts, whatever the data set calls its own."
+    test = Dataset(read("folder", parts_folder)[:3], Transform(32))
+    model = HGAD(tiny_backbone(levels=(1,)), ["a", "b"], steps=1, code=4, centres=2, class_mode="known",
+                 score=Score(logdet=0.5, normalise="none"))
+    pixels = torch.stack([test[i].image for i in range(3)])
+    assert torch.equal(model.predict(test, category="b")[1], model.predict(pixels, category="b")[1])
+
+
+def test_features_of_another_shape(stand_in):
+    "As many positions in other places would have other codes."
+    for method, more in ((CFlow, {}), (HGAD, dict(categories=["a"]))):
+        model = method(stand_in([(4, 4, 4)]), steps=1, code=4, **more)
+        with pytest.raises(ValueError, match=r"features of level 0 are \(4, 2, 8\), this detector's \(4, 4, 4\)"):
+            model.parts([torch.zeros(1, 4, 2, 8)])

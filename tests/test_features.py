@@ -358,3 +358,69 @@ def test_floats_beyond_one(folder):
     class Floats(Data):
         def __getitem__(self, i): return SimpleNamespace(image=super().__getitem__(i).image.float())
     with pytest.raises(ValueError, match=r"divide by 255"): bank(Floats(folder))
+
+
+def test_what_the_key_knows_of_copies(folder):
+    "Their number and their seed; the seed of nothing random is of no account."
+    turned = Data(folder, Transform(rotate=45.))
+    assert bank(turned, copies=2).key != bank(turned, copies=3).key
+    assert bank(Data(folder), seed=1).key == bank(Data(folder), seed=2).key
+
+
+def test_auto_leaves_half_of_the_memory(folder, monkeypatch):
+    need = bank(Data(folder)).nbytes
+    for free, place in ((1.9*need, "disk"), (2.1*need, "ram")):
+        monkeypatch.setattr(ft, "free_ram", lambda: int(free))
+        assert bank(Data(folder)).place == place and bank(Data(folder), where="ram").place == "ram"
+
+
+def test_each_image_of_each_copy_is_turned_by_itself(folder, toy):
+    "Not all images alike; and whatever a generator of the data set has drawn before."
+    seen = []
+    class Angles(Data):
+        def __getitem__(self, i): seen.append(torch.rand(()).item()); return super().__getitem__(i)
+    bank(Angles(folder, Transform(rotate=45.)), copies=2)
+    assert len(set(seen)) == len(seen) == 22
+    own = Dataset(load("toy", toy, "bolt")[0].records[:2], data.Transform(16, rotate=45.), torch.Generator())
+    a = ft.fixed_image(own, 0, 0, seed=1); torch.rand(3, generator=own.generator)
+    assert torch.equal(a, ft.fixed_image(own, 0, 0, seed=1))
+
+
+@pytest.mark.parametrize("rotate, copies, bad", [(0., 1, 7), (45., 3, 18)])
+def test_the_image_that_is_not_finite_is_named(folder, rotate, copies, bad):
+    "In any batch, of any copy."
+    class Late(Net):
+        calls = 0
+        def forward(self, x):
+            out = super().forward(x)
+            for k in range(len(x)):
+                if self.calls + k == bad: out[1][k, 0, 0, 0] = float("nan")
+            self.calls += len(x)
+            return out
+    with pytest.raises(ValueError, match="07.png: features not finite in float32"):
+        bank(Data(folder, Transform(rotate=rotate)), Late(), copies=copies, batch=4)
+
+
+def test_a_mapped_file_is_not_written(tmp_path):
+    path = tmp_path/"a.bin"; path.write_bytes(bytes(16))
+    ft.map_file(path, 16, "float32").fill_(1.0)
+    assert path.read_bytes() == bytes(16)
+    ft.map_file(path, 16, "float32", write=True).fill_(1.0)
+    assert path.read_bytes() != bytes(16)
+
+
+def test_index_out_of_range_is_refused_before_the_device():
+    for bad in (11, -12):
+        with pytest.raises(IndexError, match="outside of the 11 images"): ft.as_index(bad, 11)
+    assert ft.as_index([10, -11], 11).tolist() == [10, 0]
+
+
+def test_statistics_far_from_zero(bank_of):
+    "A small deviation about a large mean; none at all is 0, not NaN."
+    x = 1000 + 0.01*torch.randn(40, 3, 8, 8, dtype=torch.float64).float(); x[:, 1] = 0.1; x[:, 2] = 1000.3
+    (m, s), = channel_stats(bank_of(x))
+    assert s[0].item() == pytest.approx(x[:, 0].double().std().item(), rel=0.01)
+    assert m[0].item() == pytest.approx(1000, abs=1e-3)
+    for v in np.linspace(0.1, 9.7, 60):
+        (_, still), = channel_stats(bank_of(torch.full((13, 1, 3, 3), v)))
+        assert 0 <= still.item() < 1e-3

@@ -587,3 +587,51 @@ def test_freia_networks_of_three_layers():
     state = flows.to_freia(flows.dense_flow(6, 1)) | {"module_list.0.subnet.4.weight": torch.zeros(6, 6)}
     with pytest.raises(ValueError, match="subnet.4.weight"):
         flows.from_freia(flows.dense_flow(6, 1), state)
+
+
+def test_a_condition_shared_by_the_images():
+    "One code for each position, (1, P, c), is that of every image."
+    flow = dense_flow(5, 2, c_cond=4)
+    for p in flow.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    x, cond = torch.randn(3, 6, 5), torch.randn(1, 6, 4)
+    for a, b in zip(flow(x, cond), flow(x, cond.expand(3, -1, -1).contiguous())):
+        torch.testing.assert_close(a, b)
+
+
+def test_rotations_favour_no_direction():
+    "QR alone gives a first entry of one sign."
+    first = torch.stack([random_rotation(4, torch.Generator().manual_seed(i))[0, 0] for i in range(200)])
+    assert 70 < (first > 0).sum() < 130
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_inverse_under_autocast(soft):
+    "The networks run in bfloat16 both ways, the stream in float32: the features come back."
+    flow = dense_flow(6, 3, soft=soft)
+    for p in flow.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    x = torch.randn(32, 6)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        z, _ = flow(x)
+        again = flow.inverse(z)
+    assert z.dtype == again.dtype == torch.float32
+    torch.testing.assert_close(again, x, rtol=0, atol=2e-3)
+
+
+def test_defaults_of_the_flows():
+    "Both papers' clamp, rotations in dense flows, shuffles and kernels in turn in convolutional ones."
+    dense, conv = dense_flow(6), conv_flow(6)
+    assert {(s.coupling.clamp, s.mixing.soft, s.coupling.rule) for s in dense.steps} == {(1.9, True, "published")}
+    assert {(s.coupling.clamp, s.mixing.soft, s.coupling.rule) for s in conv.steps} == {(2.0, False, "published")}
+    assert [s.coupling.subnet.first.kernel_size[0] for s in conv.steps] == [3, 1] * 4 and len(dense.steps) == 8
+
+
+def test_sizes_at_the_limits():
+    "A ratio however small leaves one channel; zero, and a width below none, are refused."
+    assert conv_flow(4, 1, ratio=1e-3).steps[0].coupling.subnet.first.out_channels == 1
+    for build in (lambda: conv_flow(4, 1, ratio=0.0), lambda: conv_flow(4, 1, ratio=-0.5)):
+        with pytest.raises(ValueError, match="ratio .*: positive"):
+            build()
+    with pytest.raises(ValueError, match="c_cond -1: a whole number, 0 for none"):
+        dense_flow(4, 1, c_cond=-1)

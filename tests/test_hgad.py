@@ -869,3 +869,13 @@ def test_terms_in_double_precision():
         for name, value in double.items():
             assert value.dtype == torch.float64
             torch.testing.assert_close(value.float(), single[name])
+
+
+def test_affinities_take_the_higher_precision():
+    "That of the centres, too."
+    mixture, label = HierarchicalMixture(3, 5, 2).double(), torch.tensor([0, 1])
+    for positions in (1, 4):
+        z = torch.randn(2, positions, 5)
+        _, main, own = affinities(z, mixture, label, True)
+        assert main.dtype == own.dtype == torch.float64
+        torch.testing.assert_close(main, affinities(z.double(), mixture, label, True)[1])

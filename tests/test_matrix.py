@@ -1,5 +1,6 @@
 "The matrix: what the file may say, which runs it comes to, and which runs a table takes."
 import copy
+import json
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -249,3 +250,28 @@ def test_chosen_refuses_what_is_not_its_own():
         chosen("F4", M, "altub_figures")
     with pytest.raises(MatrixError, match="allowed: F4, F5, F6, F7"):
         chosen("map", M, "hgad_figures")
+
+
+@pytest.mark.parametrize("old, new, said", [
+    ("variants:\n", "variants:\n  hgad: {title: X, method: fastflow}\n", "'hgad' is there twice"),
+    ("title: FastFlow, method: fastflow}", "title: FastFlow, method: fastflow, method: cflow}", "'method' is there twice"),
+    ("outputs:\n", "outputs:\n  T77: {notebook: altub_tables, role: first, variants: [fastflow]}\n", "T77"),
+    ("T1: {notebook: altub_tables", "T1: {notebook: hgad_tables", "T1"),
+])
+def test_matrix_that_would_lose_something(tmp_path, old, new, said):
+    (tmp_path / "m.yml").write_text(MATRIX.read_text().replace(old, new, 1))
+    with pytest.raises(MatrixError, match=said):
+        load_matrix(tmp_path / "m.yml")
+
+
+def test_matrix_without_the_run_that_a_table_compares_with(tmp_path):
+    m = json.loads(json.dumps(yaml.safe_load(MATRIX.read_text())).replace('"hgad"', '"mine"').replace('"method": "mine"', '"method": "hgad"'))
+    (tmp_path / "m.yml").write_text(yaml.safe_dump(m, sort_keys=False))
+    with pytest.raises(MatrixError, match="hgad"):
+        load_matrix(tmp_path / "m.yml")
+
+
+def test_matrix_of_another_encoding(tmp_path):
+    (tmp_path / "m.yml").write_bytes("variants: {ü: 1}".encode("latin1"))
+    with pytest.raises(MatrixError, match="m.yml"):
+        load_matrix(tmp_path / "m.yml")

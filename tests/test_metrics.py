@@ -445,3 +445,62 @@ def test_threshold_of_ties_and_tensors():
         with pytest.raises(ValueError) as told: fpr_threshold(np.zeros(n), 1e-3)
         assert fpr_threshold(np.zeros(n), float(str(told.value).split("or fpr of ")[1].split()[0])) == 0
     assert fpr_threshold(torch.arange(99, dtype=torch.bfloat16), 0.5) == 49
+
+
+def test_double_tensors_keep_their_precision():
+    x = torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)
+    assert auroc(x, [0, 1]) == 1 and M.as_float(x).tolist() == x.tolist()
+
+
+def test_which_class_is_there():
+    "The warning says what all of them are, and what none is."
+    for y, words in (([0, 0], 'all 2 labels are normal and none is anomalous'),
+                     ([1, 1], 'all 2 labels are anomalous and none is normal')):
+        with pytest.warns(UserWarning, match=words): auroc([1, 2], y)
+
+
+def test_as_many_of_another_shape():
+    "Flattened, they would be paired in another order."
+    with pytest.raises(ValueError, match=r'\(2, 3\).*\(3, 2\)'): auroc(np.zeros((2, 3)), np.eye(3, 2))
+
+
+def test_highest_of_thresholds_that_are_as_good():
+    f, t = f1_max_threshold([4, 3, 2, 1], [1, 0, 0, 1])  # 2/3 at 4 and at 1
+    assert f == pytest.approx(2/3) and t == 4
+
+
+def test_aupro_up_to_one():
+    "The whole curve, its last point included."
+    g = np.random.default_rng(0); m = masks_of(g); x = np.round(g.normal(size=m.shape) + m, 1)
+    assert aupro(x, m, 1.0) == pytest.approx(brute_pro(x, m, 1.0), abs=ROUND)
+
+
+def test_rounding_in_one_block_alone():
+    "Whether float32 holds the scores is asked of every block, whatever the last one holds."
+    g = np.random.default_rng(0); m = np.zeros((2, 256, 256), bool); m[0, :40, :40] = True
+    x = np.full(m.shape, 5.0); x[0] = -900 + 1e-9*(g.random(m.shape[1:]) + 0.5*m[0])
+    e = evaluate(x, m, bounds=True)
+    assert e['pixel_auroc'] == pytest.approx(auroc(x, m), abs=1e-5) and auroc(x, m) > 0.4
+
+
+def test_tol_is_the_half_width():
+    "Just below the widest bound the bins are sorted, just above it they stand."
+    g = np.random.default_rng(0); m = masks_of(g, 20, 48, 40); x = (g.normal(size=m.shape) + m).astype('f4')
+    wide = lambda e: max(e[k + '_bound'] for k in NAMES)
+    w = wide(evaluate(x, m, bounds=True, tol=1, bins=300))
+    assert w > 1e-5
+    assert wide(evaluate(x, m, bounds=True, tol=0.9*w, bins=300)) == 0
+    assert wide(evaluate(x, m, bounds=True, tol=1.1*w, bins=300)) == w
+
+
+def test_columns_are_no_labels_and_no_scores():
+    "(N, 1) would be compared with (N,) by broadcasting."
+    g = np.random.default_rng(0); m = masks_of(g); x = g.normal(size=m.shape)
+    with pytest.raises(ValueError, match=r'labels \(6, 1\) do not fit 6'): evaluate(x, m, labels=m.any((1, 2))[:, None])
+    with pytest.raises(ValueError, match=r'image_scores \(6, 1\) do not fit 6'): evaluate(x, m, x.max((1, 2))[:, None])
+
+
+def test_one_defect_pixel_contradicts_a_normal_label():
+    x = np.random.default_rng(0).normal(size=(3, 4, 4)); m = np.zeros(x.shape, bool); m[0] = True; m[1, 2, 2] = True
+    _, w = caught(x, m, labels=[1, 0, 0])
+    assert any('1 of 3 images are labelled normal but have defect pixels' in s for s in w)

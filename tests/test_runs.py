@@ -886,3 +886,20 @@ def test_run_notebook_that_fails(toy, tmp_path):
     with pytest.raises(DataError, match="DataError.*wave.*run.ipynb"):
         run_notebook(dict(data_root=str(toy), category="wave", out_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("given", [{"soft": "no"}, {"score.align_corners": []}, {"transform.size": 64.0}, {"backbone.name": None},
+                                   {"temperature": float("inf")}, {"epochs": True}])
+def test_override_of_a_wrong_kind(given):
+    with pytest.raises(ConfigError):
+        configure(overrides=given)
+
+
+def test_two_backbones():
+    with pytest.raises(ConfigError, match="resnet18"):
+        configure(backbone="resnet18", overrides={"backbone.name": "resnet34"})
+
+
+def test_levels_that_the_backbone_lacks_are_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match="rising numbers"):
+        Run(configure(out_dir=tmp_path, overrides={"backbone.levels": [9]}), progress=False)

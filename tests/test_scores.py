@@ -432,3 +432,17 @@ def test_every_level_has_its_calibration():
     for stats in (calibration(make(6, 2))[:1], calibration(make(6, 2))[[0, 1, 0, 1]]):
         with pytest.raises(ValueError, match="argument"):
             combine(parts, 32, Score(), stats)
+
+
+def test_share_of_a_level_that_never_changes():
+    "No deviation at all says nothing: latent only, never NaN."
+    still = calibration(make(1, shapes=[(1, 1)]))
+    assert logdet_share(still).tolist() == [0.0]
+
+
+def test_default_settings_are_fixed():
+    "Numbers in the docs and in people's tables are under these; whoever changes one says so."
+    assert asdict(Score()) == dict(
+        logdet=None, criterion="likelihood", levels="probability", temperature=0.7, normalise="train",
+        align_corners=False, smooth=3.0, image="max", top=0.001, image_logdet=0.0, image_temperature=1.0,
+        image_criterion="likelihood", image_smooth=0.0)

@@ -839,3 +839,68 @@ def test_layers_in_training(features, stand_in):
     fit(model, features.bank, replace(SCHEDULE, epochs=2), evaluate=lambda e: model.eval() and {}, when=(1,),
         progress=False)
     assert modes == [True] * 6
+
+
+def test_default_schedule_is_fixed():
+    "What people trained without settings of their own was trained under these."
+    assert asdict(Schedule()) == dict(epochs=30, batch=8, lr=3e-3, weight_decay=1e-5, betas=(0.9, 0.999),
+                                      decay="cosine", floor=0.0, warmup=0, hold=0, clip=None, idle=False,
+                                      precision="float32", seed=0)
+
+
+def test_schedules_at_the_limits():
+    "A rise through the whole training is one; a memory that never fades is none."
+    assert Schedule(epochs=3, warmup=3, lr=1.0, decay="constant").rate(0.5) == pytest.approx(0.55)
+    for betas in ((1.0, 0.9), (0.9, 1.0)):
+        with pytest.raises(ValueError, match="betas"):
+            Schedule(betas=betas)
+
+
+def test_checkpoint_runs_no_code(make, features, tmp_path):
+    "A file that would run something on being read is no checkpoint, and runs nothing."
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path / "sprung").touch, ()
+
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"training": {}, "model": Trap()}, path)
+    with pytest.raises(ValueError, match="checkpoint.pt is no checkpoint"):
+        fit(make(), features.bank, SCHEDULE, checkpoint=path, progress=False)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_checkpoint_of_other_features(make, features, tmp_path):
+    "What `source` says of them must be the same."
+    path = tmp_path / "checkpoint.pt"
+    train = lambda key: fit(make(), features.bank, SCHEDULE, checkpoint=path, source={"features": key}, progress=False)
+    assert train("a") == train("a")
+    with pytest.raises(ValueError, match="source.features 'a' there, 'b' here.*remove it"):
+        train("b")
+
+
+def test_fewer_images_than_a_batch(make, features):
+    "Are a batch, for the fibers as well."
+    model = make(method=CFlow, code=4, fibers=36)
+    training.check_training(model, 4, Schedule(batch=8))
+    with pytest.raises(ValueError, match="36 rows is larger than a batch of 3 images, which has 27 rows"):
+        training.check_training(model, 3, Schedule(batch=8))
+
+
+def test_where_features_are_held(tiny_backbone, toy, tmp_path, monkeypatch):
+    "As `fit` is told; a cache serves the next training."
+    made, own = [], training.FeatureBank
+    monkeypatch.setattr(training, "FeatureBank", lambda *a, **kw: made.append(own(*a, **kw)) or made[-1])
+    train, _ = load("toy", toy, "weave", Transform(32))
+    for where, cache in (("disk", tmp_path), ("ram", tmp_path), ("ram", None)):
+        FastFlow(tiny_backbone(), steps=1).fit(train, epochs=1, where=where, cache=cache, progress=False)
+    assert [(b.place, b.found) for b in made] == [("disk", False), ("ram", True), ("ram", False)]
+
+
+def test_no_half_checkpoint_is_left(tmp_path, monkeypatch):
+    def full(saved, path):
+        path.write_bytes(b"x")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        write_checkpoint(tmp_path / "checkpoint.pt", torch.nn.Linear(1, 1), [], 0, [], {})
+    assert not list(tmp_path.iterdir())
