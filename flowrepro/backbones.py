@@ -117,7 +117,7 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
 # %% ../nbs/01_backbones.ipynb #cdb350da
 def fit_state(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
     "`state` with the names of `wanted`, by name or in order; `source` names it in the `WeightsError`."
-    skip = "num_batches_tracked"
+    skip = "num_batches_tracked", "total_ops", "total_params"  # the latter two by profilers
     need = {k: v for k, v in wanted.items() if not k.endswith(skip)}
     if all(k in state for k in need):
         parts = {k.partition(".")[0] for k in wanted}
@@ -189,6 +189,8 @@ def load_net(name: str,               # timm name, with or without a weight tag
     state = read_state(path)
     with torch.random.fork_rng(devices=[]): net = timm.create_model(full, **kw).eval()
     wanted, head = net.state_dict(), net.pretrained_cfg.get("classifier") or ()
+    made = dict(net.named_buffers()).keys() - wanted.keys()  # by the network itself; older files hold them
+    state = {k: v for k, v in state.items() if k not in made}
     head = tuple(f"{h}." for h in ((head,) if isinstance(head, str) else head))
     body = {k: v for k, v in wanted.items() if not k.startswith(head)}
     if all(k in state or k.endswith("num_batches_tracked") for k in body):  # by name: a classifier of its own, or none
@@ -353,8 +355,9 @@ class Backbone(nn.Module):
                     mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist(), weight_id=self.weight_id)
 
 # %% ../nbs/01_backbones.ipynb #954f7bac
-def check_held(b: Backbone, _) -> None:
+def check_held(b: Backbone, keys) -> None:
     "`WeightsError` if other weights were loaded into a backbone than its `weight_id` names."
+    if sum(".net." in f".{k}" for k in keys.missing_keys) >= len([*b.net.parameters()]): return  # none were loaded
     if next(b.net.parameters()).dtype.itemsize >= 4 and state_hash(copy.deepcopy(b.net).float()) != b.held:
         raise WeightsError(f"these are not the weights {b.weight_id} by which caches and saved detectors know this "
                            "backbone: save yours with torch.save(net.state_dict(), path), give Backbone(weights=path)")

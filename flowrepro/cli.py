@@ -12,6 +12,7 @@ __all__ = ['cmd_run', 'run_each', 'of_the_same_data', 'run_name', 'print_summary
 
 # %% ../nbs/13_cli.ipynb #149ba2fc
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -57,24 +58,27 @@ def run_each(jobs: list[dict], resume: bool = False) -> dict[str, Exception]:
     With `resume` a finished run is left as it is; one that was stopped goes on from its checkpoint anyway."""
     from flowrepro.backbones import WeightsError
     from flowrepro.data import DataError
-    from flowrepro.runs import run_notebook
+    from flowrepro.reports import read_run
+    from flowrepro.runs import ConfigError, run_notebook
 
     failed = {}
     for i, job in enumerate(jobs):
         print(f"[{i + 1}/{len(jobs)}] {job['category']}, seed {job['seed']} → {job['out_dir']}", flush=True)
-        if resume and (Path(job["out_dir"]) / "metrics.json").exists():
-            print("finished before", flush=True)
-            continue
+        if resume:
+            with contextlib.suppress(ValueError):  # not finished, or damaged
+                read_run(Path(job["out_dir"]))
+                print("finished before", flush=True)
+                continue
         try:
             run_notebook(job, progress=True)
         except WeightsError:  # which the others lack as well
             raise
-        except (DataError, RuntimeError) as error:
+        except (ConfigError, DataError, RuntimeError) as error:
             failed[job["out_dir"]] = error
             print(f"failed: {error}", file=sys.stderr, flush=True)
     return failed
 
-
+# %% ../nbs/13_cli.ipynb #0c0fecc5
 def of_the_same_data(folder: Path, data_root: str | None) -> None:
     "ValueError if a run's folder holds a run on other images, which this one would replace."
     config = folder / "config.json"

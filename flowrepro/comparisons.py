@@ -7,11 +7,12 @@ Docs: https://flowrepro.github.io/flowrepro/comparisons.html.md"""
 # %% auto #0
 __all__ = ['PROTOCOLS', 'MEASURED', 'BACKBONES', 'PAPERS', 'FORMS', 'READING', 'COMPARED', 'CLASSES', 'SPREADS', 'RANKED',
            'TABLES', 'only', 'every_published', 'published', 'data_name', 'categories_in', 'on_official_data',
-           'results_of', 'measured', 'backbone_name', 'published_as', 'Reference', 'reference', 'difference',
-           'with_means', 'modes_of', 'places', 'Findings', 'letter', 'letters_of', 'measured_on', 'Recipe', 'by_seed',
-           'beside', 'setting_of', 'row_of', 'titled', 'lacking', 'comparison_rows', 'wobble', 'steadiness',
-           'stability_row', 'over_categories', 'stability_rows', 'paired', 'changed_row', 'ablation_rows', 'form_rows',
-           'component_rows', 'anchor_rows', 'method_rows', 'of_other_seeds', 'setting_note', 'telling', 'beside_papers']
+           'results_of', 'network_of', 'measured', 'backbone_name', 'published_as', 'Reference', 'reference',
+           'difference', 'with_means', 'modes_of', 'places', 'Findings', 'letter', 'letters_of', 'measured_on',
+           'Recipe', 'by_seed', 'beside', 'setting_of', 'row_of', 'titled', 'lacking', 'comparison_rows', 'wobble',
+           'steadiness', 'stability_row', 'over_categories', 'stability_rows', 'paired', 'changed_row', 'ablation_rows',
+           'form_rows', 'component_rows', 'anchor_rows', 'method_rows', 'of_other_seeds', 'setting_note', 'telling',
+           'beside_papers']
 
 # %% ../nbs/12b_comparisons.ipynb #405f9ff5
 import contextlib
@@ -99,6 +100,12 @@ def results_of(run: dict) -> dict[tuple[str, str], dict]:
     return out | {(PROTOCOLS["last"], mode): r for mode, r in others.items() if mode != own}
 
 # %% ../nbs/12b_comparisons.ipynb #f19a441e
+def network_of(config: dict) -> str:
+    "A run's backbone as timm calls it, and that its weights are random, if so."
+    random = str(config.get("weights")).partition(":")[0] == "random"
+    return "random " * random + config["settings"]["backbone"]["name"]
+
+
 def measured(runs: list[dict], matrix: dict | None = None) -> pd.DataFrame:
     """A row per value of runs, named as the matrix names them or, without one, by their method alone;
     'mean' is a category of a run that has several. NaN where a metric was not to be had."""
@@ -108,7 +115,7 @@ def measured(runs: list[dict], matrix: dict | None = None) -> pd.DataFrame:
         about = {"variant": variant, "method": title_of(matrix, variant) if matrix else method_name(c),
                  "data": data_name(sets_of(c)), "seed": c["seed"],
                  "epoch_s": run["timing"]["epoch_s"],
-                 "backbone": "random " * str(c.get("weights")).startswith("random") + c["settings"]["backbone"]["name"],
+                 "backbone": network_of(c),
                  "official": on_official_data(run)}
         rows += [about
                  | {"protocol": protocol, "mode": mode, "category": category, "metric": m,
@@ -264,7 +271,7 @@ def measured_on(runs: list[dict], matrix: dict) -> list[str]:
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
         c = run["config"]
-        groups.setdefault((data_name(sets_of(c)), c["settings"]["backbone"]["name"], c["preset"]), []).append(run)
+        groups.setdefault((data_name(sets_of(c)), network_of(c), c["preset"]), []).append(run)
     notes = []
     for (data, backbone, preset), own in groups.items():
         seeds = ", ".join(map(str, sorted({r["config"]["seed"] for r in own})))

@@ -6,9 +6,9 @@ Docs: https://flowrepro.github.io/flowrepro/features.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'SHARE', 'files_hash', 'bank_key', 'bank_bytes', 'split_levels', 'free_ram', 'group_free', 'choose_place',
-           'read_ahead', 'fixed_image', 'check_transform', 'fill', 'sample_digest', 'write_atomic', 'is_complete',
-           'Lock', 'sweep', 'map_file', 'reserve', 'find_or_fill', 'as_index', 'take', 'FeatureBank', 'make_flat',
-           'LiveFeatures', 'channel_stats']
+           'read_ahead', 'fixed_image', 'check_transform', 'stacked', 'fill', 'sample_digest', 'write_atomic',
+           'is_complete', 'Lock', 'sweep', 'map_file', 'reserve', 'find_or_fill', 'as_index', 'take', 'FeatureBank',
+           'make_flat', 'LiveFeatures', 'channel_stats']
 
 # %% ../nbs/02_features.ipynb #655dd5a1
 import copy
@@ -140,6 +140,14 @@ def check_transform(dataset, copies: int) -> None:
         raise ValueError(f"copies={copies} of the same image: the transform is not random; use copies=1")
 
 # %% ../nbs/02_features.ipynb #9609e76d
+def stacked(images: list[torch.Tensor]) -> torch.Tensor:
+    "Images as one batch. `ValueError` for floats of 0 to 255."
+    x = torch.stack(images)
+    if x.is_floating_point() and not x.abs().max() <= 5:  # normalized ones are the business of a network of your own
+        raise ValueError(f"images as floats lie in [0, 1], these in [{x.min():.3g}, {x.max():.3g}]: "
+                         "divide by 255, or give uint8")
+    return x
+
 @torch.no_grad()
 def fill(flat: torch.Tensor, dataset, backbone, copies: int, seed: int, device: torch.device, batch: int,
          progress: bool) -> None:
@@ -153,10 +161,7 @@ def fill(flat: torch.Tensor, dataset, backbone, copies: int, seed: int, device: 
     images = read_ahead(get, N, 1 if random else None, depth=2*batch)  # one thread may seed the global generator
     with tqdm(total=N, desc="features", unit="image", disable=not progress, leave=False) as bar:
         for start in range(0, N, batch):
-            x = torch.stack([next(images) for _ in range(min(batch, N - start))])
-            if x.is_floating_point() and not (x.min() >= -1e-3 and x.max() <= 1.001):
-                raise ValueError(f"images as floats lie in [0, 1], these in [{x.min():.3g}, {x.max():.3g}]: "
-                                 "divide by 255, or give uint8")
+            x = stacked([next(images) for _ in range(min(batch, N - start))])
             for level, y in zip(levels, backbone(x.to(device))):
                 if y.shape[1:] != level.shape[1:]:
                     raise ValueError(f"images of {tuple(x.shape[1:])} give features {tuple(y.shape[1:])} instead of "
@@ -355,7 +360,7 @@ class LiveFeatures:
     def __getitem__(self, idx) -> list[torch.Tensor]:
         i = as_index(idx, self.n).tolist()
         if not i: return [torch.zeros(0, *s, device=self.device) for s in self.shapes]
-        parts = [self.backbone(torch.stack([self.dataset[j].image for j in i[s:s + self.batch]]).to(self.device))
+        parts = [self.backbone(stacked([self.dataset[j].image for j in i[s:s + self.batch]]).to(self.device))
                  for s in range(0, len(i), self.batch)]
         return [torch.cat(level) for level in zip(*parts)]
 

@@ -142,7 +142,7 @@ UNIT = 2 * math.log(math.exp(5.0) - 1)  # positive(UNIT) = 1
 
 # %% ../nbs/03_flows.ipynb #23e3b9c1
 def random_rotation(n: int, generator: torch.Generator | None = None) -> Tensor:
-    "A random rotation of n channels, (n, n) float32, uniform on SO(n): QR of a normal matrix with signs fixed."
+    "A random rotation, (n, n) of the default dtype, uniform on SO(n): QR of a normal matrix with signs fixed."
     q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
     q = q * r.diagonal().sign()
     if torch.linalg.det(q) < 0:

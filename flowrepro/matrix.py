@@ -100,8 +100,8 @@ def check_output(entry: dict, variants: dict, where: str) -> None:
     name = where.rpartition(": ")[2]
     one_of(where, name, made_by(entry["notebook"]))
     for variant in COMPARED_WITH.get(name, ()):
-        if variant not in variants:
-            raise MatrixError(f"{where}: compares with a variant named {variant!r}; keep that name")
+        if variant not in entry["variants"]:
+            raise MatrixError(f"{where}: variants: compares with one named {variant!r}; keep it, by that name")
 
 
 COMPARED_WITH = {"T4": ("fastflow-altub",), "T7": ("hgad-single", "hgad"), "T8": ("hgad",), "T9": ("hgad",)}
@@ -270,7 +270,7 @@ def check_once(node, where: str) -> None:
     "MatrixError for a name that a mapping of a YAML tree has twice, since all but the last would be lost."
     seen = set()
     for key, value in node.value if node is not None and node.id == "mapping" else ():
-        if key.value in seen:
+        if key.value in seen and key.value != "<<":
             raise MatrixError(f"{where}: {key.value!r} is there twice, again in line {key.start_mark.line + 1}; "
                               "rename or remove one")
         seen.add(key.value)

@@ -165,12 +165,13 @@ def parse_overrides(overrides: str | dict, settings: dict[str, dict]) -> dict:
     out: dict = {}
     for key, value in given.items():
         if key == "evaluations":
-            out[key] = value
+            out[key] = as_plain(value)
             continue
         nested = value.items() if key in settings and isinstance(value, dict) else [(None, value)]
         for name, v in nested:
             group, field_name = resolve(f"{key}.{name}" if name else key, settings)
-            out.setdefault(group, {})[field_name] = tuple(v) if isinstance(v, list) else v
+            plain = tuple(map(as_plain, v)) if isinstance(v, list | tuple) else as_plain(v)
+            out.setdefault(group, {})[field_name] = plain
     return out
 
 # %% ../nbs/11_runs.ipynb #9b19ebd3
@@ -263,7 +264,8 @@ def check_kind(name: str, value, default) -> None:
         right = number if kind is float else type(value) is kind
     numbers = value if isinstance(value, tuple) else (value,)
     if not right or any(isinstance(v, float) and not np.isfinite(v) for v in numbers):
-        raise ConfigError(f"override {name} {value!r}: must be {kinds.get(kind, 'a number or null')}")
+        wanted = kinds.get(kind, "a text or null" if name == "features.cache" else "a number or null")
+        raise ConfigError(f"override {name} {value!r}: must be {wanted}")
 
 
 def check_settings(settings: dict, p: dict, overrides: dict) -> None:
@@ -338,6 +340,7 @@ def made_otherwise(folder: str | Path, parameters: dict) -> bool:
         own = json.loads(json.dumps({k: config[k] for k in ("method", "altub", "backbone", "weights", "settings")}))
         for place in ("cache", "where"):
             own["settings"]["features"].pop(place, None)
+        own["settings"]["schedule"].setdefault("idle", False)  # runs from before there was a choice
         return own
     try:
         made = told(json.loads((Path(folder) / "metrics.json").read_text())["config"])

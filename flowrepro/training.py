@@ -54,12 +54,18 @@ class Schedule:
                 raise ValueError(f"{field} {getattr(self, field)!r}: a whole number from {least}")
         if not isinstance(self.seed, int | np.integer):
             raise ValueError(f"seed {self.seed!r}: a whole number")
+        for field in ("epochs", "batch", "warmup", "hold", "seed"):
+            object.__setattr__(self, field, int(getattr(self, field)))  # NumPy's are no integers to PyTorch
         for field, right in (("lr", self.lr > 0), ("weight_decay", self.weight_decay >= 0),
                              ("clip", self.clip is None or self.clip > 0),
                              ("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)),
                              ("floor", 0 <= self.floor <= 1), ("warmup", self.warmup <= self.epochs)):
             if not right:
                 raise ValueError(f"{field} {getattr(self, field)}: out of range")
+
+    def told(self) -> dict:
+        "What a checkpoint says of it: as before there was `idle`, where that is off."
+        return {k: v for k, v in asdict(self).items() if k != "idle" or v}
 
     def rate(self, progress: float) -> float:
         "The learning rate at a share of the whole training in [0, 1)."
@@ -178,7 +184,7 @@ def fit(
     check_training(model, images, schedule, altub)
     adam, turn = optimizers_of(model, schedule, altub)
     optimizers = [adam] + ([turn.optimizer] if turn else [])
-    identity = {"method": model.method, "detector": dict(model.config), "schedule": asdict(schedule),
+    identity = {"method": model.method, "detector": dict(model.config), "schedule": schedule.told(),
                 "altub": altub and asdict(altub), "source": source}
     start, history = 0, []
     if checkpoint is not None and Path(checkpoint).exists():

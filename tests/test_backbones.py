@@ -324,3 +324,21 @@ def test_what_decides_the_features_is_in_the_config(tiny_backbone):
     assert one.config() == dict(
         name="test_resnet.r160_in1k", levels=[1, 2], pyramid=[1.0, 0.5], size=32, dtype="float32", fold=True,
         channels_last=True, mean=one.mean.flatten().tolist(), std=one.std.flatten().tolist(), weight_id=one.weight_id)
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "swin_tiny_patch4_window7_224"])
+def test_buffers_that_older_files_hold(tmp_path, name):
+    "Are made by the network itself."
+    net = timm.create_model(name)
+    torch.save(dict(net.named_buffers()) | net.state_dict(), tmp_path/"w.pth")
+    assert load_net(name, tmp_path/"w.pth")[1].startswith("file:")
+
+
+def test_a_state_without_the_backbone():
+    "Says nothing about its weights, whatever was done to them."
+    net = nn.ModuleDict({"backbone": Backbone("resnet18", (1,), weights="random", size=64), "flow": nn.Linear(1, 1)})
+    net.half().float()
+    net.load_state_dict(net["flow"].state_dict(prefix="flow."), strict=False)
+    for state in ({k: v + 1 for k, v in net.state_dict().items()},
+                  {"backbone.net.conv1.weight": net["backbone"].net.conv1.weight + 1}):
+        with pytest.raises(WeightsError): net.load_state_dict(state, strict=False)

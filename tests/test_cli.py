@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from flowrepro import __version__
-from flowrepro.cli import main, parser, print_summary, run_name
+from flowrepro.cli import main, parser, print_summary, run_each, run_name
 from flowrepro.data import Transform, load
 from flowrepro.detectors import Detector
 
@@ -607,3 +607,21 @@ def test_summary_names_what_differs(capsys):
     both = capsys.readouterr().out
     print_summary(table[:1])
     assert "CFLOW-AD" in both and "smoke" not in both and "FastFlow" not in capsys.readouterr().out
+
+
+def test_resume_does_a_damaged_run_again(tmp_path, monkeypatch):
+    "And a category that is too small does not stop the others."
+    from flowrepro import runs
+
+    def notebook(job, progress):
+        if job["category"] == "a":
+            raise runs.ConfigError("never comes")
+        Path(job["out_dir"]).mkdir()
+        (Path(job["out_dir"]) / "metrics.json").write_text("{")
+
+    monkeypatch.setattr(runs, "run_notebook", notebook)
+    jobs = [{"category": c, "seed": 0, "out_dir": str(tmp_path / c)} for c in "ab"]
+    assert list(run_each(jobs)) == [jobs[0]["out_dir"]]
+    done = []
+    monkeypatch.setattr(runs, "run_notebook", lambda job, progress: done.append(job["category"]))
+    assert not run_each(jobs, resume=True) and done == ["a", "b"]

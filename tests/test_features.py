@@ -424,3 +424,10 @@ def test_statistics_far_from_zero(bank_of):
     for v in np.linspace(0.1, 9.7, 60):
         (_, still), = channel_stats(bank_of(torch.full((13, 1, 3, 3), v)))
         assert 0 <= still.item() < 1e-3
+
+
+def test_normalized_images(folder):
+    "Are the business of a network of your own."
+    class Floats(Data):
+        def __getitem__(self, i): return SimpleNamespace(image=(super().__getitem__(i).image/255 - 0.45)/0.22)
+    assert len(bank(Floats(folder))) == 11

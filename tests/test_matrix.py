@@ -10,7 +10,7 @@ import yaml
 
 from flowrepro.data import OFFICIAL, DataError
 from flowrepro.matrix import (
-    MATRIX, MatrixError, belongs, chosen, command_of, find_roots, first_seeds, jobs_of, load_matrix, select, variant_of
+    MATRIX, MatrixError, belongs, check_once, chosen, command_of, find_roots, first_seeds, jobs_of, load_matrix, select, variant_of
 )
 from flowrepro.runs import configure
 
@@ -274,4 +274,17 @@ def test_matrix_without_the_run_that_a_table_compares_with(tmp_path):
 def test_matrix_of_another_encoding(tmp_path):
     (tmp_path / "m.yml").write_bytes("variants: {ü: 1}".encode("latin1"))
     with pytest.raises(MatrixError, match="m.yml"):
+        load_matrix(tmp_path / "m.yml")
+
+
+def test_two_merges():
+    "Lose nothing."
+    check_once(yaml.compose("a: &a {x: 1}\nb: &b {y: 2}\nc:\n  <<: *a\n  <<: *b\n", Loader=yaml.SafeLoader), "m")
+
+
+def test_matrix_whose_table_lacks_its_reference(tmp_path):
+    m = yaml.safe_load(MATRIX.read_text())
+    m["outputs"]["T4"]["variants"].remove("fastflow-altub")
+    (tmp_path / "m.yml").write_text(yaml.safe_dump(m, sort_keys=False))
+    with pytest.raises(MatrixError, match="fastflow-altub"):
         load_matrix(tmp_path / "m.yml")

@@ -20,7 +20,7 @@ from flowrepro import runs, training
 from flowrepro.data import DataError
 from flowrepro.detectors import DETECTORS, Detector
 from flowrepro.runs import (PARAMETERS, PRESETS, ConfigError, Run, best_results, configure, evaluation_epochs,
-                            mean_results, parse_overrides, resolve, run_notebook, settings_of, write_json)
+                            made_otherwise, mean_results, parse_overrides, resolve, run_notebook, settings_of, write_json)
 from flowrepro.scores import PUBLISHED, Score
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -903,3 +903,22 @@ def test_two_backbones():
 def test_levels_that_the_backbone_lacks_are_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="rising numbers"):
         Run(configure(out_dir=tmp_path, overrides={"backbone.levels": [9]}), progress=False)
+
+
+def test_a_run_from_before_idle(tmp_path):
+    "Is of the same settings as one without."
+    p = dict(preset="smoke", dataset="toy")
+    config = json.loads(json.dumps(asdict(configure(p))))
+    del config["settings"]["schedule"]["idle"]
+    (tmp_path / "metrics.json").write_text(json.dumps({"config": config}))
+    assert not made_otherwise(tmp_path, p)
+    assert made_otherwise(tmp_path, p | {"overrides": {"idle": True}})
+
+
+def test_overrides_of_paths_and_numpy_numbers():
+    "Are texts and numbers."
+    given = {"features.cache": Path("x"), "size": np.int64(64), "lr": np.float32(0.5), "epochs": np.int64(3)}
+    s = configure(overrides=given).settings
+    assert s["features"]["cache"] == "x" and s["transform"]["size"] == 64 and s["schedule"]["lr"] == 0.5
+    with pytest.raises(ConfigError, match="a text or null"):
+        configure(overrides={"features.cache": 3})

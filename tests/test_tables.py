@@ -14,7 +14,7 @@ from flowrepro.data import OFFICIAL
 from flowrepro.matrix import DATA_FOLDERS, command_of, find_roots, jobs_of, load_matrix, run_folder, variant_of
 from flowrepro.reports import headline, last_epochs, output_maker, read_runs, summary, unified
 from flowrepro.cli import print_published
-from flowrepro.comparisons import TABLES, beside_papers, measured, of_other_seeds, published, setting_note, steadiness
+from flowrepro.comparisons import TABLES, beside_papers, measured, measured_on, of_other_seeds, published, setting_note, steadiness
 from flowrepro.tables import HEADLINE, METRICS, Table, as_html, as_latex, as_markdown, as_published
 
 MATRIX = load_matrix()
@@ -436,3 +436,13 @@ def test_beside_no_paper(root, capsys):
     assert "(preset demo, epochs 3)" in table.notes[2]
     print_published([run])
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("weights, random", [("random-init/w.pth", False), ("random", True), ("random:3", True)])
+def test_random_is_not_a_file(root, weights, random):
+    "In the numbers and in the note below them."
+    write_run(root, "fastflow")
+    (run,) = read_runs(root)
+    run["config"]["weights"] = weights
+    assert all(name.startswith("random ") == random for name in measured([run])["backbone"])
+    assert ("with random " in measured_on([run], MATRIX)[0]) == random

@@ -904,3 +904,18 @@ def test_no_half_checkpoint_is_left(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         write_checkpoint(tmp_path / "checkpoint.pt", torch.nn.Linear(1, 1), [], 0, [], {})
     assert not list(tmp_path.iterdir())
+
+
+def test_schedule_of_numpy_numbers():
+    s = Schedule(epochs=np.int64(1), batch=np.int64(2), seed=np.uint8(200))
+    assert [len(b) for b in batches(4, s.batch, s.seed, 0)] == [2, 2]
+
+
+def test_checkpoints_from_before_idle(make, features, tmp_path):
+    "Go on; with `idle`, it is another training."
+    schedule, path = replace(SCHEDULE, epochs=1), tmp_path / "c.pt"
+    fit(make(), features.bank, schedule, checkpoint=path, progress=False)
+    assert "idle" not in torch.load(path, weights_only=True)["training"]["schedule"]
+    fit(make(), features.bank, schedule, checkpoint=path, progress=False)
+    with pytest.raises(training.OtherTraining, match="idle"):
+        fit(make(), features.bank, replace(schedule, idle=True), checkpoint=path, progress=False)
