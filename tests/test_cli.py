@@ -625,3 +625,91 @@ def test_resume_does_a_damaged_run_again(tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(runs, "run_notebook", lambda job, progress: done.append(job["category"]))
     assert not run_each(jobs, resume=True) and done == ["a", "b"]
+
+
+def test_every_seed_and_category_is_run(toy, tmp_path, capsys, monkeypatch):
+    "Each in its own folder; what is wrong with the last seed is found first; without weights none is tried again."
+    from flowrepro import runs
+    from flowrepro.backbones import WeightsError
+
+    jobs = []
+    monkeypatch.setattr(runs, "run_notebook", lambda job, progress: jobs.append(job) or (_ for _ in ()).throw(RuntimeError("stop")))
+    command = ["run", "--preset", "smoke", "--data-root", toy, "--device", "cpu", "--out", tmp_path / "runs"]
+    assert run(capsys, *command, "--category", "weave", "--seeds", 0, 2)[0] == 1
+    assert [(j["seed"], Path(j["out_dir"]).name) for j in jobs] == [(s, f"fastflow-toy-weave-smoke-{s}") for s in (0, 2)]
+    jobs.clear()
+    assert run(capsys, *command, "--category", "weave", "--seeds", 0, -1)[0] == 2 and not jobs
+    monkeypatch.setattr(runs, "run_notebook", lambda job, progress: jobs.append(job) or (_ for _ in ()).throw(WeightsError("no file")))
+    assert run(capsys, *command, "--seeds", 0, 1)[0] == 2 and len(jobs) == 1
+
+
+def test_reproduce_and_bench_hand_their_flags_on(capsys, monkeypatch):
+    from flowrepro import bench, reproduce
+
+    seen = []
+    monkeypatch.setattr(reproduce, "reproduce", lambda *a: seen.append(a) or 0)
+    monkeypatch.setattr(bench, "main", lambda *a, **k: seen.append((a, k)))
+    run(capsys, "reproduce", "--preset", "real", "--data-root", "D", "--only", "T1, F2,", "--seeds", 3, "--out", "O",
+        "--jobs", 4, "--cluster", "slurm", "--dry-run", "--matrix", "M")
+    run(capsys, "bench", "--only", "metrics", "--threads", 1, "--repeats", 7, "--device", "cuda")
+    assert seen == [("real", "D", ["T1", "F2"], 3, "O", 4, "slurm", True, "M"),
+                    ((["metrics"],), dict(threads=1, repeats=7, out=None, device="cuda"))]
+
+
+def test_fit_of_one_category_for_so_many_epochs(toy, tmp_path, capsys, monkeypatch):
+    own, seen = Detector.fit, []
+    monkeypatch.setattr(Detector, "fit", lambda d, images, **k: seen.append(k) or own(d, images, **k | {"epochs": 1}))
+    code, out, _ = run(capsys, "fit", toy, "--dataset", "toy", "--category", "weave", "--size", 64, "--epochs", 3,
+                       "--device", "cpu", "--out", tmp_path / "m.safetensors")
+    assert code == 0 and seen[0]["epochs"] == 3 and "trained on 10 images" in out
+
+
+def test_the_same_folder_by_another_name(toy, tmp_path, monkeypatch):
+    "Is the same data."
+    from flowrepro.cli import of_the_same_data
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"data_root": str(tmp_path / "a")}))
+    of_the_same_data(tmp_path, "a"), of_the_same_data(tmp_path, "a/../a")
+
+
+def test_threshold_bears_the_share_it_is_given(model, parts_folder, tmp_path, monkeypatch):
+    "And refuses good images of which one cannot be read."
+    from flowrepro import cli
+    from flowrepro.data import DataError
+
+    rng, detector = np.random.default_rng(0), Detector.load(model)
+    for i in range(9):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    scores = sorted(detector.predict(tmp_path)[1].tolist())
+    limits = [cli.threshold_from(detector, str(tmp_path), fpr) for fpr in (0.1, 0.5)]
+    assert limits[0] == pytest.approx(scores[-1]) and limits[1] < scores[-1]
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="broken.png"):
+        cli.threshold_from(detector, str(tmp_path), 0.1)
+
+
+def test_heat_maps_are_of_their_image(model, parts_folder, tmp_path, capsys):
+    "From the median of all maps to their 99.8th percentile."
+    from flowrepro.reports import overlay
+
+    assert run(capsys, "predict", model, parts_folder, "--device", "cpu", "--out", tmp_path / "heat")[0] == 0
+    detector, files = Detector.load(model), sorted(p for p in parts_folder.rglob("*.*") if p.is_file())
+    maps = detector.predict(files)[0].numpy()
+    low, high = np.percentile(maps, [50, 99.8])
+    for i in (0, len(files) - 1):
+        drawn = np.asarray(Image.open(tmp_path / "heat" / files[i].relative_to(parts_folder).with_name(f"{files[i].name}.png")))
+        seen = detector.seen_through().image(Image.open(files[i]).convert("RGB")).permute(1, 2, 0).numpy()
+        assert np.abs(drawn.astype(int) - overlay(seen, maps[i], low, high)).mean() < 1
+
+
+def test_run_says_what_papers_report(finished, toy, tmp_path, capsys, monkeypatch):
+    "Of the runs that it was asked for."
+    from flowrepro import cli
+
+    shutil.copytree(finished, tmp_path / "runs")
+    seen = []
+    monkeypatch.setattr(cli, "print_published", seen.append)
+    code, *_ = run(capsys, "run", "--preset", "smoke", "--data-root", toy, "--category", "weave", "--device", "cpu",
+                   "--out", tmp_path / "runs", "--resume")
+    assert code == 0 and [r["config"]["category"] for r in seen[0]] == ["weave"]

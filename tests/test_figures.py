@@ -522,3 +522,226 @@ def test_hardest_of_every_category():
     assert groups["failures: false alarms"] == [2]
     assert groups["successes: just found"] == [3, 8, 4, 5]
     assert groups["successes: just passed"] == [1, 0, 7, 6, 10]
+
+
+def ends(ax, marker: str) -> list[tuple[float, float]]:
+    "Where single marks of a kind are."
+    return [(l.get_xdata()[0], l.get_ydata()[0]) for l in ax.lines if l.get_marker() == marker and len(l.get_xdata()) == 1]
+
+
+def test_curves_mark_their_last_and_best():
+    "Of each seed the best, of their mean the last; a seed that ended before counts with its own last one."
+    frame = pd.DataFrame({0: [0.5, 0.9, 0.7], 1: [0.8, 0.6, np.nan]}, index=[2, 4, 6])
+    several, one, gaps = figures.canvas(2).subplots(1, 3)
+    figures.draw_curves(several, frame, figures.LOOKS[0], "g")
+    assert ends(several, "*") == [(4, 0.9), (2, 0.8)] and ends(several, "o") == [(6, 0.7)]
+    figures.draw_curves(one, frame[[0]], figures.LOOKS[0], "g")
+    assert ends(one, "*") == [(4, 0.9)] and ends(one, "o") == [(6, 0.7)]
+    figures.draw_gaps(gaps, [frame])
+    assert gaps.lines[0].get_ydata() == pytest.approx([0.85, 0.65]) and figures.gap(frame) == pytest.approx(-0.2)
+
+
+def test_F1_legend_names_its_lines(every):
+    handles = {t.get_text(): h for legend in every["F1"].drawing.legends
+               for t, h in zip(legend.get_texts(), legend.legend_handles)}
+    for variant in MATRIX["outputs"]["F1"]["variants"]:
+        (line,) = artists(every["F1"], f"{variant}-weave-image_auroc-mean")
+        assert handles[MATRIX["variants"][variant]["title"]].get_color() == line.get_color()
+
+
+def bare(variant: str, seed: int = 0, category: str = "weave", preset: str = "demo") -> dict:
+    "A run without files."
+    settings = {"backbone": {"name": "b"}, "transform": {"size": 9}, "schedule": {"epochs": 7, "batch": 8}, "detector": {}}
+    config = dict(dataset="toy", data_root=None, category=category, preset=preset, seed=seed, settings=settings)
+    return {"path": Path("x") / run_folder(variant, "toy", category, preset, seed), "config": config}
+
+
+def test_order_of_methods_and_seeds():
+    "Methods as they come, their seeds rising; one category and seed for all of them where there is one."
+    runs = [bare("hgad", 1), bare("hgad", 0), bare("cflow", 0)]
+    groups = figures.by_variant(runs[:1] + runs[2:] + runs[1:2])
+    assert list(groups) == ["hgad", "cflow"] and [r["config"]["seed"] for r in groups["hgad"]] == [0, 1]
+    shown = figures.representative([bare("hgad", category="weave"), bare("hgad", category="bolt"),
+                                    bare("cflow", category="bolt")])
+    assert {r["config"]["category"] for r in shown.values()} == {"bolt"}
+
+
+def test_about_says_the_preset_of_the_runs():
+    "And how many seeds lack; missing runs are those of the seeds that are there."
+    assert "preset demo, which is not the papers' setting." in figures.about([bare("cflow")], MATRIX, "real")
+    assert figures.about([bare("cflow", preset="paper")], MATRIX, "paper").endswith("preset paper.")
+    missing = figures.missing_jobs([bare("cflow", 1)], MATRIX, "demo", "F2")
+    assert missing and {j.seed for j in missing} == {1}
+
+
+def test_divergence_from_a_learned_base():
+    assert figures.divergence(1.0, 2.0, (0.5, 4.0)) == pytest.approx(0.5 * (np.log(2) + 2.25 / 4 - 1))
+
+
+def test_ridges_are_of_normal_latents():
+    "The channels closest to N(0, 1), in the middle and furthest, from below; both bases with their own width."
+    draw = np.random.default_rng(0)
+    z = np.concatenate([draw.standard_normal((400, 3)) * 0.5 + [3, 0, 1], np.full((400, 3), -4.4)])
+    arrays = {"level": np.array(0), "z": z, "defective": np.arange(800) >= 400, "mean0": np.zeros(3),
+              "trace/0.mean": np.zeros((1, 3)), "trace/0.log_scale": np.full((1, 3), np.log(0.5))}
+    ax = figures.canvas(2).subplots()
+    figures.draw_ridges(ax, arrays)
+    for patch, centre in zip(ax.patches, (0, 1, 3)):
+        values, edges, base = patch.get_data()
+        assert np.average((edges[1:] + edges[:-1]) / 2, weights=values - base) == pytest.approx(centre, abs=0.15)
+    for line, spread in zip(ax.lines[:2], (1.0, 0.5)):
+        x, y = line.get_data()
+        assert np.sqrt(np.average(x**2, weights=y)) == pytest.approx(spread, rel=0.02)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["closest", "median", "furthest"]
+    assert ax.get_xlabel() == "z, level 1"
+
+
+def test_F2_bars_have_their_names(tmp_path):
+    "Each its base, the first at the top; N(0, I) is at mean 0 and variance 1."
+    runs = make_runs(tmp_path, "F2", seeds=(0, 1))
+    figure = FIGURES["F2"](runs, MATRIX, "demo")
+    bars = {b.get_gid(): b for b in artists(figure, "bar-")}
+    ax = bars["bar-0"].axes
+    titles = {v: MATRIX["variants"][v]["title"] for v in MATRIX["outputs"]["F2"]["variants"]}
+    for y, label in enumerate(t.get_text() for t in ax.get_yticklabels()):
+        own = [dict(np.load(r["path"] / "latents.npz")) for r in runs
+               if titles[r["path"].name.partition("-toy")[0]] == label.rpartition(",")[0].removesuffix(", N(0")]
+        kl = [np.mean([figures.divergence(a[f"mean{l}"], a[f"var{l}"],
+                                          figures.learned_base(a, l) if label.endswith("learned base") else None)
+                       for l in (0, 1)]) for a in own]
+        assert len(own) == 2 and bars[f"bar-{y}"].get_width() == pytest.approx(np.mean(kl), rel=1e-5), label
+    assert ax.yaxis_inverted()
+    assert [end for ax in figure.drawing.axes for end in ends(ax, "+")] == [(0, 1)] * 4
+
+
+def test_pictures_stand_upright_with_their_own_mask():
+    "Colour range and outline are of the picture itself; the image alone has no outline."
+    arrays = fake_pictures(np.random.default_rng(0), ("a", "b"))
+    arrays["mask"][2] = np.arange(16)[:, None] < 2
+    drawn = {}
+    for kind in ("image", "mask", "map"):
+        ax = figures.canvas(2).subplots()
+        figures.draw_picture(ax, kind, arrays, 2, 1.0, 2.0, 0.5)
+        drawn[kind] = ax
+        assert ax.images[0].get_extent() == [1.0, 1.5, 2.5, 2.0] and len(ax.collections) == (kind != "image")
+    assert drawn["map"].images[0].get_clim() == (1.0, 2.0)
+    low, high = drawn["map"].collections[0].get_paths()[0].get_extents().get_points()
+    assert high[1] < 2.1 and low[0] < 1.02 and high[0] > 1.48
+    fig = figures.canvas(2)
+    figures.draw_scale(fig, 2)
+    assert [t.get_text() for t in fig.axes[0].get_xticklabels()] == ["median", "99.8th percentile"]
+
+
+def test_pictures_of_the_first_seed_and_the_normal_one():
+    first, second = (dict(category=np.array(["a"]), defect=np.array(["cut"])) for _ in range(2))
+    found = figures.pictures_of([{"file": first}, {"file": second}])
+    assert found["a", "cut", 1][0] is first
+    keys = [("a", d, 1) for d in ("bent", "cut", "hole", "good")]
+    assert figures.rows_to_show(keys, 3) == [keys[0], keys[1], keys[3]]
+
+
+def test_F6_maps_stand_below_their_method(tmp_path):
+    runs = make_runs(tmp_path, "F6")
+    figure = FIGURES["F6"](runs, MATRIX, "demo")
+    columns = {}
+    for a in artists(figure, "map"):
+        columns.setdefault(round(a.get_extent()[0], 3), []).append(np.asarray(a.get_array()))
+    places = {t.get_text().replace("\n", " "): t.get_position()[0] for t in figure.drawing.axes[0].texts[::-1]}
+    for x, variant in zip(sorted(columns)[:2], MATRIX["outputs"]["F6"]["variants"]):
+        run = next(r for r in runs if r["path"].name.startswith(f"{variant}-toy"))
+        maps = np.load(run["path"] / "pictures.npz")["map"].astype(np.float32)
+        assert any(np.array_equal(columns[x][0], m) for m in maps)
+        assert x < places[MATRIX["variants"][variant]["title"]] < x + 1.25
+
+
+def test_separation_is_a_mean_over_seeds():
+    "Scores of two seeds are not ranked with each other."
+    table = pd.DataFrame({"category": "a", "seed": [0, 0, 1, 1, 2, 2], "label": [0, 1] * 3, "value": [0, 1, 10, 20, 9, 8]})
+    assert figures.separation(table)["a"] == pytest.approx(2 / 3)
+
+
+def test_shares_of_normal_and_anomalous():
+    "Each where it is; the negative of the values with sign -1."
+    table = pd.DataFrame({"category": "a", "seed": 0, "label": [0] * 20 + [1] * 10,
+                          "value": [*np.linspace(0, 1, 20), *np.linspace(5, 6, 10)]})
+    for sign in (1, -1):
+        ax = figures.canvas(2).subplots()
+        figures.draw_shares(ax, table, sign)
+        for gid, centre in (("normal", 0.5), ("anomalous", 5.5)):
+            (patch,) = [p for p in ax.patches if p.get_gid() == gid]
+            values, edges, _ = patch.get_data()
+            assert np.average((edges[1:] + edges[:-1]) / 2, weights=values) == pytest.approx(sign * centre, abs=0.2)
+        assert ax.get_title(loc="left") == "overlap 0.00, AUROC 1.000"
+
+
+def test_F4_pools_the_seeds(every):
+    "Log-likelihoods are drawn as they are, not their negative."
+    assert texts(every["F4"]).count("80 normal\n80 anomalous") == 2
+    for patch in artists(every["F4"], "normal"):
+        if "log-likelihood" in patch.axes.get_xlabel():
+            assert patch.get_data().edges.max() < 0
+
+
+def test_likelihoods_are_negative_so_that_higher_is_worse(tmp_path):
+    np.savez(tmp_path / "latents.npz", z=np.array([[0.0], [3.0]]), defective=np.array([False, True]),
+             category=np.array(["a", "a"]), level=0)
+    table = figures.likelihood_values([{"path": tmp_path, "config": {"seed": 0}}])
+    assert table["value"][1] > table["value"][0] and figures.separation(table)["a"] == 1
+
+
+def test_nearest_own_in_the_whole_space():
+    "A mean does not hold the latent that it is compared with."
+    arrays = {"z": np.array([[0.0], [1.9], [2.1], [4.0]]), "category": np.array([*"aabb"]), "defective": np.zeros(4, bool)}
+    assert figures.nearest_own(arrays) == 0.5
+    arrays = {"z": np.array([[0, 0, 0], [0, 0, 5], [0, 0, 5.1]]), "category": np.array([*"abb"]),
+              "defective": np.zeros(3, bool), "classes": np.array([*"ab"]),
+              "centres": np.array([[[0, 0, 0.1]], [[0, 0, 5.0]]])}
+    assert figures.nearest_own(arrays) == 1
+
+
+def test_main_centre_is_the_first():
+    arrays = fake_latents(np.random.default_rng(0), ("a", "b", "c"), "hgad")
+    fig = figures.canvas(2)
+    ax = fig.subplots()
+    figures.draw_latents(ax, arrays, figures.look_of([*"abc"]))
+    for name in "abc":
+        main, inner = ([p for c in ax.collections if c.get_gid() == f"{kind}-{name}" for p in c.get_offsets().tolist()]
+                       for kind in ("main", "inner"))
+        assert len(main) == 1 and len(inner) == 2 and main[0] not in inner
+
+
+def test_components_and_their_shares():
+    x = np.random.default_rng(0).normal(size=(50, 4)) * [5, 2, 1, 0.5]
+    xy, share = figures.pca(x)
+    assert share == pytest.approx(xy.var(0) / x.var(0).sum()) and share[0] > share[1]
+
+
+def test_paths_are_magnified_about_their_starts():
+    plane = np.array([[[0.0, 0.0], [1.0, 0.0]], [[0.01, 0.0], [1.0, 0.02]]])
+    assert [figures.magnify([plane * [1, s]]) for s in (1, 100)] == [10, 1]
+    ax = figures.canvas(2).subplots()
+    figures.draw_paths(ax, plane, figures.look_of(["a", "b"]), 10)
+    lines = [np.transpose(l.get_data()).tolist() for l in ax.lines]
+    assert lines == [[[0, 0], [0.1, 0]], [[0, 0]], [[0.1, 0]], [[1, 0], [1, 0.2]], [[1, 0]], [[1, 0.2]]]
+
+
+def test_F7_paths_numbers_and_means(tmp_path):
+    "Of the method they stand under; the mean of pairs is over all runs."
+    runs = make_runs(tmp_path, "F7", seeds=(0, 1))
+    figure = FIGURES["F7"](runs, MATRIX, "demo")
+    mu = {r["path"].name: np.load(r["path"] / "latents.npz")["trace/1.mu"] for r in runs}
+    first = [mu[f"{v}-toy-all-demo-0"] for v in MATRIX["outputs"]["F7"]["variants"]]
+    xy, share = figures.pca(np.concatenate([m.reshape(-1, CHANNELS) for m in first]))
+    planes = np.split(xy, 2)
+    planes = [p.reshape(len(EPOCHS), len(TOYS), 2) for p in planes]
+    factor = figures.magnify(planes)
+    for line, plane in zip(artists(figure, "path-biscuit"), planes):
+        own = plane[:1] + factor * (plane - plane[:1])
+        np.testing.assert_allclose(np.transpose(line.get_data()), own[:, 0], atol=1e-6)
+    assert f"component 2 ({share[1]:.0%})" in texts(figure)
+    moved = " and ".join(f"{np.linalg.norm(m[-1] - m[0], axis=-1).mean():.2f}" for m in first)
+    assert f"a centre moved by {moved} on average" in figure.caption
+    assert texts(figure).count(f"movement × {factor}") == 2 * (factor > 1)
+    (mean, _) = artists(figure, "mean")
+    both = [figures.pair_distances(mu[f"hgad-toy-all-demo-{s}"]).mean(1) for s in (0, 1)]
+    np.testing.assert_allclose(mean.get_ydata(), np.mean(both, axis=0))

@@ -922,3 +922,47 @@ def test_overrides_of_paths_and_numpy_numbers():
     assert s["features"]["cache"] == "x" and s["transform"]["size"] == 64 and s["schedule"]["lr"] == 0.5
     with pytest.raises(ConfigError, match="a text or null"):
         configure(overrides={"features.cache": 3})
+
+
+def test_weights_of_the_backbone_are_those_asked_for(toy, tmp_path):
+    made = [Run(configure(data_root=str(toy), out_dir=str(tmp_path / w), weights=w), progress=False).backbone
+            for w in ("auto", "random")]
+    assert made[0].weight_id != made[1].weight_id
+
+
+def test_times_are_of_all_evaluations(done, monkeypatch):
+    "The median epoch; nothing about a backbone that did not run."
+    monkeypatch.setattr(done, "history", [r | {"seconds": s} for r, s in zip(done.history * 2, (1.0, 2.0, 9.0))])
+    assert runs.timing(done)["epoch_s"] == 2.0 and runs.timing(done)["train_s"] == 12.0
+    monkeypatch.setattr(done.train_bank, "seconds", 0.0)
+    assert runs.timing(done)["epoch_without_bank_s"] is None
+
+
+def test_contents_say_what_is_missing(done, unified, monkeypatch):
+    assert runs.contents(done) == "10 training images, 10 test images, 6 of them anomalous"
+    for label in (0, 1):
+        monkeypatch.setattr(done, "test_set", unified.test_set.filter(category="weave", label=label))
+        assert "all of one kind" in runs.contents(done)
+    monkeypatch.undo()
+    monkeypatch.setattr(unified, "config", replace(unified.config, dataset="btad"))
+    assert "3 official categories are not here, so the mean is of 4: without 01, 02, 03" in runs.contents(unified)
+
+
+def test_history_has_the_mean_once(unified):
+    assert not [c for c in pd.read_csv(unified.out / "history.csv") if c.startswith("mean/")]
+
+
+def test_every_evaluation_counts(unified, monkeypatch):
+    monkeypatch.setattr(unified, "seconds_evaluating", 1000.0)
+    unified.evaluate(6)
+    assert unified.seconds_evaluating > 1000
+
+
+def test_what_makes_a_run_another_one(done, toy):
+    "Its settings, its weights, AltUB; not where features are kept, nor on which data."
+    same = dict(data_root=str(toy))
+    for change in ({}, {"overrides": {"where": "ram"}}, {"overrides": {"features.cache": "x"}}, {"seed": 3}):
+        assert not runs.made_otherwise(done.out, same | change)
+    for change in ({"weights": "random"}, {"altub": True, "overrides": {"altub.every": 2}}, {"method": "cflow"},
+                   {"overrides": {"lr": 0.5}}):
+        assert runs.made_otherwise(done.out, same | change)

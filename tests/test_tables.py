@@ -16,6 +16,11 @@ from flowrepro.reports import headline, last_epochs, output_maker, read_runs, su
 from flowrepro.cli import print_published
 from flowrepro.comparisons import TABLES, beside_papers, measured, measured_on, of_other_seeds, published, setting_note, steadiness
 from flowrepro.tables import HEADLINE, METRICS, Table, as_html, as_latex, as_markdown, as_published
+from flowrepro import comparisons
+from flowrepro.comparisons import only
+from flowrepro.matrix import MATRIX as PATH, Job
+from flowrepro.reports import method_name, setting_name
+from flowrepro.tables import plain_values, points, quiet
 
 MATRIX = load_matrix()
 TOYS = ("biscuit", "bolt", "speckle", "weave")
@@ -446,3 +451,335 @@ def test_random_is_not_a_file(root, weights, random):
     run["config"]["weights"] = weights
     assert all(name.startswith("random ") == random for name in measured([run])["backbone"])
     assert ("with random " in measured_on([run], MATRIX)[0]) == random
+
+
+# imports, for the top of the file:
+
+
+def sample() -> Table:
+    "Two rows that a table sets apart, one cell in need of escaping, and what is missing."
+    frame = pd.DataFrame({"data": ["toy", "toy", "btad"], "method": ["a", "b <1>", "b <1>"], "seeds": ["1", "2", "2"],
+                          "image AUROC: last": ["90.00 ± 0.50", "n/a", "–"],
+                          "image AUROC: published": ["98.7 / 98.9 [a]", "–", "[x]"],
+                          "image AUROC: difference": ["−0.7 / +0.1 ?", "other data", "–"]})
+    return Table("T0", "a & b", frame, ["[a] Paper, Table 1; last / best on test.", "n < 3"], ["run 1", "run 2"], 2, {1})
+
+
+def test_values_keep_sign_part_and_source():
+    "Each number of a cell is a row: which part of the cell it is, its sign, its paper."
+    values = plain_values(sample())
+    assert values[["data", "method", "column", "value", "deviation", "source"]].values.tolist() == [
+        ["toy", "a", "last", "90.00", "0.50", ""],
+        ["toy", "a", "published, last", "98.7", "", "Paper, Table 1; last / best on test."],
+        ["toy", "a", "published, best on test", "98.9", "", "Paper, Table 1; last / best on test."],
+        ["toy", "a", "difference, last", "-0.7", "", ""], ["toy", "a", "difference, best on test", "0.1", "", ""]]
+    own = Table("T9", "", pd.DataFrame({"method": ["a"], "image AUROC": ["98.1"], "source": ["[a]"]}), ["[a] Paper."])
+    assert plain_values(own).columns.tolist() == ["method", "metric", "column", "value", "deviation", "source"]
+    assert plain_values(own).values.tolist() == [["a", "image AUROC", "", "98.1", "", "Paper."]]
+
+
+def test_points_have_their_sign():
+    "None where nothing is left of the difference."
+    assert [points(v) for v in (0.012, -0.012, -0.0004, float("nan"))] == ["+1.2", "−1.2", "0.0", "n/a"]
+
+
+def test_keys_that_repeat_are_left_out():
+    "Of all keys but the last one, as long as every key before it repeats, too."
+    frame = pd.DataFrame([["toy", "a", "m", "1"], ["toy", "b", "m", "1"], ["btad", "b", "m", "1"]])
+    assert quiet(Table("T0", "", frame, keys=3)) == [["toy", "a", "m", "1"], ["", "b", "m", "1"],
+                                                     ["btad", "b", "m", "1"]]
+
+
+def test_markdown_of_a_table():
+    assert as_markdown(sample()) == """**T0. a & b**
+
+| data | method | seeds | image AUROC: last | image AUROC: published | image AUROC: difference |
+| --- | --- | --- | --- | --- | --- |
+| toy | a | 1 | 90.00 ± 0.50 | 98.7 / 98.9 [a] | −0.7 / +0.1 ? |
+|  | **b <1>** | **2** | **n/a** | **–** | **other data** |
+| btad | b <1> | 2 | – | [x] | – |
+
+- [a] Paper, Table 1; last / best on test.
+- n < 3
+
+Missing runs:
+
+```bash
+run 1
+run 2
+```
+"""
+
+
+def test_html_of_a_table():
+    "Both lines of the heading, every text escaped, the rows set apart in bold, notes and commands."
+    page = as_html(sample())
+    assert re.findall(r'<th colspan="(\d)"[^>]*>(.*?)</th>', page) == [("1", "")] * 3 + [("3", "image AUROC")]
+    assert (re.findall(r"<th style[^>]*>(.*?)</th>", page)
+            == ["data", "method", "seeds", "last", "published", "difference"])
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in page.partition("<tbody>")[2].split("</tr>")[:3]]
+    assert rows == [["toy", "a", "1", "90.00 ± 0.50", "98.7 / 98.9 [a]", "−0.7 / +0.1 ?"],
+                    ["", *(f"<b>{c}</b>" for c in ("b &lt;1&gt;", "2", "n/a", "–", "other data"))],
+                    ["btad", "b &lt;1&gt;", "2", "–", "[x]", "–"]]
+    assert "<b>T0. a &amp; b</b>" in page and "<li>n &lt; 3</li>" in page and "<pre>run 1\nrun 2</pre>" in page
+    wide = Table("T0", "", pd.DataFrame({"x < y": ["1"]}), keys=1)
+    assert "<th style" in as_html(wide) and "x &lt; y" in as_html(wide) and "colspan" not in as_html(wide)
+
+
+def test_latex_of_a_table():
+    "What stands where, with its rules, packages and label; longer than a page and broader than one, the other forms."
+    table = sample()
+    table.frame, table.keys = table.frame.iloc[:, 1:], 1
+    assert as_latex(table) == r"""% needs booktabs
+\begin{table}
+\centering\scriptsize\setlength{\tabcolsep}{3pt}
+\caption{a \& b}\label{tab:T0}
+\begin{tabular}{lrrrr}
+\toprule
+ &  & \multicolumn{3}{c}{image AUROC} \\\cmidrule(lr){3-5}
+method & seeds & last & published & difference \\
+\midrule
+a & 1 & 90.00 $\pm$ 0.50 & 98.7 / 98.9 [a] & $-$0.7 / +0.1 ? \\
+\textbf{b \textless{}1\textgreater{}} & \textbf{2} & \textbf{n/a} & \textbf{--} & \textbf{other data} \\
+b \textless{}1\textgreater{} & 2 & -- & [x] & -- \\
+\bottomrule
+\end{tabular}
+\par\noindent [a] Paper, Table 1; last / best on test.
+\par\noindent n \textless{} 3
+\end{table}
+"""
+    first = Table("T0", "", pd.DataFrame({"a": ["[x]"], "λ ×": ["1"]}), keys=1)
+    assert "\n{}[x] & 1 \\\\\n" in as_latex(first) and r"$\lambda$ $\times$" in as_latex(first)
+    two = Table("T0", "", pd.DataFrame({"a": ["x"], "u: b": ["1"], "u: c": ["1"], "v: d": ["1"], "v: e": ["1"]}), keys=1)
+    assert r"\\\cmidrule(lr){2-3}\cmidrule(lr){4-5}" in as_latex(two)
+    for rows, columns, packages in ((40, 10, "booktabs and graphicx"), (41, 9, "booktabs and longtable"),
+                                    (41, 10, "booktabs, longtable and pdflscape")):
+        text = as_latex(Table("T0", "", pd.DataFrame([["1"] * columns] * rows).add_prefix("c"), ["a note"]))
+        assert text.startswith(f"% needs {packages}\n") and text.count(r"\toprule") == 1 + (rows == 41)
+        assert text.count("longtable}") == 2 * (rows == 41) and r"\par\noindent a note" in text
+
+
+def made(root: Path, category: str, names, last: float = 0.9, detector: dict | None = None, **more) -> dict:
+    "A run as `read_run` gives it, of the MVTec images that it names."
+    result = {c: dict.fromkeys(METRICS, last) for c in (*names, "mean")}
+    config = dict(method="fastflow", altub=False, dataset="mvtec", data_root="data", category=category, preset="paper",
+                  seed=0, settings={"backbone": {"name": "resnet18"}, "detector": detector or {}}) | more
+    return {"config": config, "results": {"last": result, "best": result}, "timing": {"epoch_s": 1.0},
+            "path": root / run_folder("fastflow", config["dataset"], category, "paper", config["seed"])}
+
+
+def test_what_counts_as_the_official_data(tmp_path):
+    "Every category with all of its images, as far as the run's own files say; a union of some sets is not the union."
+    assert comparisons.on_official_data(made(tmp_path, "bottle", ["bottle"]))
+    assert comparisons.on_official_data(made(tmp_path, "all", OFFICIAL["mvtec"]))
+    assert not comparisons.on_official_data(made(tmp_path, "all", ["bottle", "cable"]))
+    assert not comparisons.on_official_data(made(tmp_path, "weave", ["weave"], dataset="toy"))
+    assert comparisons.data_name([*OFFICIAL]) == "union" and comparisons.data_name(["mvtec", "visa"]) == "mvtec+visa"
+
+
+def test_one_gaussian_has_no_class_mode(tmp_path):
+    "Though its settings name one: its rows are of no way to treat the category."
+    run = made(tmp_path, "all", ["bottle"], method="hgad", detector={"class_mode": "inferred", "base": "standard"})
+    assert list(comparisons.results_of(run)) == [("last epoch", ""), ("best on test", "")]
+    for base, modes in (("standard", [""]), ("diagonal", [""]), ("classes", ["inferred", "known"])):
+        variant = {"method": "hgad", "overrides": {"base": base}}
+        assert comparisons.modes_of(variant, measured([])) == modes
+    assert comparisons.setting_of(True, "inferred") == "none"
+
+
+def told(*rows: dict) -> pd.DataFrame:
+    "Published numbers of one category and metric, as `published_as` gives them."
+    plain = dict(paper="FastFlow", table="Table 1", backbone="", data="mvtec", category="bottle", metric="pixel_auroc",
+                 epoch="last", setting="one-class")
+    return pd.DataFrame([plain | row | {"value": float(row["digits"])} for row in rows])
+
+
+@pytest.mark.parametrize("rows, last, best, cell", [
+    ([dict(paper="anomalib", backbone="ResNet-18", digits="0.91"), dict(backbone="EfficientNet-B5", digits="0.90")],
+     0.90, 0.90, "90"),  # own papers before re-runs
+    ([dict(backbone="EfficientNet-B5", digits="0.90"), dict(paper="CFLOW-AD", backbone="ResNet-18", digits="0.91")],
+     0.91, 0.91, "91"),  # then the wanted backbone
+    ([dict(digits="0.90"), dict(paper="CFLOW-AD", digits="0.91")], 0.90, 0.90, "90"),  # then the order of papers
+    ([dict(digits="0.900"), dict(table="Table 2", digits="0.950")], 0.95, 0.95, "95.0"),  # then the best
+    ([dict(digits="0.93"), dict(epoch="best on test", digits="0.95")], 0.93, 0.95, "93 / 95"),
+    ([dict(backbone="ResNet-18", digits="0.93"), dict(epoch="best on test", digits="0.95")], 0.93, 0.93, "93"),
+])
+def test_which_published_number_stands_beside(rows, last, best, cell):
+    "Of a category of a union as well; last and best of one table and backbone."
+    for category in ("bottle", "mvtec/bottle"):
+        found = comparisons.reference(told(*rows), "mvtec", category, "pixel_auroc", ["ResNet-18"])
+        assert (found.last, found.best, found.cell) == (last, best, cell)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({}, "−0.7 / +0.1"), (dict(best=None), "−0.7 / –"), (dict(elsewhere=False), "–"), (dict(official=False), "other data"),
+    (dict(known=None), "–"), (dict(known=None, official=False), "other data"), (dict(backbone="resnet18"), "other backbone"),
+    (dict(known=comparisons.Reference(0.987, 0.989, "", "")), "−0.7 / +0.1 ?"),
+    (dict(known=comparisons.Reference(0.987, 0.989, "", ""), backbone="resnet10"), "other backbone"),
+])
+def test_difference_or_why_there_is_none(change, said):
+    own = dict(last=0.98, best=0.99, known=comparisons.Reference(0.987, 0.989, "WideResNet-50-2", ""),
+               backbone="wide_resnet50_2.tv_in1k", official=True, elsewhere=True)
+    assert comparisons.difference(**own | change) == said
+
+
+def values_of(*rows: dict) -> pd.DataFrame:
+    "Rows of `measured` of one metric."
+    plain = dict(variant="v", method="v", data="toy", category="weave", seed=0, protocol="last epoch", mode="",
+                 metric="image_auroc", backbone="resnet18", epoch_s=1.0, official=True)
+    return pd.DataFrame([plain | row for row in rows])
+
+
+def test_means_over_the_categories_of_the_jobs():
+    "Of each seed that has them all and no other; a missing number stays missing, other backbones are several."
+    jobs = [Job("v", "demo", 0, dict(dataset="toy", data_root=None, category=c)) for c in ("weave", "bolt")]
+    frame = values_of(*(dict(category=c, seed=s, value=v) for s, values in enumerate(((0.8, 0.6), (0.9, np.nan)))
+                        for c, v in zip(("weave", "bolt"), values)), dict(category="speckle", value=0.1),
+                      dict(seed=2, value=0.9), dict(category="bolt", seed=2, value=0.5, backbone="resnet34"),
+                      dict(seed=3, value=0.9))
+    means = only(comparisons.with_means(frame, jobs), category="mean").set_index("seed")
+    assert means["value"].round(3).to_dict() == pytest.approx({0: 0.7, 1: np.nan, 2: 0.7}, nan_ok=True)
+    assert means["backbone"].to_dict() == {0: "resnet18", 1: "resnet18", 2: "several"}
+    assert not means["official"].any()  # not every category of the papers
+    assert "mean" not in set(comparisons.with_means(frame, jobs[:1])["category"])
+    whole = [Job("v", "demo", 0, dict(dataset="btad", data_root="d", category=c)) for c in OFFICIAL["btad"]]
+    for official in ((True, True, True), (True, True, False)):
+        rows = values_of(*(dict(data="btad", category=c, value=0.9, official=o)
+                           for c, o in zip(OFFICIAL["btad"], official)))
+        assert only(comparisons.with_means(rows, whole), category="mean")["official"].tolist() == [all(official)]
+
+
+def test_seeds_are_averaged_before_they_are_compared():
+    "Of both protocols; seeds of two backbones, or one of other data, are not compared."
+    known = comparisons.Reference(0.9, 0.9, "ResNet-18", "FastFlow")
+    rows = [dict(seed=s, protocol=p, value=v) for p, values in (("last epoch", (0.90, 0.94)), ("best on test", (0.95, 0.99)))
+            for s, v in enumerate(values)]
+    cells = lambda change: list(comparisons.beside(values_of(*(r | (change if r["seed"] else {}) for r in rows)),
+                                                   "image_auroc", known, True, {}, "missing").values())
+    assert cells({}) == ["92.00 ± 2.83", "97.00 ± 2.83", " [a]", "+2.0 / +7.0"]
+    assert cells({"backbone": "resnet34"})[3] == "other backbone" and cells({"official": False})[3] == "other data"
+
+
+def test_letters_of_many_sources():
+    "No two the same, and none that Markdown takes for a checkbox."
+    sources: dict[str, str] = {}
+    marks = [comparisons.letter(sources, str(n)) for n in range(60)]
+    assert len(set(marks)) == 60 and "x" not in marks and comparisons.letter(sources, "3") == marks[3] == "d"
+
+
+def test_lacking_says_what_is_there(root):
+    write_run(root, "fastflow", category="weave")
+    frame = TABLES["T1"](read_runs(root), MATRIX, "demo").frame.query("data == 'toy'").set_index(["category", "method"])
+    assert frame.loc[("mean", "CFLOW-AD"), "image AUROC: last"] == "missing"
+    seeds = MATRIX | {"presets": MATRIX["presets"] | {"demo": MATRIX["presets"]["demo"] | {"seeds": 2}}}
+    assert TABLES["T1"](read_runs(root), seeds, "demo").frame.query(
+        "category == 'weave' and method == 'FastFlow'")["seeds"].tolist() == ["1 of 2"]
+
+
+def test_cells_of_stability():
+    "Evaluations of the second half alone; what choosing the epoch gains has a sign; deviations of the right thing."
+    history = pd.DataFrame({"epoch": [2, 4, 6, 8], "m": [0.1, 0.9, 0.5, 0.6]})
+    assert comparisons.wobble(history, "m") == pytest.approx(np.std([0.5, 0.6], ddof=1))
+    rows = pd.DataFrame([dict(metric=m, seed=s, last=0.8 + 0.1 * s, best=0.95, wobble=0.02 * s)
+                         for m in HEADLINE for s in (0, 1)])
+    assert list(comparisons.stability_row(rows).values()) == ["85.00", "95.00", "+10.00", "1.00", "7.07"] * len(HEADLINE)
+
+
+def test_change_is_against_the_same_class_mode_and_the_last_epoch():
+    frame = values_of(*(dict(variant=v, mode=m, seed=s, protocol=p, metric=k, value=x + (0.02 * s if v == "a" else 0))
+                        for k in HEADLINE for s in (0, 1) for v, m, p, x in (
+                            ("a", "known", "last epoch", 0.90), ("b", "known", "last epoch", 0.80),
+                            ("b", "inferred", "last epoch", 0.50), ("b", "known", "best on test", 0.85),
+                            ("c", "", "last epoch", 0.70))))
+    row = lambda *a: list(comparisons.changed_row(frame, *a).values())[:3]
+    assert row("a", "b", "known") == ["91.00 ± 1.41", "–", "+11.00 ± 1.41"] and row("a", "c", "known")[2] == "+21.00 ± 1.41"
+    assert row("b", "b", "known") == ["80.00 ± 0.00", "85.00 ± 0.00", "–"]
+
+
+def test_ablations_are_of_the_mean(root):
+    "Where there are several categories; the reference says that it is one, and forms of the score are of HGAD alone."
+    for variant in ("hgad", "hgad-centres-1"):
+        write_run(root, variant, category="all")
+    path = root / "hgad-toy-all-demo-0/metrics.json"
+    run = json.loads(path.read_text())
+    run["results"]["last"]["mean"] = dict.fromkeys(METRICS, 0.8)
+    path.write_text(json.dumps(run))
+    frame = TABLES["T8"](read_runs(root), MATRIX, "demo").frame
+    assert set(frame["category"]) == {"mean"} and frame["method"][0] == "HGAD, class inferred (reference)"
+    assert frame["image AUROC: last"][0] == "80.00"
+    write_run(root, "hgad-intra", category="all")
+    (next(root.glob("hgad-intra*")) / "score_forms.csv").write_text(
+        (next(root.glob("hgad-toy*")) / "score_forms.csv").read_text().replace("0.7", "0.1"))
+    forms = TABLES["T7"](read_runs(root), MATRIX, "demo").frame.set_index("method")
+    assert forms.loc["HGAD, score: likelihood", "image AUROC: last"] == "70.00"
+
+
+def test_anchors_begin_with_the_best():
+    "In each data set and setting, by image AUROC; ours are of the last epoch and of one way to treat the category."
+    frame = pd.DataFrame(comparisons.anchor_rows({}))
+    for _, own in frame.groupby(["data", "setting"]):
+        numbers = pd.to_numeric(own["image AUROC"], errors="coerce").dropna()
+        assert numbers.is_monotonic_decreasing
+
+
+def test_anchors_measured_here(root):
+    write_run(root, "hgad", category="all", last=0.9, best=0.95)
+    frame = TABLES["T9"](read_runs(root), MATRIX, "demo").frame.query("method == 'HGAD, measured here'")
+    assert frame["image AUROC"].tolist() == ["90.00", "92.00"]
+
+
+def test_seeds_of_one_setting(root):
+    "Also where another device made one; another category is another setting."
+    write_run(root, "fastflow"), write_run(root, "fastflow", seed=1), write_run(root, "fastflow", category="bolt", seed=2)
+    path = root / "fastflow-toy-weave-demo-1/metrics.json"
+    run = json.loads(path.read_text())
+    run["config"] |= {"device": "cuda", "out_dir": "elsewhere"}
+    path.write_text(json.dumps(run))
+    assert [r["config"]["seed"] for r in of_other_seeds(root / "fastflow-toy-weave-demo-0")] == [0, 1]
+
+
+def test_notes_say_on_what_it_was_measured(root):
+    "Official only if every run is; else a part, or no data of the papers."
+    note = lambda runs: comparisons.measured_on(runs, MATRIX)[0]
+    runs = [made(root, "bottle", ["bottle"]), made(root, "all", ["bottle"], seed=1)]
+    assert "the official test images" in note(runs[:1]) and "a part or another split" in note(runs)
+    assert "not the papers' data" in note([made(root, "weave", ["weave"], dataset="toy")])
+    both = made(root, "all", ["mvtec/bottle", "visa/pcb1"], dataset="union", data_root="mvtec=a,visa=b")
+    assert "a part or another split" in note([both])
+    assert {t["method"] for i, t in TABLES["T9"]([], MATRIX, "demo").frame.iterrows()
+            if i in TABLES["T9"]([], MATRIX, "demo").strong} >= {"HGAD", "FastFlow + AltUB"}
+
+
+def test_base_and_weights_are_named(pair):
+    "In the name of the method, or among what a run changes."
+    run = pair(dict(method="hgad", settings={"detector": {"base": "diagonal"}}), {})[0]["config"]
+    assert method_name(run) == "single learned Gaussian, unified"
+    assert setting_name(run | {"weights": "random", "method": "fastflow"}) == "FastFlow, one model for all (weights random)"
+
+
+def test_numbers_of_several_seeds(pair):
+    "Means of the best, the median of the seconds, no ± but at the mean; one model of several has its mean already."
+    runs = pair({}, {"seed": 1})
+    for run, seconds in zip(runs, (1.0, 3.0)):
+        run["timing"]["epoch_s"] = seconds
+    row = headline(runs).iloc[0]
+    assert row["image AUROC"] == "0.700 ± 0.283 (0.700)" and row["s/epoch"] == 2.0
+    assert unified(runs).loc[0, ["one", "mean"]].tolist() == ["0.700, 0.700, 0.700", ", ".join(["0.700 ± 0.283"] * 3)]
+    assert last_epochs(runs)["data"].str.contains("mean of").sum() == 2
+
+
+def test_outputs_of_another_matrix_and_of_the_first_seeds(root, tmp_path):
+    "A name alone makes that output alone; the commands put runs where these lie."
+    for seed in (0, 1):
+        write_run(root, "fastflow", seed=seed, last=0.9 + 0.02 * seed)
+    (tmp_path / "m.yml").write_text(PATH.read_text().replace("title: FastFlow,", "title: Mine,", 1))
+    show = output_maker(TABLES, "altub_tables", str(root), "demo", 1, str(tmp_path), "t1", str(tmp_path / "m.yml"))
+    assert show("T2") is None and not (tmp_path / "tables/T2.csv").exists()
+    table = show("T1")
+    own = table.frame.query("category == 'weave' and method == 'Mine'").iloc[0]
+    assert own["image AUROC: last"] == "90.00" and f"mkdir -p {root}/" in table.missing[0]
+
+
+def test_rows_of_the_papers_are_those_of_the_role():
+    assert set(TABLES["T1"]([], MATRIX, "demo").frame["data"]) == {"toy", "mvtec"}
+    assert set(TABLES["T2"]([], MATRIX, "demo").frame["data"]) == {"toy", "btad"}
