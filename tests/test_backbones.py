@@ -11,10 +11,8 @@ import timm
 import torch
 from torch import nn
 
-from flowrepro import backbones as bb
-from flowrepro.backbones import Backbone, WeightsError, load_net
-from flowrepro import backbones
-from flowrepro.backbones import conv_bn_pairs, fit_state, read_state
+from flowrepro import backbones, backbones as bb
+from flowrepro.backbones import Backbone, WeightsError, conv_bn_pairs, fit_state, load_net, read_state
 
 
 def images(n=2, side=64, seed=0):

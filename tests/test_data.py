@@ -663,7 +663,7 @@ def test_absent_categories():
 
 def test_counts_are_whole_numbers():
     "Of a set with official counts and without."
-    here = [D.Record(Path("a.png"), 0, None, c, "good", split) for c in ("bagel", "own") for split in ("train", "validation")]
+    here = [D.Record(Path("a.png"), 0, None, c, "good", s) for c in ("bagel", "own") for s in ("train", "validation")]
     text = check_report(D.check_records(here, "mvtec3d", [], False)[0], [])
     assert "244" in text and ".0" not in text and "NA>" not in text
 

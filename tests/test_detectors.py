@@ -12,13 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from flowrepro import backbones
+from flowrepro import backbones, detectors
 from flowrepro.backbones import Backbone, WeightsError
 from flowrepro.bases import Base
 from flowrepro.data import DataError, Dataset, Transform, load, read
 from flowrepro.detectors import DETECTORS, FASTFLOW_PUBLISHED, HGAD, CFlow, Detector, FastFlow, Standardise, norm_layer
 from flowrepro.scores import PUBLISHED, Score
-from flowrepro import detectors
 
 SHAPES = {  # of the published backbones' features
     "resnet18.tv_in1k": [(64, 64, 64), (128, 32, 32), (256, 16, 16)],

@@ -10,7 +10,8 @@ import yaml
 
 from flowrepro.data import OFFICIAL, DataError
 from flowrepro.matrix import (
-    MATRIX, MatrixError, belongs, check_once, chosen, command_of, find_roots, first_seeds, jobs_of, load_matrix, select, variant_of
+    MATRIX, MatrixError, belongs, check_once, chosen, command_of, find_roots, first_seeds, jobs_of, load_matrix,
+    select, variant_of
 )
 from flowrepro.runs import configure
 
@@ -265,7 +266,8 @@ def test_matrix_that_would_lose_something(tmp_path, old, new, said):
 
 
 def test_matrix_without_the_run_that_a_table_compares_with(tmp_path):
-    m = json.loads(json.dumps(yaml.safe_load(MATRIX.read_text())).replace('"hgad"', '"mine"').replace('"method": "mine"', '"method": "hgad"'))
+    text = json.dumps(yaml.safe_load(MATRIX.read_text())).replace('"hgad"', '"mine"')
+    m = json.loads(text.replace('"method": "mine"', '"method": "hgad"'))
     (tmp_path / "m.yml").write_text(yaml.safe_dump(m, sort_keys=False))
     with pytest.raises(MatrixError, match="hgad"):
         load_matrix(tmp_path / "m.yml")

@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 from flowrepro import runs, training
 from flowrepro.data import DataError
 from flowrepro.detectors import DETECTORS, Detector
-from flowrepro.runs import (PARAMETERS, PRESETS, ConfigError, Run, best_results, configure, evaluation_epochs,
-                            made_otherwise, mean_results, parse_overrides, resolve, run_notebook, settings_of, write_json)
+from flowrepro.runs import (
+    PARAMETERS, PRESETS, ConfigError, Run, best_results, configure, evaluation_epochs, made_otherwise, mean_results,
+    parse_overrides, resolve, run_notebook, settings_of, write_json
+)
 from flowrepro.scores import PUBLISHED, Score
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -888,8 +890,8 @@ def test_run_notebook_that_fails(toy, tmp_path):
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("given", [{"soft": "no"}, {"score.align_corners": []}, {"transform.size": 64.0}, {"backbone.name": None},
-                                   {"temperature": float("inf")}, {"epochs": True}])
+@pytest.mark.parametrize("given", [{"soft": "no"}, {"score.align_corners": []}, {"transform.size": 64.0},
+                                   {"backbone.name": None}, {"temperature": float("inf")}, {"epochs": True}])
 def test_override_of_a_wrong_kind(given):
     with pytest.raises(ConfigError):
         configure(overrides=given)

@@ -10,17 +10,21 @@ import pandas as pd
 import pytest
 
 from conftest import ROOT, run_experiment
-from flowrepro.data import OFFICIAL
-from flowrepro.matrix import DATA_FOLDERS, command_of, find_roots, jobs_of, load_matrix, run_folder, variant_of
-from flowrepro.reports import headline, last_epochs, output_maker, read_runs, summary, unified
-from flowrepro.cli import print_published
-from flowrepro.comparisons import TABLES, beside_papers, measured, measured_on, of_other_seeds, published, setting_note, steadiness
-from flowrepro.tables import HEADLINE, METRICS, Table, as_html, as_latex, as_markdown, as_published
 from flowrepro import comparisons
-from flowrepro.comparisons import only
-from flowrepro.matrix import MATRIX as PATH, Job
-from flowrepro.reports import method_name, setting_name
-from flowrepro.tables import plain_values, points, quiet
+from flowrepro.cli import print_published
+from flowrepro.comparisons import (
+    TABLES, beside_papers, measured, measured_on, of_other_seeds, only, published, setting_note, steadiness
+)
+from flowrepro.data import OFFICIAL
+from flowrepro.matrix import (
+    DATA_FOLDERS, MATRIX as PATH, Job, command_of, find_roots, jobs_of, load_matrix, run_folder, variant_of
+)
+from flowrepro.reports import (
+    headline, last_epochs, method_name, output_maker, read_runs, setting_name, summary, unified
+)
+from flowrepro.tables import (
+    HEADLINE, METRICS, Table, as_html, as_latex, as_markdown, as_published, plain_values, points, quiet
+)
 
 MATRIX = load_matrix()
 TOYS = ("biscuit", "bolt", "speckle", "weave")
