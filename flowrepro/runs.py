@@ -6,7 +6,7 @@ Docs: https://flowrepro.github.io/flowrepro/runs.html.md"""
 
 # %% auto #0
 __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES', 'PLAIN', 'HERE', 'TRAINED_BY', 'defaults_of',
-           'settings_of', 'ConfigError', 'resolve', 'parse_overrides', 'Config', 'as_plain', 'given_parameters',
+           'settings_of', 'ConfigError', 'resolve', 'as_plain', 'parse_overrides', 'Config', 'given_parameters',
            'check_choices', 'device_here', 'check_detector', 'check_kind', 'check_settings', 'configure',
            'made_otherwise', 'check_suited', 'published_for', 'write_json', 'revision', 'processor', 'environment',
            'peak_memory', 'masks_by_category', 'evaluate_parts', 'mean_results', 'backbone_of', 'best_results', 'Run',
@@ -153,6 +153,11 @@ def resolve(key: str, settings: dict[str, dict]) -> tuple[str, str]:
                          else "unknown: one of ") + ", ".join(near))
 
 # %% ../nbs/11_runs.ipynb #03d50804
+def as_plain(value):
+    "A path as text, a NumPy number as one of Python; anything else as it is."
+    return str(value) if isinstance(value, Path) else value.item() if isinstance(value, np.generic) else value
+
+
 def parse_overrides(overrides: str | dict, settings: dict[str, dict]) -> dict:
     """Overrides as {group: {name: value}} plus 'evaluations'; a JSON text or a dict, nested or dotted.
     ConfigError names an unknown key."""
@@ -202,11 +207,6 @@ class Config:
 
 # %% ../nbs/11_runs.ipynb #7d395e9d
 PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
-
-
-def as_plain(value):
-    "A path as text, a NumPy number as one of Python; anything else as it is."
-    return str(value) if isinstance(value, Path) else value.item() if isinstance(value, np.generic) else value
 
 
 def given_parameters(namespace: dict) -> dict:
