@@ -6,9 +6,9 @@ Docs: https://flowrepro.github.io/flowrepro/features.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'SHARE', 'files_hash', 'bank_key', 'bank_bytes', 'split_levels', 'free_ram', 'group_free', 'choose_place',
-           'read_ahead', 'fixed_image', 'check_transform', 'stacked', 'fill', 'sample_digest', 'write_atomic',
-           'is_complete', 'Lock', 'sweep', 'map_file', 'reserve', 'find_or_fill', 'as_index', 'take', 'FeatureBank',
-           'make_flat', 'LiveFeatures', 'channel_stats']
+           'read_ahead', 'fixed_image', 'check_transform', 'stacked', 'fill', 'sample_digest', 'taking_place',
+           'write_atomic', 'is_complete', 'Lock', 'sweep', 'map_file', 'reserve', 'find_or_fill', 'as_index', 'take',
+           'FeatureBank', 'make_flat', 'LiveFeatures', 'channel_stats']
 
 # %% ../nbs/02_features.ipynb #655dd5a1
 import copy
@@ -25,6 +25,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -187,11 +188,19 @@ def sample_digest(path: Path, blocks: int = 256, size: int = 4096) -> str:
             f.seek(s); h.update(f.read(size))
     return h.hexdigest()
 
+@contextmanager
+def taking_place(path: Path) -> Iterator[Path]:
+    "Where to write a file that takes its place once it is complete; on a full disk nothing of it is left."
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield tmp
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
 def write_atomic(path: Path, text: str) -> None:
     "Write a small file so that it is there completely or not at all."
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(tmp, "w") as f: f.write(text); f.flush(); os.fsync(f.fileno())
-    os.replace(tmp, path)
+    with taking_place(path) as tmp, open(tmp, "w") as f: f.write(text); f.flush(); os.fsync(f.fileno())
 
 def is_complete(base: Path, header: dict) -> bool:
     "Is there a complete bank at `base`.bin / .json with this header?"

@@ -10,7 +10,6 @@ __all__ = ['Schedule', 'batches', 'OtherTraining', 'plain', 'write_checkpoint', 
 
 # %% ../nbs/10_training.ipynb #15a4617f
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 from .altub import AltUB, BaseTurn, check_turns, is_base_turn
 from .data import Dataset
 from .detectors import Detector, image_id, load_state
-from .features import FeatureBank
+from .features import FeatureBank, taking_place
 
 # %% ../nbs/10_training.ipynb #e1882f6e
 @dataclass(frozen=True)
@@ -108,13 +107,9 @@ def write_checkpoint(path: Path, model: Detector, optimizers: list[torch.optim.O
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
     saved = {"model": state, "optimizers": [plain(o.state_dict()) for o in optimizers], "epoch": epoch,
              "history": plain(history), "training": plain(training)}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with taking_place(path) as temporary:
         torch.save(saved, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)  # of a full disk
 
 
 def read_checkpoint(path: Path, model: Detector, optimizers: list[torch.optim.Optimizer],

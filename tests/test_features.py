@@ -431,3 +431,12 @@ def test_normalized_images(folder):
     class Floats(Data):
         def __getitem__(self, i): return SimpleNamespace(image=(super().__getitem__(i).image/255 - 0.45)/0.22)
     assert len(bank(Floats(folder))) == 11
+
+
+def test_nothing_is_left_of_a_file_that_did_not_fit(tmp_path, monkeypatch):
+    "And the one that was there stays."
+    ft.write_atomic(tmp_path/"a.json", "old")
+    def full(fd): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError): ft.write_atomic(tmp_path/"a.json", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and (tmp_path/"a.json").read_text() == "old"
