@@ -128,9 +128,9 @@ def own_affinity(z: Tensor, centres: Tensor, label: Tensor) -> Tensor:
 
 def check_label(label: Tensor, classes: int, n: int) -> None:
     "ValueError for labels that are not n whole numbers in [0, classes)."
-    if label.shape != (n,) or label.dtype != torch.long:
-        raise ValueError(f"labels of shape {tuple(label.shape)}, {label.dtype}: "
-                         f"one whole number for each of the {n} images")
+    if not isinstance(label, Tensor) or label.shape != (n,) or label.dtype != torch.long:
+        given = f"of shape {tuple(label.shape)}, {label.dtype}" if hasattr(label, "shape") else type(label).__name__
+        raise ValueError(f"labels {given}: one whole number for each of the {n} images, a tensor of torch.long")
     if not is_exporting() and n and not 0 <= int(label.min()) <= int(label.max()) < classes:
         raise ValueError(f"labels {int(label.min())} to {int(label.max())}: "
                          f"this base has the categories 0 to {classes - 1}")
@@ -157,7 +157,8 @@ class ClassMixture(Base):
         self.phi = nn.Parameter(torch.zeros(classes))
 
     def rows(self, z: Tensor) -> Tensor:
-        "z as rows (B, P, D)."
+        "z as rows (B, P, D); ValueError unless it has this base's channels."
+        self.check(z)
         return z.flatten(2).mT if self.dim == 1 else z[:, None].flatten(1, -2)
 
     def class_log_prob(self, rows: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ __all__ = ['cmd_run', 'run_each', 'of_the_same_data', 'run_name', 'print_summary
 # %% ../nbs/13_cli.ipynb #149ba2fc
 import argparse
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -199,7 +200,7 @@ def seen_and_scored(detector, files: list[Path], what: str) -> tuple[dict, list,
     from tqdm.auto import tqdm
 
     from flowrepro.data import DataError, open_image
-    from flowrepro.features import read_ahead
+    from flowrepro.features import no_bar, read_ahead
 
     seen, problems, transform = {}, [], detector.seen_through()
 
@@ -210,7 +211,7 @@ def seen_and_scored(detector, files: list[Path], what: str) -> tuple[dict, list,
             return str(problem)
 
     def pictures():
-        read = tqdm(read_ahead(look, len(files)), what, len(files), unit="image", leave=False)
+        read = tqdm(read_ahead(look, len(files)), what, len(files), unit="image", leave=False, disable=no_bar())
         for file, picture in zip(files, read):
             if isinstance(picture, str):
                 problems.append(picture)
@@ -252,6 +253,7 @@ def cmd_predict(args: argparse.Namespace) -> int:
 
     from flowrepro.data import open_out
     from flowrepro.detectors import Detector, image_files
+    from flowrepro.features import no_bar
     from flowrepro.reports import overlay
     from flowrepro.runs import device_here
 
@@ -268,15 +270,23 @@ def cmd_predict(args: argparse.Namespace) -> int:
         table["anomalous"] = table["score"] > limit
         print(f"{table['anomalous'].sum()} of {len(seen)} images above {limit:.4g}, which a good one exceeds with a "
               f"probability of at most {args.fpr:g}")
-    table.to_csv(out / "scores.csv", index=False)
+    table.to_csv(out / "scores.csv", index=False, errors="surrogateescape")  # names of other encodings
     print(f"{len(seen)} images scored: {(out / 'scores.csv').resolve()}")
     low, high = np.percentile(maps, [50, 99.8])
-    for (file, picture), heat in zip(tqdm(seen.items(), desc="heat maps", unit="image", leave=False), maps):
+    bar = tqdm(seen.items(), desc="heat maps", unit="image", leave=False, disable=no_bar())
+    unplaced = []
+    for (file, picture), heat in zip(bar, maps):
         drawn = out / file.relative_to(top).with_name(f"{file.name}.png")
         drawn.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(overlay(picture, heat, low, high)).save(drawn)
-    print("".join(f"not scored: {problem}\n" for problem in problems), end="", file=sys.stderr)
-    return 2 if problems else 0
+        try:
+            Image.fromarray(overlay(picture, heat, low, high)).save(drawn)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            unplaced.append(f"no heat map: {file}, as its name is too long")
+    told = [f"not scored: {problem}" for problem in problems] + unplaced
+    print("".join(f"{line}\n" for line in told), end="", file=sys.stderr)
+    return 2 if told else 0
 
 # %% ../nbs/13_cli.ipynb #c96483e0
 def cmd_export(args: argparse.Namespace) -> int:
@@ -437,6 +447,9 @@ def add_own_images(commands) -> None:
 # %% ../nbs/13_cli.ipynb #864ff409
 def main(arguments: list[str] | None = None) -> int:
     "Entry point of `flowrepro`; returns the exit code."
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        if hasattr(stream, "reconfigure"):  # what a terminal's encoding lacks is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     args = parser().parse_args(arguments)
     if args.command is not cmd_bench:  # which measures what a plain script would have
         # threads that wait do not spin, so that runs beside each other do not stall

@@ -307,7 +307,7 @@ class Recipe:
         strong = {i for i, row in enumerate(rows) if any(name in row["method"] for name in self.strong)}
         of = " and ".join(dict.fromkeys(job.preset for job in jobs)) or preset  # ablations keep that of their role
         return Table(self.name, self.title.format(preset=of), pd.DataFrame(rows), notes,
-                     commands(gone, self.name, preset, out), self.keys, strong)
+                     commands(gone, self.name, preset, out, matrix), self.keys, strong)
 
 # %% ../nbs/12b_comparisons.ipynb #296f6484
 def by_seed(frame: pd.DataFrame, protocol: str, metric: str) -> pd.Series:

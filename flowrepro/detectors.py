@@ -6,10 +6,11 @@ Docs: https://flowrepro.github.io/flowrepro/detectors.html.md"""
 
 # %% auto #0
 __all__ = ['DETECTORS', 'FASTFLOW_PUBLISHED', 'CFLOW_SIZES', 'CLASS_MODES', 'BASES', 'OFFICIAL', 'Standardise', 'norm_layer',
-           'normal_base', 'image_files', 'read_image', 'open_images', 'check_images', 'Detector', 'all_parts',
-           'calibrate', 'score_parts', 'fit', 'predict', 'image_id', 'not_trained_on', 'weights_of', 'own_classes',
-           'save', 'read_saved', 'load', 'load_state', 'FastFlow', 'DenseDetector', 'FiberBatches', 'CFlow',
-           'OverCategories', 'HGADLosses', 'HGADParts', 'HGAD', 'check_official', 'to_official', 'from_official']
+           'normal_base', 'image_files', 'read_image', 'open_images', 'check_images', 'Detector', 'check_labels',
+           'all_parts', 'calibrate', 'score_parts', 'fit', 'check_trained', 'predict', 'image_id', 'not_trained_on',
+           'weights_of', 'own_classes', 'save', 'read_saved', 'load', 'load_state', 'FastFlow', 'DenseDetector',
+           'FiberBatches', 'CFlow', 'OverCategories', 'HGADLosses', 'HGADParts', 'HGAD', 'check_official',
+           'to_official', 'from_official']
 
 # %% ../nbs/07_detectors.ipynb #b1e512b9
 import copy
@@ -26,14 +27,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as as_bytes
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 from tqdm.auto import tqdm
 
 from .backbones import Backbone, sha256
-from .bases import Base, ClassMixture, DiagonalNormal, HierarchicalMixture, StandardNormal
+from .bases import Base, ClassMixture, DiagonalNormal, HierarchicalMixture, StandardNormal, check_label
 from .data import EXTENSIONS, DataError, Dataset, Transform, is_image, is_note, open_image
-from .features import FeatureBank, channel_stats, read_ahead
+from .features import FeatureBank, channel_stats, no_bar, read_ahead, taking_place
 from .flows import Flow, conv_flow, dense_flow, from_freia, positional_code, to_freia
 from .hgad import hgad_loss, hgad_terms
 from .scores import Parts, Score, calibration, join, score_batch
@@ -206,9 +208,18 @@ class Detector(nn.Module):
         return self.calibration.device
 
 # %% ../nbs/07_detectors.ipynb #0d3e7b11
+def check_labels(detector: Detector, labels: Tensor | None, bank: FeatureBank) -> None:
+    "ValueError unless there is a category that the detector knows for each image of a bank, or for each copy."
+    if labels is not None and detector.labelled and detector.config["categories"] is not None:
+        images = len(bank) // getattr(bank, "copies", 1)
+        each = len(bank) if len(bank) == len(labels) else images
+        check_label(labels, len(detector.config["categories"]), each)
+
+
 @torch.no_grad()
 def all_parts(detector: Detector, bank: FeatureBank, labels: Tensor | None = None, batch: int = 32) -> list[Parts]:
     "The parts of every image of a bank, level by level."
+    check_labels(detector, labels, bank)
     detector.eval()
     index = torch.arange(len(bank)).split(batch)
     own = lambda i: None if labels is None else labels[i % len(labels)].to(detector.device)  # of copies, the same
@@ -244,6 +255,13 @@ def fit(detector: Detector, dataset: Dataset, **settings) -> Detector:
     return detector
 
 # %% ../nbs/07_detectors.ipynb #a7e455d4
+def check_trained(detector: Detector) -> None:
+    "ValueError if the scores of a detector need a calibration that it does not have yet."
+    if detector.score.normalise == "train" and detector.calibration.isnan().any():
+        raise ValueError("this detector has not been trained, and its score needs the calibration: call fit first, "
+                         "or load one that was")
+
+
 @torch.no_grad()
 def predict(
     detector: Detector,
@@ -259,19 +277,21 @@ def predict(
                          "evaluate it with runs.evaluate_parts")
     if batch < 1:
         raise ValueError(f"batch {batch}: a whole number from 1")
+    check_trained(detector)
+    told = None if category is None or not detector.labelled else detector.number_of(category)
     detector.eval()
     if isinstance(images, (str, Path)):
         images = image_files(images)
     read, many = open_images(images, transform or detector.seen_through()), None
     if isinstance(images, (Dataset, list)):
         many = len(images)
-    bar = tqdm(read, "scores", many, unit="image", leave=False, delay=2, disable=not progress)
+    bar = tqdm(read, "scores", many, unit="image", leave=False, delay=2, disable=no_bar(progress))
     source, out, seen = iter(bar), [], 0
     labels = detector.labels_of(images) if isinstance(images, Dataset) and category is None else None
     while chunk := list(islice(source, batch)):
         own = None if labels is None else labels[seen:seen + len(chunk)].to(detector.device)
-        if category is not None and detector.labelled:
-            own = torch.full((len(chunk),), detector.number_of(category), device=detector.device)
+        if told is not None:
+            own = torch.full((len(chunk),), told, device=detector.device)
         features = detector.backbone(check_images(torch.stack(chunk), detector.backbone.size).to(detector.device))
         parts = detector.parts(features, own)
         out.append([t.cpu() for t in detector.score_parts(parts)])
@@ -327,7 +347,8 @@ def save(detector: Detector, path: str | Path) -> None:
                       "set detector.transform, or give transform= to predict", stacklevel=2)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, str(path), metadata=about)
+        with taking_place(Path(path)) as new:
+            new.write_bytes(as_bytes(state, about))
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path}: the detector cannot be written there ({error}); "
                       "give a file in a folder where you may write") from error
@@ -474,6 +495,8 @@ class DenseDetector(Detector):
             raise ValueError(f"features of level {level} are {tuple(x.shape[1:])}, "
                              f"this detector's {tuple(self.backbone.shapes[level])}: "
                              "give images of the size it was made for")
+        if not is_exporting() and not len(x):
+            raise ValueError("no images: an empty batch has no features")
         return self.norms[level](x).flatten(2).transpose(1, 2).contiguous()
 
     def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -499,6 +522,7 @@ class FiberBatches(DenseDetector):
 
     def losses(self, features: list[Tensor], labels: Tensor | None = None,
                generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        self.check_batch(len(features[0]))
         for l, x in enumerate(features):
             rows, positions, n = self.rows(l, x), len(self.code(l)), self.config["fibers"]
             if n is None:  # all rows at once: their order is of no account, and images share their codes
@@ -692,9 +716,10 @@ class HGAD(HGADParts):
             if given not in allowed:
                 raise ValueError(f"{name} {given!r}: one of {', '.join(allowed)}")
         weights = (lambda1, lambda2, lambda_e)
-        if not (0 <= stage_one <= 1 and 0 <= smoothing < 1 and centre_rate > 0 and min(weights) >= 0):
+        if not (0 <= stage_one <= 1 and 0 <= smoothing < 1 and centre_rate > 0
+                and all(0 <= w < float("inf") for w in weights)):
             raise ValueError(f"stage_one {stage_one} in [0, 1], smoothing {smoothing} in [0, 1), "
-                             f"centre_rate {centre_rate} positive, weights not negative")
+                             f"centre_rate {centre_rate} positive, weights {weights} finite and not negative")
         if isinstance(backbone, str):
             backbone = Backbone(backbone, **self.features)
         config = dict(categories=None, steps=steps, code=code, centres=centres, spread=spread, base=base,
@@ -739,10 +764,12 @@ def to_official(detector: HGAD) -> dict:
 def from_official(detector: HGAD, state: dict) -> HGAD:
     "Load a checkpoint of HGAD's public code in place; DataError naming what does not fit, with both sizes."
     check_official(detector)
-    if missing := [k for k in ("nfs", *OFFICIAL) if k not in state]:
+    if missing := [k for k in ("nfs", *OFFICIAL) if not isinstance(state, dict) or k not in state]:
         raise DataError(f"{', '.join(missing)} missing: not a checkpoint of HGAD's public code, which has nfs, "
                         f"{', '.join(OFFICIAL)}")
     for name in ("nfs", *OFFICIAL):
+        if not isinstance(state[name], list | tuple | dict):
+            raise DataError(f"{name}: one entry a level, as a list or by '0', '1', …, not {state[name]!r}")
         if len(state[name]) != len(detector.flows):
             raise DataError(f"{name}: the checkpoint has {len(state[name])} levels, "
                             f"the detector {len(detector.flows)}: give the backbone as many")
@@ -756,7 +783,9 @@ def from_official(detector: HGAD, state: dict) -> HGAD:
     for theirs, ours in OFFICIAL.items():
         values = state[theirs]
         for l, base in enumerate(detector.bases):
-            value, parameter = values[str(l)] if isinstance(values, dict) else values[l], getattr(base, ours)
+            value, parameter = values.get(str(l)) if isinstance(values, dict) else values[l], getattr(base, ours)
+            if not isinstance(value, Tensor) or not value.isfinite().all():
+                raise DataError(f"{theirs} of level {l}: a tensor of finite numbers is needed there")
             if value.shape != parameter.shape:
                 raise DataError(f"{theirs} of level {l} is {tuple(value.shape)} in the checkpoint, "
                                 f"{tuple(parameter.shape)} in the detector "

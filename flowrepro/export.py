@@ -9,6 +9,7 @@ __all__ = ['OPEN', 'FORMATS', 'Program', 'write_pt2', 'write_onnx', 'run_pt2', '
 
 # %% ../nbs/10b_export.ipynb #e38a16d0
 import copy
+import io
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 
 from . import __version__
 from .data import Dataset
-from .detectors import Detector, check_images, open_images
+from .detectors import Detector, check_images, check_trained, open_images
+from .features import taking_place
 from .scores import score_batch
 
 # %% ../nbs/10b_export.ipynb #98af28a1
@@ -33,8 +35,7 @@ class Program(nn.Module):
         if detector.score.normalise == "paper":
             raise ValueError("normalise='paper' scores a whole test set at once, which no exported program sees: "
                              "use normalise='train'")
-        if detector.score.normalise == "train" and detector.calibration.isnan().any():
-            raise ValueError("this detector has not been trained: call fit, or load one that was")
+        check_trained(detector)
         self.detector = copy.deepcopy(detector).cpu().eval().requires_grad_(False)
         self.number = detector.number_of(category) if category is not None and detector.labelled else None
 
@@ -46,8 +47,10 @@ class Program(nn.Module):
 # %% ../nbs/10b_export.ipynb #d5f9a7c7
 def write_pt2(program: Program, images: Tensor, path: Path, about: dict) -> None:
     "A `torch.export` program; what it is, is in its extra file `flowrepro.json`."
-    torch.export.save(torch.export.export(program, (images,), dynamic_shapes=OPEN), path,
+    made = io.BytesIO()  # as a full disk would end the process that writes there itself
+    torch.export.save(torch.export.export(program, (images,), dynamic_shapes=OPEN), made,
                       extra_files={"flowrepro.json": json.dumps(about)})
+    path.write_bytes(made.getvalue())
 
 
 def write_onnx(program: Program, images: Tensor, path: Path, about: dict) -> None:
@@ -82,18 +85,13 @@ FORMATS: dict[str, tuple[Callable, Callable, tuple[str, ...]]] = {  # writer, re
 # %% ../nbs/10b_export.ipynb #0bf923fb
 def check_written(run: Callable, path: Path, program: Program, images: Tensor, tolerance: float = 1e-3) -> float:
     """How far the file is from the detector, on all images and on one alone, relative to the largest output;
-    above `tolerance` it is removed, RuntimeError."""
-    try:
-        pairs = [pair for x in (images, images[:1]) for pair in zip(program(x), run(path, x))]
-    except BaseException:
-        path.unlink()
-        raise
+    RuntimeError above `tolerance`."""
+    pairs = [pair for x in (images, images[:1]) for pair in zip(program(x), run(path, x))]
     errors = [(ours - written).abs().max() / ours.abs().max().clamp_min(1e-30) for ours, written in pairs]
     worst = float(torch.stack(errors).max())
     if not worst <= tolerance:  # NaN is refused, too
-        path.unlink()
-        raise RuntimeError(f"{path}: what was written differs from the detector by {worst:.1e} of its largest output, "
-                           f"more than {tolerance:g}, and was removed: report this with the versions of torch and onnx")
+        raise RuntimeError(f"the program differs from the detector by {worst:.1e} of its largest output, "
+                           f"more than {tolerance:g}, and is not kept: report this with the versions of torch and onnx")
     return worst
 
 # %% ../nbs/10b_export.ipynb #7603b375
@@ -125,8 +123,9 @@ def export(
         raise ValueError(f"{path}: the detector says the same of all images to compare on: "
                          "give two or more of its own, that differ")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(program, compared[:2], path, about(detector, category))
-    return check_written(run, path, program, compared)
+    with taking_place(path) as new:  # a file from before stays until this one is known to be right
+        write(program, compared[:2], new, about(detector, category))
+        return check_written(run, new, program, compared)
 
 
 def about(detector: Detector, category: str | None) -> dict:

@@ -6,9 +6,9 @@ Docs: https://flowrepro.github.io/flowrepro/features.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'SHARE', 'files_hash', 'bank_key', 'bank_bytes', 'split_levels', 'free_ram', 'group_free', 'choose_place',
-           'read_ahead', 'fixed_image', 'check_transform', 'stacked', 'fill', 'sample_digest', 'taking_place',
-           'write_atomic', 'is_complete', 'Lock', 'sweep', 'map_file', 'reserve', 'find_or_fill', 'as_index', 'take',
-           'FeatureBank', 'make_flat', 'LiveFeatures', 'channel_stats']
+           'cores', 'no_bar', 'read_ahead', 'fixed_image', 'check_transform', 'stacked', 'fill', 'sample_digest',
+           'taking_place', 'write_atomic', 'is_complete', 'Lock', 'sweep', 'map_file', 'reserve', 'find_or_fill',
+           'as_index', 'take', 'FeatureBank', 'make_flat', 'LiveFeatures', 'channel_stats']
 
 # %% ../nbs/02_features.ipynb #655dd5a1
 import copy
@@ -71,11 +71,12 @@ SHARE = 0.5                                                           # of free 
 
 def free_ram() -> int:
     "Bytes of RAM available to this process, by the kernel's estimate and the limits of its control groups."
-    free = os.sysconf("SC_AVPHYS_PAGES")*os.sysconf("SC_PAGE_SIZE")
+    free = sys.maxsize
     try:
+        free = os.sysconf("SC_AVPHYS_PAGES")*os.sysconf("SC_PAGE_SIZE")
         free = next(int(l.split()[1])*1024 for l in Path("/proc/meminfo").read_text().splitlines()
                     if l.startswith("MemAvailable"))
-    except (OSError, StopIteration): pass
+    except (OSError, ValueError, StopIteration): pass                 # macOS has neither
     return max(min([free, *group_free()]), 0)
 
 def group_free(own: Path = Path("/proc/self/cgroup"), top: Path = Path("/sys/fs/cgroup")) -> list[int]:
@@ -108,11 +109,19 @@ def choose_place(nbytes: int, where: str, device: torch.device) -> str:
     return where
 
 # %% ../nbs/02_features.ipynb #599c1530
+def cores() -> int:
+    "CPU cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+def no_bar(progress: bool = True) -> bool:
+    "Is no progress to be drawn, as it is not wanted, or as a service has no stderr?"
+    return not progress or sys.stderr is None
+
 def read_ahead(get: Callable[[int], torch.Tensor], n: int, workers: int | None = None,
                depth: int = 32) -> Iterator[torch.Tensor]:
     """`get(0) … get(n-1)` in order, up to `depth` of them computed ahead by `workers` threads;
     None: one a core, eight at most."""
-    pool = ThreadPoolExecutor(workers or min(8, len(os.sched_getaffinity(0))))
+    pool = ThreadPoolExecutor(workers or min(8, cores()))
     try:
         todo = deque(pool.submit(get, i) for i in range(min(depth, n)))
         for i in range(n):
@@ -136,7 +145,7 @@ def check_transform(dataset, copies: int) -> None:
     if dataset.transform.random and copies == 1:
         raise ValueError(f"{dataset.transform!r} is random, so its features cannot be computed once; "
                          "use LiveFeatures(dataset, backbone), "
-                         "or a fixed set of k variants of each image: FeatureBank(..., copies=k, seed=s) with k > 1")
+                         "or a fixed set of k > 1 variants of each image: copies=k, of fit or of FeatureBank")
     if copies > 1 and not dataset.transform.random:
         raise ValueError(f"copies={copies} of the same image: the transform is not random; use copies=1")
 
@@ -160,7 +169,7 @@ def fill(flat: torch.Tensor, dataset, backbone, copies: int, seed: int, device: 
     alone = getattr(dataset, "image", lambda i: dataset[i].image)     # without its mask
     get = (lambda i: fixed_image(dataset, i % n, i // n, seed)) if random else alone
     images = read_ahead(get, N, 1 if random else None, depth=2*batch)  # one thread may seed the global generator
-    with tqdm(total=N, desc="features", unit="image", disable=not progress, leave=False) as bar:
+    with tqdm(total=N, desc="features", unit="image", disable=no_bar(progress), leave=False) as bar:
         for start in range(0, N, batch):
             x = stacked([next(images) for _ in range(min(batch, N - start))])
             for level, y in zip(levels, backbone(x.to(device))):
@@ -191,7 +200,7 @@ def sample_digest(path: Path, blocks: int = 256, size: int = 4096) -> str:
 @contextmanager
 def taking_place(path: Path) -> Iterator[Path]:
     "Where to write a file that takes its place once it is complete; on a full disk nothing of it is left."
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{os.getpid()}.{path.name}")              # its ending tells some readers what it is
     try:
         yield tmp
         os.replace(tmp, path)
@@ -249,7 +258,7 @@ def reserve(path: Path, nbytes: int) -> None:
                                  "free some, give another cache=DIR, or use a smaller dtype or size", str(path.parent))
     if nbytes > free: raise full
     with open(path, "wb") as f:
-        try: os.posix_fallocate(f.fileno(), 0, nbytes)
+        try: os.posix_fallocate(f.fileno(), 0, nbytes) if hasattr(os, "posix_fallocate") else f.truncate(nbytes)
         except OSError as e:
             path.unlink(missing_ok=True)
             raise full if e.errno == errno.ENOSPC else e

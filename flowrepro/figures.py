@@ -176,7 +176,7 @@ def nothing(name: str, question: str, matrix: dict, preset: str, out: str = "run
     head = f"**{name}. {question}** Not drawn at preset {preset}: "
     if skipped or not jobs:
         return Figure(name, None, head + (skipped or "the matrix names no runs for it."))
-    lines = "\n".join(commands(jobs, name, preset, out))
+    lines = "\n".join(commands(jobs, name, preset, out, matrix))
     where = ", `DATA` being the folder of the data sets" if "DATA/" in lines else ""
     return Figure(name, None, head + f"none of its runs ({len(jobs)} a seed) is there. "
                                      f"They are made by the following{where}.\n\n```bash\n{lines}\n```")

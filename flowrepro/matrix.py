@@ -396,9 +396,12 @@ def command_of(job: Job, out: str | Path) -> str:
     return f"mkdir -p {folder} && papermill nbs/experiments/run.ipynb {folder}/run.ipynb -k python3 {given}"
 
 
-def commands(jobs: list[Job], name: str, preset: str, out: str) -> list[str]:
-    "The commands of the first few jobs, and one for all; data sets under `DATA`."
+def commands(jobs: list[Job], name: str, preset: str, out: str, matrix: dict) -> list[str]:
+    "The commands of the first few jobs, and one for all of a matrix; data sets under `DATA`."
     lines = [command_of(j, out) for j in jobs[:SHOWN]]
     data = " --data-root DATA" if any(sets_of(j.parameters) != ["toy"] for j in jobs) else ""
     more = f"# and {len(jobs) - SHOWN} more for {name}; " if len(jobs) > SHOWN else "# "
-    return [*lines, f"{more}the whole graph: flowrepro reproduce --preset {preset}{data} --out {out}"] if jobs else []
+    seeds = f" --seeds {matrix['presets'][preset]['seeds']}"
+    file = f" --matrix {shlex.quote(matrix['file'])}" if matrix.get("file") else ""
+    whole = f"flowrepro reproduce --preset {preset}{data}{seeds}{file} --out {shlex.quote(out)}"
+    return [*lines, f"{more}the whole graph: {whole}"] if jobs else []

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .matrix import chosen, first_seeds, load_matrix, sets_of
+from .matrix import chosen, demand, first_seeds, load_matrix, sets_of
 from .metrics import f1_max_threshold
 from .runs import Run, score_table
 from .tables import HEADLINE, METRICS
@@ -68,7 +68,8 @@ def read_run(folder: Path) -> dict:
     path = folder / "metrics.json"
     try:
         content = json.loads(path.read_text())
-        if not (isinstance(content, dict) and {"config", "results", "timing", "environment"} <= content.keys()):
+        if not (isinstance(content, dict) and {"config", "results", "timing", "environment"} <= content.keys()
+                and "settings" in content["config"] and "last" in content["results"]):
             raise ValueError("other content")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not the metrics.json of a run ({error}); remove it, and a run that belongs there "
@@ -259,9 +260,12 @@ def output_maker(
 ) -> Callable[[str], object]:
     """A function that makes, saves and returns a table or figure by its name, or None if it is not asked for.
     MatrixError for an unknown preset or name."""
+    for key, given in {"runs": runs, "out_dir": out_dir, "only": only, "matrix_file": matrix_file}.items():
+        demand(isinstance(given, str), key, given, "a text")
     if not Path(runs).is_dir() and Path(runs) != Path("runs/reproduce"):  # the default, where nothing may be yet
         raise FileNotFoundError(f"runs {runs}: no such folder; give the one that holds the run folders")
     matrix, found = first_seeds(load_matrix(matrix_file or None), preset, read_runs(runs), seeds)
+    matrix |= {"file": matrix_file}
     wanted = chosen(only, matrix, notebook)
     print(f"{len(found)} finished runs below {runs}")
 

@@ -9,11 +9,12 @@ __all__ = ['RUN_MODULES', 'OUTPUT_MODULES', 'OVERHEAD', 'PRELOADED', 'RESERVE', 
            'run_entry', 'notebook_entries', 'lacking', 'make_plan', 'gpus', 'job_gpus', 'length', 'kind_of',
            'past_seconds', 'known_seconds', 'said', 'one_gpu', 'execute', 'forked', 'register_here', 'end', 'warm_jobs',
            'profile_of', 'at_once', 'can_submit', 'snakemake_command', 'to_do', 'reason', 'Watch', 'room', 'drive',
-           'some_run', 'describe', 'missing_data', 'other_revisions', 'failures', 'wanted_tables', 'glance',
+           'some_run', 'describe', 'missing_data', 'other_revisions', 'failures', 'wanted_tables', 'undrawn', 'glance',
            'reproduce', 'only_one', 'terminable', 'work']
 
 # %% ../nbs/12d_reproduce.ipynb #06bfb1d3
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
@@ -36,7 +37,7 @@ import pandas as pd
 import torch
 
 from .data import OFFICIAL, DataError, absent_categories, open_out, read
-from .features import Lock, files_hash
+from .features import Lock, cores, files_hash
 from .matrix import DATA_FOLDERS, MATRIX, Job, find_roots, jobs_of, load_matrix, refuse, role_of, sets_of
 from .reports import read_runs, report
 from .runs import HERE, execute_notebook, made_otherwise, parse_overrides, revision, run_notebook, settings_of
@@ -130,6 +131,7 @@ def make_plan(
     jobs = jobs_of(content, preset, roots, wanted, seeds)
     here = [j for j in jobs if not j.missing]
     plan = {"preset": preset, "cwd": os.getcwd(), "out": str(out), "gpu": job_gpus(jobs, cluster), "share": 1,
+            "cluster": cluster,
             "mem_mb": 16000 if preset == "paper" else 6000, "lacking": lacking(content, preset, wanted, roots)}
     plan["runs"] = {j.name: run_entry(j, out) for j in here}
     plan["notebooks"] = notebook_entries(content, wanted, here, preset, seeds, out,
@@ -213,9 +215,9 @@ def said(seconds: float) -> str:
 @contextlib.contextmanager
 def one_gpu(out: Path, share: int = 1) -> Iterator[int | None]:
     """The number of a GPU that fewer than `share` other jobs of this folder use, in CUDA_VISIBLE_DEVICES;
-    None without GPUs. Slurm gives each job its own, so nothing is done there."""
+    None without GPUs."""
     visible = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v] or list(map(str, range(gpus())))
-    if "SLURM_JOB_ID" in os.environ or len(visible) < 2:
+    if len(visible) < 2:
         yield 0 if visible else None
         return
     while True:
@@ -243,9 +245,10 @@ def execute(plan: str, name: str, notebook: bool = False, engine: str | None = N
         if notebook:
             execute_notebook(name, out / f"notebooks/{name}.ipynb", content["notebooks"][name]["parameters"], engine)
         else:
-            with one_gpu(out, content["share"]):
+            # a cluster gives each job its own; within an allocation it is ours to share them out
+            with contextlib.nullcontext() if content["cluster"] else one_gpu(out, content["share"]):
                 run_notebook(content["runs"][name]["parameters"], engine=engine)
-            finished.touch()  # metrics.json comes earlier, before the last pictures
+            finished.touch()  # metrics.json comes earlier, before the notebook is saved
     except BaseException as problem:  # also KeyboardInterrupt: whoever looks at the folder should see why it stopped
         with contextlib.suppress(OSError):  # of a full disk the driver tells
             error.write_text(f"{type(problem).__name__}: {problem}\n")
@@ -258,8 +261,10 @@ PRELOADED = ["flowrepro.runs", "flowrepro.reports", "flowrepro.matrix", "papermi
 
 
 def forked(plan: str, name: str, notebook: bool) -> None:
-    "A job in a forked process, in a group of its own."
+    "A job in a forked process, in a group of its own, which ends with the one that forked it."
     os.setpgrp()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     register_here()
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
         code = execute(plan, name, notebook, engine="here")
@@ -305,14 +310,19 @@ def warm_jobs(threads: int) -> Iterator[dict]:
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # it counts what forked jobs leave to it
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    if len(os.fsencode(tempfile.gettempdir())) > 60:  # the path of a socket may have 107 bytes
+        tempfile.tempdir = "/tmp"
     folder = tempfile.mkdtemp(prefix="flowrepro-")
     listener = connection.Listener(f"{folder}/jobs", "AF_UNIX")
 
     running = set()
 
     def serve(client: connection.Connection) -> None:
-        job = context.Process(target=forked, args=client.recv())
-        job.start()
+        try:
+            job = context.Process(target=forked, args=client.recv())
+            job.start()
+        except (EOFError, OSError):  # we are being ended
+            return
         running.add(job)
         while job.is_alive():
             # nothing more is said: it is gone
@@ -352,7 +362,7 @@ def at_once(jobs: int | None, cluster: str | None) -> int:
 
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs {jobs}: at least 1; without --jobs, one a GPU, or one a CPU core")
-    here = gpus() or os.cpu_count() or 1  # refuses a wrong FLOWREPRO_GPUS with a cluster, too
+    here = gpus() or cores()  # refuses a wrong FLOWREPRO_GPUS with a cluster, too
     if jobs or not cluster:
         return jobs or here
     return int(yaml.safe_load((profile_of(cluster) / "config.yaml").read_text())["jobs"])
@@ -372,8 +382,9 @@ def snakemake_command(plan_file: Path, target: str, cluster: str | None, jobs: i
     most = ["--jobs", str(jobs)] if cluster else ["--cores", str(jobs), "--resources", f"gpu={jobs}"]
     return [sys.executable, "-m", "snakemake", target, "--snakefile", str(HERE / "workflow/Snakefile"), "--directory",
             str(plan_file.parent),
-            "--workflow-profile", str(profile), "--config", f"plan={plan_file.resolve()}", "--rerun-triggers", "params",
-            *most]
+            "--profile", "none", "--workflow-profile", str(profile),  # none of the user's own
+            "--config", f"plan={json.dumps(str(plan_file.resolve()), ensure_ascii=False)}",  # which is read as YAML
+            "--rerun-triggers", "params", *most]
 
 # %% ../nbs/12d_reproduce.ipynb #9bbb256c
 def to_do(plan: dict, plan_file: Path, jobs: int = 1) -> list[str]:
@@ -390,6 +401,8 @@ def to_do(plan: dict, plan_file: Path, jobs: int = 1) -> list[str]:
 # %% ../nbs/12d_reproduce.ipynb #59d6c2dd
 def reason(error: Path) -> str:
     "Why a job failed, in a line, from the file it left; a full disk may leave it empty."
+    if not error.exists() and error.with_name("run.ipynb").exists():
+        return "it was killed (by its time limit, or for its memory?); the same command goes on from its checkpoint"
     if not error.exists():
         return "it was not run; see snakemake.log"
     return (error.read_text().strip() or "it left no word").splitlines()[0][:300]
@@ -442,12 +455,12 @@ def room(out: Path) -> None:
                                     "finished runs stay, and the same command goes on from there", str(out))
 
 # %% ../nbs/12d_reproduce.ipynb #58fdc0b0
-def drive(command: list[str], environment: dict, watch: Watch | None, log: Path) -> int:
-    """Run Snakemake and print the news; the exit code.
+def drive(command: list[str], environment: dict, watch: Watch | None, log: Path, lock: int) -> int:
+    """Run Snakemake, which holds the folder's lock, and print the news; the exit code.
     An interrupt or a full disk ends its jobs, and Snakemake itself, before it goes on."""
     with open(log, "a") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment,
-                                   start_new_session=True)
+                                   start_new_session=True, pass_fds=[lock])
         try:
             while True:
                 code = process.poll()
@@ -508,15 +521,17 @@ def missing_data(plan: dict) -> list[str]:
               "categories; restore them from the original archive" for name, gone in plan["lacking"].items())]
 
 
-def other_revisions(plan: dict) -> str:
-    "A word on finished runs that another revision of the code made; empty if there are none."
+def other_revisions(plan: dict, names: list[str]) -> str:
+    "A word on those of some finished runs that another revision of the code made; empty if there are none."
     now, found = revision(), {}
-    for name in plan["runs"]:
+    for name in names:
         with contextlib.suppress(OSError, KeyError, json.JSONDecodeError):
             metrics = json.loads((Path(plan["out"]) / name / "metrics.json").read_text())
             found.setdefault(metrics["environment"]["revision"], []).append(name)
     strange = {r: names for r, names in found.items() if r != now}
-    return "; ".join(f"{len(names)} finished runs are of revision {r}, now it is {now}" for r, names in strange.items())
+    told = "; ".join(f"{len(names)} finished runs are of revision {r}, now it is {now}" for r, names in strange.items())
+    return told and told + (", whose code for runs is the same; to make them anew, remove their folders, "
+                            "or give another --out")
 
 # %% ../nbs/12d_reproduce.ipynb #f8061c25
 def failures(plan: dict) -> list[str]:
@@ -541,6 +556,16 @@ def failures(plan: dict) -> list[str]:
 def wanted_tables(plan: dict) -> list[str]:
     "The tables that a plan makes, in the order of its notebooks."
     return [o for e in plan["notebooks"].values() for o in e["parameters"]["only"].split(",") if o.startswith("T")]
+
+
+def undrawn(plan: dict) -> None:
+    "Have the notebooks drawn again whose tables or figures have been removed."
+    out = Path(plan["out"])
+    for name, entry in plan["notebooks"].items():
+        made = [out / (f"tables/{o}.csv" if o.startswith("T") else f"figures/{o}.md")
+                for o in entry["parameters"]["only"].split(",")]
+        if not all(path.exists() for path in made):
+            (out / f"notebooks/{name}.done").unlink(missing_ok=True)
 
 
 def glance(out: Path, tables: list[str]) -> str:
@@ -583,7 +608,7 @@ def reproduce(
         room(out)
     open_out(out / "notebooks")
     plan_file = out / "plan.json"
-    with only_one(out):
+    with only_one(out) as lock:
         read_runs(out)  # what is no run is refused before any work
         plan_file.write_text(json.dumps(plan, indent=1))
         strange = [n for n, e in plan["runs"].items() if made_otherwise(out / n, e["parameters"])]
@@ -591,7 +616,7 @@ def reproduce(
         todo = [n for n in plan["runs"] if n in told or n in strange]
         past = past_seconds([out, Path("results")], "cuda" if plan["gpu"] else "cpu")
         seconds = known_seconds(todo, plan, past)
-        others = other_revisions(plan) if not todo or dry_run else ""
+        others = other_revisions(plan, [n for n in plan["runs"] if n not in todo])
         replaced = f"runs of other settings, which are replaced: {', '.join(strange)}" if strange else ""
         print("\n".join(filter(None, [describe(plan, todo, seconds, jobs), others, replaced])), flush=True)
         if dry_run:
@@ -599,7 +624,7 @@ def reproduce(
             return 0
         for name in strange:
             (out / name / "metrics.json").unlink()
-        code = work(plan, plan_file, todo, seconds, jobs, cluster)
+        code = work(plan, plan_file, todo, seconds, jobs, cluster, lock)
         print(glance(out, wanted_tables(plan)), end="")
         if any(out.glob("*/metrics.json")):
             print(f"report: {report(out).resolve()}")
@@ -607,40 +632,45 @@ def reproduce(
 
 # %% ../nbs/12d_reproduce.ipynb #e56912ff
 @contextlib.contextmanager
-def only_one(out: Path) -> Iterator[None]:
-    "ValueError if another `reproduce` works in this folder."
-    with Lock(out / ".lock", wait=False) as free:
+def only_one(out: Path) -> Iterator[int]:
+    """ValueError if another `reproduce`, or the Snakemake of one that was killed, works in this folder.
+    Gives the lock's file number, for Snakemake to hold it, too."""
+    lock = Lock(out / ".lock", wait=False)
+    with lock as free:
         if not free:
             raise ValueError(f"{out}: another flowrepro reproduce works in this folder; "
                              "wait for it, or give another --out")
-        yield
+        yield lock.file.fileno()
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    "A request to terminate is an interrupt, so that jobs are ended then, too."
+    "A request to terminate, or a lost terminal, is an interrupt, so that jobs are ended then, too."
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signs = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]  # as under nohup
+    before = {s: signal.signal(s, signal.default_int_handler) for s in signs}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
 
 # %% ../nbs/12d_reproduce.ipynb #bea95126
 def work(plan: dict, plan_file: Path, todo: list[str], seconds: dict[str, float], jobs: int,
-         cluster: str | None) -> int:
+         cluster: str | None, lock: int) -> int:
     "The two calls of Snakemake, and what failed; the exit code."
     out = Path(plan["out"])
-    warm = contextlib.nullcontext({}) if cluster else warm_jobs(max(1, (os.cpu_count() or 1) // jobs))
+    warm = contextlib.nullcontext({}) if cluster else warm_jobs(max(1, cores() // jobs))
     watch, log = Watch(out, todo, seconds, jobs), out / "snakemake.log"
     try:
         with terminable(), warm as environment:
             if todo:
-                drive(snakemake_command(plan_file, "runs", cluster, jobs), environment, watch, log)
-            here = (os.cpu_count() or 1) if cluster else jobs
-            drive(snakemake_command(plan_file, "outputs", None, here), environment, None, log)
+                drive(snakemake_command(plan_file, "runs", cluster, jobs), environment, watch, log, lock)
+            undrawn(plan)
+            here = cores() if cluster else jobs
+            drive(snakemake_command(plan_file, "outputs", None, here), environment, None, log, lock)
     except KeyboardInterrupt:
         print(f"interrupted: {sum(watch.done.values())} of {len(todo)} runs finished; "
               "the same command goes on from there")

@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 
 from .altub import AltUB, BaseTurn, check_turns, is_base_turn
 from .data import Dataset
-from .detectors import Detector, image_id, load_state
-from .features import FeatureBank, taking_place
+from .detectors import Detector, check_labels, image_id, load_state
+from .features import FeatureBank, check_transform, no_bar, taking_place
 
 # %% ../nbs/10_training.ipynb #e1882f6e
 @dataclass(frozen=True)
@@ -143,6 +143,11 @@ def check_training(model: Detector, images: int, schedule: Schedule, altub: AltU
     "ValueError if the model cannot be trained on this many images under this schedule."
     batch = min(schedule.batch, images)
     model.check_batch(batch)
+    if not getattr(model, "mixture", False):
+        for name in ("criterion", "image_criterion"):
+            if (given := getattr(model.score, name)) != "likelihood":
+                raise ValueError(f"score {name} {given!r}: only a mixture over categories has an entropy; "
+                                 "use 'likelihood', or HGAD over several categories")
     if altub is not None:
         BaseTurn(altub, model.base_parameters())
         check_turns(altub, schedule.epochs, max(1, images // batch))
@@ -176,7 +181,7 @@ def fit(
 ) -> list[dict]:  # one row an epoch: epoch, loss, lr, seconds, and what `evaluate` returned
     "Train `model` on the features in `bank`; raises TrainingError at the first loss that is not finite."
     images = len(bank) // bank.copies
-    check_training(model, images, schedule, altub)
+    check_training(model, images, schedule, altub), check_labels(model, labels, bank)
     adam, turn = optimizers_of(model, schedule, altub)
     optimizers = [adam] + ([turn.optimizer] if turn else [])
     identity = {"method": model.method, "detector": dict(model.config), "schedule": schedule.told(),
@@ -185,7 +190,7 @@ def fit(
     if checkpoint is not None and Path(checkpoint).exists():
         start, history = read_checkpoint(Path(checkpoint), model, optimizers, identity)
     bar = tqdm(range(start, schedule.epochs), "training", schedule.epochs, initial=start, unit="epoch",
-               disable=not progress)
+               disable=no_bar(progress))
     for epoch in bar:
         model.train()
         model.begin(epoch, schedule.epochs)
@@ -249,6 +254,7 @@ def fit_dataset(
     cache: str | Path | None = None,  # folder that keeps features between runs
     altub: AltUB | None = None,  # alternate with turns of the base
     progress: bool = True,
+    copies: int = 1,  # variants of each image, of a transform that rotates
     **schedule,  # fields of `Schedule`
 ) -> list[dict]:
     "Train a detector on the normal images of a data set; ValueError if it has none, or if they do not suit the model."
@@ -256,7 +262,7 @@ def fit_dataset(
         raise TypeError(f"{dataset!r} is no Dataset to train on: make one, such as load('folder', 'my_parts')[0]")
     if unknown := schedule.keys() - (known := [f.name for f in fields(Schedule)]):
         raise TypeError(f"fit has no setting {', '.join(sorted(unknown))}: one of {', '.join(known)}, where, cache, "
-                        "altub, progress")
+                        "altub, progress, copies")
     if not isinstance(altub, AltUB | None):
         raise TypeError(f"altub {altub!r}: the settings as flowrepro.altub.AltUB(...), or None")
     normal = dataset.filter(label=0)
@@ -266,10 +272,19 @@ def fit_dataset(
     if dataset.transform.size != model.backbone.size:
         raise ValueError(f"images of side {dataset.transform.size}, a backbone for {model.backbone.size}: "
                          f"load them with Transform({model.backbone.size}), or give Backbone(size=...)")
-    schedule, labels = Schedule(**schedule), model.labels_of(normal)
-    check_training(model, len(normal), schedule, altub)
+    schedule = Schedule(**schedule)
+    check_transform(normal, copies)
+    before = model.score, model.bases, dict(model.config)
+    try:
+        labels = model.labels_of(normal)
+        check_training(model, len(normal), schedule, altub)
+    except ValueError:  # as if it had not been called
+        model.score, model.bases, known = before
+        model.config.update(known)
+        raise
     model.transform, model.trained_on = dataset.transform, [image_id(r.image) for r in normal.records]
-    bank = FeatureBank(normal, model.backbone, where=where, cache=cache, device=str(model.device), progress=progress)
+    bank = FeatureBank(normal, model.backbone, where=where, cache=cache, device=str(model.device), progress=progress,
+                       copies=copies, seed=schedule.seed)
     model.prepare(bank)
     model.calibration.fill_(math.nan)  # of the weights before; until the training is through, there is none
     history = fit(model, bank, schedule, labels, altub, progress=progress)

@@ -340,3 +340,17 @@ def test_a_state_without_the_backbone():
     for state in ({k: v + 1 for k, v in net.state_dict().items()},
                   {"backbone.net.conv1.weight": net["backbone"].net.conv1.weight + 1}):
         with pytest.raises(WeightsError): net.load_state_dict(state, strict=False)
+
+
+def test_weights_whatever_the_default_type_and_the_threads():
+    "Random ones are float32 and the same in float64 programs, and in several threads at once."
+    from concurrent.futures import ThreadPoolExecutor
+    make = lambda _=0: Backbone("resnet18", (1,), size=32, weights="random:3").weight_id
+    wanted = make()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert make() == wanted and torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(make, range(4))) == {wanted}

@@ -670,3 +670,10 @@ def test_affinity_takes_the_higher_precision():
 def test_draws_carry_no_gradient():
     for base in (StandardNormal(3), DiagonalNormal(3), ClassMixture(2, 3), HierarchicalMixture(2, 3, 2)):
         assert not base.sample(5).requires_grad
+
+
+@pytest.mark.parametrize("base", [ClassMixture(3, 4), HierarchicalMixture(3, 4, 2), ClassMixture(3, 4, dim=1)])
+def test_mixtures_name_both_widths(base):
+    z = torch.randn(2, 5, 2, 2) if base.dim == 1 else torch.randn(2, 5)
+    with pytest.raises(ValueError, match="has 5 channels on axis .*, this base 4"):
+        base.log_prob(z)

@@ -766,3 +766,12 @@ def test_visa_row_of_another_category(tmp_path):
     told = []
     D.read("visa", tmp_path, fail=told.append)
     assert any("line 3" in t and "is not of candle" in t for t in told)
+
+
+def test_check_counts_the_validation_images_of_mvtec_3d():
+    "Beside the official number, and too few are a problem."
+    assert D.VALIDATION["mvtec3d"].keys() == D.OFFICIAL["mvtec3d"].keys() and sum(D.VALIDATION["mvtec3d"].values()) == 294
+    records = [D.Record(Path("x.png"), 0, None, "bagel", "good", "validation")] * 2
+    counts, problems = D.check_records(records, "mvtec3d", [], progress=False)
+    assert counts.set_index("split").loc["validation", "official_normal"] == 22
+    assert any(p.startswith("bagel validation: 2 normal and 0 anomalous images, officially 22 and 0") for p in problems)

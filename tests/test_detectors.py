@@ -775,3 +775,27 @@ def test_features_of_another_shape(stand_in):
         model = method(stand_in([(4, 4, 4)]), steps=1, code=4, **more)
         with pytest.raises(ValueError, match=r"features of level 0 are \(4, 2, 8\), this detector's \(4, 4, 4\)"):
             model.parts([torch.zeros(1, 4, 2, 8)])
+
+
+@pytest.mark.parametrize("fibers, images, words", [(50, 2, "fiber batch of 50 rows"), (None, 0, "empty batch")])
+def test_losses_of_too_few_rows(stand_in, fibers, images, words):
+    "An error for one's own loop, too, where it was NaN."
+    model = CFlow(stand_in([(8, 4, 4), (8, 2, 2)]), steps=1, code=4, fibers=fibers)
+    with pytest.raises(ValueError, match=words):
+        list(model.losses([torch.randn(images, 8, 4, 4), torch.randn(images, 8, 2, 2)]))
+
+
+def test_a_saved_detector_is_as_readable_as_other_files(stand_in, tmp_path):
+    "By the umask, not by its owner alone."
+    (other := tmp_path / "other").touch()
+    CFlow(stand_in([(8, 2, 2)]), steps=1, code=4).save(tmp_path / "m.safetensors")
+    assert (tmp_path / "m.safetensors").stat().st_mode == other.stat().st_mode
+    assert {p.name for p in tmp_path.iterdir()} == {"other", "m.safetensors"}
+
+
+def test_a_category_it_does_not_know_is_refused_before_images_are_read(stand_in, toy, monkeypatch):
+    model = HGAD(stand_in([(8, 2, 2)]), ["a", "b"], steps=1, code=4, centres=2)
+    model.calibration.fill_(1.0)
+    monkeypatch.setattr("flowrepro.detectors.open_images", lambda *_: pytest.fail("images are read"))
+    with pytest.raises(DataError, match="category 'nuts'"):
+        model.predict(toy, category="nuts")

@@ -263,14 +263,14 @@ def test_planted_failure(tmp_path):
     assert mended.returncode == 0 and "[1/1] fastflow-toy" in mended.stdout, mended.stdout + mended.stderr
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_interrupted_goes_on(tmp_path, sign):
-    """An interrupt or a request to terminate ends the jobs at once and keeps what is finished; the
-    next call does the rest alone."""
+    """An interrupt, a request to terminate or a lost terminal ends the jobs at once and keeps what is finished; the
+    next call does the rest alone. Killed itself, it takes its jobs along."""
     write_matrix(tmp_path, **{"fastflow-altub": {"epochs": 20000}})
     command = [FLOWREPRO, "reproduce", "--preset", "smoke", "--matrix", "matrix.yml", "--out", "out", "--jobs", "2"]
-    # a shell's background job, such as these tests may be, ignores it
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # a shell's background job, such as these tests may be, ignores them
+    heard = lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                preexec_fn=heard)
     lines = iter(process.stdout.readline, "")
@@ -282,15 +282,52 @@ def test_interrupted_goes_on(tmp_path, sign):
     time.sleep(2)  # until Snakemake, too, knows of the finished one
     process.send_signal(sign)
     rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and "1 of 2 runs finished" in rest and "Traceback" not in rest, rest
+    if sign != signal.SIGKILL:
+        assert process.returncode == 130 and "1 of 2 runs finished" in rest and "Traceback" not in rest, rest
     (done,) = stamps(tmp_path).items()
-    time.sleep(1)
+    time.sleep(1 if sign != signal.SIGKILL else 10)  # Snakemake ends by itself, as its job has
     left = [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] and Path(p.info["cwd"]).is_relative_to(tmp_path)]
     assert not left, f"still running: {left}"
     write_matrix(tmp_path)
     went_on = go(tmp_path)
     assert went_on.returncode == 0 and "1 of them done" in went_on.stdout and done in stamps(tmp_path).items(), (
         went_on.stdout + went_on.stderr)
+
+
+def test_whatever_the_folder_and_the_environment(tmp_path):
+    """A folder's name that YAML would read otherwise, a profile of Snakemake's own and a long temporary folder;
+    what was removed of the outputs is drawn again."""
+    write_matrix(tmp_path)
+    (long := tmp_path / ("t" * 120)).mkdir()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/config.yaml").write_text("executor: none-of-ours\n")
+    call = lambda: go(tmp_path, "--out", "ü b: a #1", "--only", "T1,F3",
+                      env={"TMPDIR": str(long), "SNAKEMAKE_PROFILE": str(tmp_path / "own")})
+    done, out = call(), tmp_path / "ü b: a #1"
+    assert done.returncode == 0 and "[2/2]" in done.stdout, done.stdout + done.stderr
+    (out / "tables/T1.csv").unlink(), (out / "figures/F3.md").unlink()
+    again = call()
+    assert again.returncode == 0 and "nothing to do" in again.stdout, again.stdout + again.stderr
+    assert (out / "tables/T1.csv").exists() and (out / "figures/F3.md").exists()
+
+
+def test_a_killed_run_is_told_as_such(tmp_path):
+    "Its notebook was begun and it left no word."
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/run.ipynb").touch()
+    (line,) = R.failures({"out": str(tmp_path), "runs": {"a": {}}, "notebooks": {}})
+    assert line.startswith("a: it was killed") and "goes on from its checkpoint" in line
+
+
+def test_a_killed_call_keeps_its_folder_while_its_snakemake_lives(tmp_path):
+    "The lock is Snakemake's, too."
+    with R.only_one(tmp_path) as lock:
+        child = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
+    with pytest.raises(ValueError, match="another flowrepro reproduce works"), R.only_one(tmp_path):
+        pass
+    child.kill(), child.wait()
+    with R.only_one(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("more, named", [
@@ -327,10 +364,11 @@ def test_inputs_follow_the_method():
 
 
 def test_each_job_its_own_gpu(tmp_path, monkeypatch):
-    "Two simulated GPUs: two jobs at once hold different ones, a third waits until one is free."
+    """Two simulated GPUs, within an allocation of Slurm: two jobs at once hold different ones, a third waits until
+    one is free."""
     monkeypatch.setenv("FLOWREPRO_GPUS", "2")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     script = ("import os, sys, time; from pathlib import Path; from flowrepro.reproduce import one_gpu\n"
               "with one_gpu(Path(sys.argv[1])) as i:\n    print(i, os.environ['CUDA_VISIBLE_DEVICES'], time.time(), "
               "flush=True); time.sleep(1.5); print(time.time())")
@@ -413,7 +451,6 @@ def test_jobs_share_gpus(tmp_path, monkeypatch):
     """Two places on each of two simulated GPUs: the emptiest GPU is taken first; Snakemake may
     run as many jobs as asked for."""
     monkeypatch.setenv("FLOWREPRO_GPUS", "2")
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setattr(R.time, "sleep", lambda _: pytest.fail("no place is free"))
     with contextlib.ExitStack() as held:
         for expected in (0, 1, 0, 1):
@@ -451,6 +488,9 @@ def test_how_many_at_a_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FLOWREPRO_GPUS", "3")
     assert ([R.at_once(None, None), R.at_once(5, None), R.at_once(None, "slurm"), R.at_once(5, "slurm")]
             == [3, 5, 100, 5])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5}, raising=False)
+    monkeypatch.setenv("FLOWREPRO_GPUS", "0")
+    assert R.at_once(None, None) == 2  # the cores that this process may use
     assert R.reproduce("smoke", only=["T9"], out=tmp_path, cluster="slurm", dry_run=True) == 0
     assert "to do: 1, 100 at a time" in capsys.readouterr().out
     assert json.loads((tmp_path / "plan.json").read_text())["share"] == 1

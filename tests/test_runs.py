@@ -854,7 +854,7 @@ def test_papermill(toy, tmp_path):
     out = tmp_path / "run"
     assert FILES <= {p.name for p in out.iterdir()}
     assert ([p.name for p in sorted((out / "figures").iterdir())]
-            == ["1_data.png", "2_history.png", "3_scores.png", "4_gallery.png"])
+            == ["1_data.png", "2_history.png", "3_gallery.png", "4_scores.png"])
     assert all(p.stat().st_size > 2000 for p in (out / "figures").iterdir())
     assert len(pd.read_csv(out / "score_forms.csv")) == 4
     m = json.loads((out / "metrics.json").read_text())

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import Bank
 from flowrepro import training
 from flowrepro.altub import AltUB, BaseTurn
 from flowrepro.backbones import state_hash
 from flowrepro.data import Dataset, Transform, load, read
 from flowrepro.detectors import HGAD, CFlow, FastFlow
+from flowrepro.scores import Score
 from flowrepro.training import (
     Schedule, TrainingError, adam_step, batches, fit, fit_dataset, optimizers_of, read_checkpoint, train_batch,
     write_checkpoint
@@ -919,3 +921,54 @@ def test_checkpoints_from_before_idle(make, features, tmp_path):
     fit(make(), features.bank, schedule, checkpoint=path, progress=False)
     with pytest.raises(training.OtherTraining, match="idle"):
         fit(make(), features.bank, replace(schedule, idle=True), checkpoint=path, progress=False)
+
+
+@pytest.mark.parametrize("labels, words", [
+    (torch.tensor([0, 1]), r"shape \(2,\)"), (torch.zeros(99, dtype=torch.long), r"shape \(99,\)"),
+    ([0] * 12, "labels list"), (torch.zeros(12), "float32"), (torch.full((12,), 3), "labels 3 to 3"),
+])
+def test_labels_are_checked_before_any_work(labels, words, stand_in):
+    "Too few were repeated, too many cut off, and what is out of range was found when it was drawn."
+    for base in ("hierarchical", "standard"):
+        model = HGAD(stand_in([(8, 2, 2)]), ["a", "b", "c"], steps=1, code=4, centres=2, base=base)
+        before = [p.clone() for p in model.flows.parameters()]
+        with pytest.raises(ValueError, match=words):
+            fit(model, Bank(torch.randn(12, 8, 2, 2)), Schedule(epochs=2, batch=4), labels, progress=False)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.flows.parameters()))
+        with pytest.raises(ValueError, match=words):
+            model.calibrate(Bank(torch.randn(12, 8, 2, 2)), labels)
+
+
+def test_a_refused_first_fit_leaves_no_trace(tiny_backbone, toy):
+    "Neither its categories, nor the score of a model of one category."
+    one, many = (load("toy", toy, c, Transform(32))[0] for c in ("bolt", "all"))
+    model = HGAD(tiny_backbone(), steps=1, code=4, centres=2)
+    with pytest.raises(ValueError):
+        model.fit(one, altub=AltUB(every=99), epochs=1, progress=False)
+    assert model.config["categories"] is None and model.score.image_criterion == "product"
+    with pytest.raises(ValueError, match="call fit first"):
+        model.predict(many)
+    assert model.fit(many, epochs=1, progress=False).config["categories"] == many.categories
+
+
+def test_a_score_that_the_method_cannot_have(tiny_backbone, toy):
+    "Refused before the training, not at the first evaluation."
+    model = FastFlow(tiny_backbone(), steps=1, score=Score(image_criterion="product"))
+    with pytest.raises(ValueError, match="image_criterion 'product': only a mixture"):
+        model.fit(load("toy", toy, "bolt", Transform(32))[0], epochs=1, progress=False)
+
+
+def test_copies_of_what_rotates(tiny_backbone, toy):
+    "CFLOW-AD's rotation by `fit` itself; without copies, the remedy is one that `fit` takes."
+    train, test = load("toy", toy, "bolt", Transform(32, rotate=5))
+    with pytest.raises(ValueError, match="copies=k, of fit or of FeatureBank"):
+        CFlow(tiny_backbone(), steps=1, code=4).fit(train, epochs=1, progress=False)
+    model = CFlow(tiny_backbone(), steps=1, code=4).fit(train, epochs=2, copies=2, progress=False)
+    assert model.predict(test)[1].isfinite().all()
+
+
+def test_no_stderr(tiny_backbone, toy, monkeypatch):
+    "A service without one trains and scores, and no bar's lock stays taken."
+    train, test = load("toy", toy, "bolt", Transform(32))
+    monkeypatch.setattr("sys.stderr", None)
+    assert FastFlow(tiny_backbone(), steps=1).fit(train, epochs=1).predict(test)[1].isfinite().all()
