@@ -340,8 +340,7 @@ class Backbone(nn.Module):
         self.net = cut(net, self.levels)
         self.weight_id = f"{origin}:{state_hash(net)}"
         for k in ("mean", "std"):
-            value = torch.tensor(net.pretrained_cfg[k], dtype=torch.float32)
-            self.register_buffer(k, value.view(1, 3, 1, 1), persistent=False)
+            self.register_buffer(k, torch.tensor(net.pretrained_cfg[k]).float().view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
         self.shapes = feature_shapes(self)
         self.channels = [s[0] for s in self.shapes]
