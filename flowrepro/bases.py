@@ -49,7 +49,7 @@ class Base(nn.Module):
                              f"this base {self.channels}")
 
     def per_dimension(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        "log p(z) over D without its constant: −‖z‖²/2D for N(0, I). What anomaly maps are made of."
+        "log p(z) / D without its constant: −‖z‖²/2D for N(0, I). What anomaly maps are made of."
         return self.log_prob(z, label) / self.channels + LOG_2PI / 2
 
     def extra_repr(self) -> str:

@@ -305,7 +305,7 @@ Detector.fit, Detector.predict = fit, predict
 
 # %% ../nbs/07_detectors.ipynb #7562a716
 def image_id(path: Path) -> str:
-    "A word that tells an image file from others, wherever it lies: 16 hex digits over its bytes."
+    "What tells an image file from others, wherever it lies: 16 hex digits of the SHA-256 of its bytes."
     return sha256(path)[:16]
 
 

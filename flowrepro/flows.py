@@ -320,7 +320,7 @@ class Flow(nn.Module):
     def forward(
         self,
         x: Tensor,  # features, (..., D) or (B, C, H, W)
-        cond: Tensor | None = None,  # condition, broadcastable over the leading axes
+        cond: Tensor | None = None,  # condition, broadcastable over the leading axes; dense: or a table and row indices
         local: bool = False,  # log-determinant per position instead of per sample
     ) -> tuple[Tensor, Tensor]:  # latent, shape of x; log-determinant, see the contract
         if isinstance(cond, tuple) and cond[1].numel() < len(cond[0]):

@@ -6,11 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -203,6 +206,10 @@ def test_faults_of_a_site_are_found(tmp_path):
                                     "url(https://example.org/c.png) }")
     assert len(docs.remote_assets(tmp_path)) == 5
     assert docs.broken_links(tmp_path) == ["bad.html: good.html#none", "bad.html: none.html"]
+    (tmp_path / "sub").mkdir(), (tmp_path / "empty").mkdir()
+    (tmp_path / "sub/index.html").write_text('<a href="../good.html">x</a>')
+    (tmp_path / "bad.html").write_text('<a href="sub/">x</a><a href="empty/">x</a>')
+    assert docs.broken_links(tmp_path) == ["bad.html: empty/"]
 
 
 def test_formulas():
@@ -223,6 +230,7 @@ def test_finished_page():
             '<span class="math inline">\\(a &lt; b\\)</span>')
     text = docs.finish("sub/p.html", page, "https://x.org/y/", {"#cls", "#cls.own"})
     assert "katex" not in text and "<math" in text and 'href="https://x.org/z"' in text
+    assert text.count('rel="icon"') == 1  # without one a browser asks for a file that is not there
     assert 'href="../a.html#cls">1' in text and 'href="../a.html#cls.own">2' in text
 
 
@@ -251,6 +259,7 @@ def test_bars_stand_in_pairs():
         bars = re.findall(r"<mo([^>]*)>&#x0(?:007C|2016);", docs.mathml("p", tex, False))
         assert len(bars) % 2 == 0 and all('stretchy="false"' in b for b in bars), tex
         assert [re.search('form="(.*?)"', b)[1] for b in bars] == ["prefix", "postfix"] * (len(bars) // 2), tex
+    assert "form=" not in docs.mathml("p", "p(x|y)", False)  # a single one has no other side
 
 
 def test_parameters_are_not_linked_to_functions_of_their_name(site):
@@ -283,3 +292,58 @@ def test_sidebar_shows_the_page_it_stands_beside(site, browser, serve):
     top = browser.call("Runtime.evaluate", returnByValue=True, expression="document.querySelector("
                        "'.sidebar-link.active').getBoundingClientRect().top")["result"]["value"]
     assert 0 < top < 700
+
+
+@pytest.mark.parametrize("page, warnings, found, words", [
+    ('<a href="none.html">x</a>', [], [], "broken link: index.html: none.html"),
+    ('<img alt="x" src="https://example.org/a.png">', [], [],
+     "loads from another host: index.html: https://example.org"),
+    (r'<span class="math inline">\(\nosuchcommand{x}\)</span>', [], [], "index.html: .*nosuchcommand"),
+    ("", ["no such file: a.ipynb"], [], "no such file: a.ipynb"),
+    ("", [], ["p: the label is used twice"], "used twice"),
+    ("", [], [], None)])
+def test_a_site_with_problems_is_not_published(page, warnings, found, words, tmp_path, monkeypatch):
+    "The old one stays as it is, and the command ends with the problem; a good one takes its place whole."
+    def build(folder, quiet):
+        (folder / "_site").mkdir()
+        (folder / "_site/index.html").write_text(f"<html><head></head><body>{page}</body></html>")
+        return SimpleNamespace(out=folder / "_site", warnings=warnings)
+
+    monkeypatch.setattr("smalldocs.site.build", build)
+    monkeypatch.setattr(docs, "stage", lambda folder, problems: problems.extend(found) or "https://x.org/")
+    monkeypatch.setattr(docs, "run_no_examples", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["docs.py", "--light", "--out", str(tmp_path / "out")])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old.html").write_text("old")
+    if words:
+        with pytest.raises(SystemExit) as stop:
+            docs.main()
+        assert re.search(words, str(stop.value))
+    else:
+        docs.main()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["old.html" if words else "index.html"]
+
+
+def test_outputs_are_cleaned(tmp_path):
+    """Words on stderr and the names of temporary folders go, in experiments, too; every other output stays, and
+    a clean notebook is not touched."""
+    v4, place = nbformat.v4, Path(tempfile.gettempdir()) / "tmpab_12c"
+    stream = lambda name, text: v4.new_output("stream", name=name, text=text)
+    (tmp_path / "tools").mkdir(), (tmp_path / "nbs/experiments").mkdir(parents=True)
+    shutil.copy(ROOT / "tools/outputs.py", tmp_path / "tools")
+    paths = [tmp_path / "nbs" / name for name in ("a.ipynb", "experiments/b.ipynb", "c.ipynb")]
+    shown = v4.new_output("display_data", data={"text/plain": "a table"})
+    for path in paths[:2]:
+        outputs = [stream("stderr", "10 %"), stream("stdout", f"in {place}/x.npz"), shown]
+        own = [v4.new_markdown_cell("words"), v4.new_code_cell("f()", outputs=outputs)]
+        nbformat.write(v4.new_notebook(cells=own), path)
+    paths[2].write_text(nbformat.writes(v4.new_notebook(cells=[v4.new_code_cell("f()", outputs=[shown])])) + "\n\n")
+    before = paths[2].read_text()
+    run = subprocess.run([sys.executable, "tools/outputs.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.split() == ["a.ipynb", "b.ipynb"], run.stderr
+    for path in paths[:2]:
+        words, code = nbformat.read(path, 4).cells
+        assert (words.source, code.source) == ("words", "f()")
+        assert code.outputs == [stream("stdout", "in FOLDER/x.npz"), shown]
+    assert paths[2].read_text() == before

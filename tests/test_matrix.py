@@ -10,8 +10,8 @@ import yaml
 
 from flowrepro.data import OFFICIAL, DataError
 from flowrepro.matrix import (
-    MATRIX, MatrixError, belongs, check_once, chosen, command_of, find_roots, first_seeds, jobs_of, load_matrix,
-    select, variant_of
+    MATRIX, SHOWN, MatrixError, belongs, check_once, chosen, command_of, commands, find_roots, first_seeds, jobs_of,
+    load_matrix, parameters_of, select, sets_of, variant_of
 )
 from flowrepro.runs import configure
 
@@ -99,10 +99,12 @@ MISSPELT = {
     "no title": (drop("variants", "cflow", "title"), "variants: cflow: title is missing"),
     "no method": (drop("variants", "cflow", "method"), "variants: cflow: method is missing"),
     "title": (put("variants", "cflow", "title", value=3), "cflow: title: must be a text"),
+    "title blank": (put("variants", "cflow", "title", value=" "), "cflow: title: must be a text"),
     "method": (put("variants", "cflow", "method", value="cflw"),
                "cflow: method: 'cflw' is unknown; did you mean 'cflow'"),
     "altub": (put("variants", "cflow-altub", "altub", value="yess"),
               "cflow-altub: altub: must be true or false, not 'yess'"),
+    "altub as a number": (put("variants", "cflow-altub", "altub", value=1), "altub: must be true or false, not 1"),
     "overrides": (put("variants", "cflow", "overrides", value=["epochs"]), "cflow: overrides: must be a mapping"),
     "setting": (put("variants", "altub-mean", "overrides", value={"sclae": False}),
                 "altub-mean: overrides: override 'sclae' is unknown: did you mean .*scale"),
@@ -114,6 +116,9 @@ MISSPELT = {
     "name": (lambda m: m["outputs"]["T1"]["variants"].append("fastflo"), "did you mean 'fastflow"),
     "no variants": (drop("outputs", "T1", "variants"), "outputs: T1: variants is missing"),
     "variants": (put("outputs", "T1", "variants", value="hgad"), "T1: variants: must be a list"),
+    "variants empty": (put("outputs", "T1", "variants", value=[]), "T1: variants: must be a list"),
+    "variants' kind": (put("outputs", "T1", "variants", value=["fastflow", 1]), "T1: variants: must be a list"),
+    "variant twice": (lambda m: m["outputs"]["T1"]["variants"].append("fastflow"), "T1: variants: must be each once"),
     "notebook": (put("outputs", "T1", "notebook", value="altub_table"),
                  "T1: notebook: 'altub_table' is unknown; did you mean 'altub_tables'"),
     "run notebook": (put("outputs", "T1", "notebook", value="run"),
@@ -122,6 +127,7 @@ MISSPELT = {
     "no seeds": (drop("presets", "demo", "seeds"), "presets: demo: seeds is missing"),
     "seeds": (put("presets", "demo", "seeds", value="one"), "demo: seeds: must be a whole number from 1, not 'one'"),
     "no seed": (put("presets", "demo", "seeds", value=0), "demo: seeds: must be a whole number"),
+    "seeds as a word": (put("presets", "demo", "seeds", value=True), "demo: seeds: must be a whole number"),
     "run preset": (put("presets", "dmo", value={"seeds": 1, "first": ["toy/weave"]}),
                    "dmo: first: preset: 'dmo' is unknown; did you mean 'demo'"),
     "role's key": (put("presets", "real", "ablation", value={"data": ["toy/weave"], "prset": "demo"}),
@@ -141,6 +147,9 @@ MISSPELT = {
              "unified: 'vsa' is unknown; did you mean 'visa'"),
     "category": (put("presets", "demo", "second", value=["toy/blt"]), "second: 'blt' is unknown; did you mean 'bolt'"),
     "union": (put("presets", "real", "unified", value=["mvtec+visa/each"]), "unified: must be mvtec.visa/all"),
+    "part twice": (put("presets", "real", "unified", value=["mvtec+mvtec/all"]), "unified: must be each data set once"),
+    "pattern's kind": (put("presets", "smoke", "overrides", value={1: {"epochs": 2}}),
+                       "smoke: overrides: must be names of variants"),
     "pattern": (put("presets", "smoke", "overrides", value={"altub-epoch": {"altub.every": 2}}),
                 "smoke: overrides: 'altub-epoch' is unknown; did you mean 'altub-epochs'"),
     "one pattern": (put("presets", "smoke", "overrides", value={"cflow* hgda*": {"epochs": 2}}),
@@ -290,3 +299,60 @@ def test_matrix_whose_table_lacks_its_reference(tmp_path):
     (tmp_path / "m.yml").write_text(yaml.safe_dump(m, sort_keys=False))
     with pytest.raises(MatrixError, match="fastflow-altub"):
         load_matrix(tmp_path / "m.yml")
+
+
+def test_folders_by_their_usual_names(tmp_path):
+    "Whatever the case and the marks between; a file of that name is none."
+    (tmp_path / "MVTec-AD").mkdir(), (tmp_path / "BTech_Dataset_transformed").mkdir(), (tmp_path / "visa").touch()
+    assert find_roots(tmp_path) == {"toy": None, "mvtec": str(tmp_path / "MVTec-AD"),
+                                    "btad": str(tmp_path / "BTech_Dataset_transformed")}
+
+
+def test_every_pattern_that_names_a_variant_counts():
+    "A later one of the preset over an earlier one, in what both change, and over the variant's own."
+    own = {"hgad*": {"epochs": 3, "lr": 0.5}, "cflow hgad": {"epochs": 4}}
+    m = broken(put("presets", "demo", "overrides", value=own))
+    m["variants"]["hgad"]["overrides"] = {"epochs": 2, "batch": 6}
+    assert parameters_of(m, "hgad", "demo")["overrides"] == {"epochs": 4, "batch": 6, "lr": 0.5}
+
+
+def test_each_category_is_not_all():
+    "One model for all categories is no run of an output that has one model for each."
+    m = broken(put("presets", "demo", "first", value=["toy/each"]))
+    run = lambda c: {"path": f"x/fastflow-toy-{c}-demo-0",
+                     "config": dict(dataset="toy", data_root=None, category=c, preset="demo", seed=0)}
+    assert belongs(run("bolt"), m, "demo", "T1") and not belongs(run("all"), m, "demo", "T1")
+
+
+def test_an_output_is_named_once_by_a_run():
+    m = broken(put("presets", "demo", "first", value=["toy/each", "toy/weave"]))
+    jobs = jobs_of(m, "demo", {"toy": None}, ["T1"])
+    assert len({j.name for j in jobs}) == len(jobs) and all(j.outputs == ["T1"] for j in jobs)
+
+
+def test_seeds_of_first_seeds():
+    "So many from seed 0 on; with 0, all that are there."
+    runs = [{"config": {"seed": s}} for s in range(4)]
+    assert first_seeds(M, "demo", runs, 0) == (M, runs)
+    m, own = first_seeds(M, "demo", runs, 2)
+    assert own == runs[:2] and m["presets"]["demo"]["seeds"] == 2
+
+
+def test_commands_for_what_is_missing():
+    "The first few, how many more, and the whole graph, which is told of the data if any of the runs needs some."
+    jobs = jobs_of(M, "demo", {"toy": None}, ["T1"])[:SHOWN]
+    other = jobs_of(M, "paper", {}, ["T2"], 1)[:1]
+    assert commands([], "T1", "demo", "out", M) == [] and len(jobs) == SHOWN
+    assert commands(jobs, "T1", "demo", "my out", M)[SHOWN:] == [
+        f"# the whole graph: flowrepro reproduce --preset demo --seeds {M['presets']['demo']['seeds']} --out 'my out'"]
+    more = first_seeds(M, "demo", [], 7)[0] | {"file": "m.yml"}
+    assert commands([*jobs, *other], "T1", "demo", "out", more)[SHOWN:] == [
+        "# and 1 more for T1; the whole graph: flowrepro reproduce --preset demo --data-root DATA --seeds 7 "
+        "--matrix m.yml --out out"]
+
+
+def test_names_that_are_written_otherwise():
+    "A folder that was renamed at its end keeps its variant; spaces in a union's root are no part of a name."
+    config = dict(dataset="toy", category="weave", preset="demo", seed=0)
+    assert variant_of({"path": "runs/fastflow-altub-toy-weave-demo-0-old", "config": config}) == "fastflow-altub"
+    assert sets_of({"dataset": "union", "data_root": "mvtec=a, visa = b"}) == ["mvtec", "visa"]

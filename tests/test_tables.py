@@ -23,7 +23,8 @@ from flowrepro.reports import (
     headline, last_epochs, method_name, output_maker, read_runs, setting_name, summary, unified
 )
 from flowrepro.tables import (
-    HEADLINE, METRICS, Table, as_html, as_latex, as_markdown, as_published, plain_values, points, quiet
+    HEADLINE, METRICS, Table, as_html, as_latex, as_markdown, as_published, numbers_in, percent, plain_values, points,
+    quiet
 )
 
 MATRIX = load_matrix()
@@ -789,3 +790,22 @@ def test_outputs_of_another_matrix_and_of_the_first_seeds(root, tmp_path):
 def test_rows_of_the_papers_are_those_of_the_role():
     assert set(TABLES["T1"]([], MATRIX, "demo").frame["data"]) == {"toy", "mvtec"}
     assert set(TABLES["T2"]([], MATRIX, "demo").frame["data"]) == {"toy", "btad"}
+
+
+def test_keys_that_repeat_more_than_once_are_left_out():
+    frame = pd.DataFrame([["toy", m, "1"] for m in "abcd"])
+    assert [row[0] for row in quiet(Table("T0", "", frame))] == ["toy", "", "", ""]
+
+
+def test_numbers_beside_letters_of_many_sources():
+    "A letter is no part of a number, nor are two of them."
+    assert numbers_in("98.7 [aa]") == [("", "98.7", "")]
+    assert numbers_in("98.7 / 98.9 [aa]") == [("last", "98.7", ""), ("best on test", "98.9", "")]
+    assert percent(0.9, np.nan) == percent(0.9) == "90.00"
+
+
+def test_files_in_a_folder_that_is_not_there(tmp_path):
+    "Nor the one it lies in; the commands of the page are escaped as every other text."
+    table = Table("T0", "", pd.DataFrame({"a": ["x"]}), missing=["mkdir a && run <b>"], keys=1)
+    assert all(p.exists() for p in table.save(tmp_path / "new/tables"))
+    assert "<pre>mkdir a &amp;&amp; run &lt;b&gt;</pre>" in (tmp_path / "new/tables/T0.html").read_text()
