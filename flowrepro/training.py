@@ -63,7 +63,7 @@ class Schedule:
                 raise ValueError(f"{field} {getattr(self, field)}: out of range")
 
     def told(self) -> dict:
-        "The fields as a checkpoint keeps them: `idle` only where it is on, so that checkpoints from before it still fit."
+        "The fields as a checkpoint keeps them: `idle` only where it is on, so that older checkpoints still fit."
         return {k: v for k, v in asdict(self).items() if k != "idle" or v}
 
     def rate(self, progress: float) -> float:
