@@ -151,7 +151,7 @@ class Detector(nn.Module):
     "A frozen backbone, and a norm, a flow and a base for each of its levels; a method fills in `losses` and `parts`."
 
     method = ""
-    labelled = False  # must the categories of training images be known?
+    labelled = mixture = False  # must categories of training images be known? do parts hold an entropy over them?
     features = dict(levels=(2, 3, 4))  # of a backbone that is given by its name: strides 8, 16, 32
 
     def __init__(self, backbone: Backbone, score: Score, config: dict, flow: Callable[[tuple], Flow],
@@ -777,7 +777,7 @@ def from_official(detector: HGAD, state: dict) -> HGAD:
     for l, (flow, own) in enumerate(zip(flows, state["nfs"])):
         try:
             from_freia(flow, own)
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError) as error:  # another width, or no flow at all
             raise DataError(f"flow of level {l}: {error}; build the detector with the checkpoint's steps, "
                             "code and backbone") from error
     for theirs, ours in OFFICIAL.items():

@@ -564,7 +564,7 @@ def open_folder(config: Config) -> Path:
     """The run folder with its configuration and environment.
 
     An older run's `metrics.json` is removed, since this one is not complete yet; its checkpoint is kept,
-    to be resumed from, if it had the same configuration. Of another configuration, nothing is kept.
+    to be resumed from, if it had the same configuration. Of another configuration, no result is kept.
     """
     out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -572,8 +572,8 @@ def open_folder(config: Config) -> Path:
     before = (out / "config.json").read_text() if (out / "config.json").exists() else None
     write_json(out / "config.json", asdict(config))
     if before != (out / "config.json").read_text():
-        for name in MADE:
-            (out / name).unlink(missing_ok=True)
+        for path in (*(out / name for name in MADE), *out.glob("figures/*.png")):
+            path.unlink(missing_ok=True)
     write_json(out / "environment.json", environment(config.device))
     return out
 

@@ -143,7 +143,7 @@ def check_training(model: Detector, images: int, schedule: Schedule, altub: AltU
     "ValueError if the model cannot be trained on this many images under this schedule."
     batch = min(schedule.batch, images)
     model.check_batch(batch)
-    if not getattr(model, "mixture", False):
+    if not model.mixture:
         for name in ("criterion", "image_criterion"):
             if (given := getattr(model.score, name)) != "likelihood":
                 raise ValueError(f"score {name} {given!r}: only a mixture over categories has an entropy; "

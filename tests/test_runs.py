@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from flowrepro import runs, training
@@ -968,3 +969,37 @@ def test_what_makes_a_run_another_one(done, toy):
     for change in ({"weights": "random"}, {"altub": True, "overrides": {"altub.every": 2}}, {"method": "cflow"},
                    {"overrides": {"lr": 0.5}}):
         assert runs.made_otherwise(done.out, same | change)
+
+
+def test_nothing_of_another_configuration_is_left(toy, tmp_path):
+    "Its score forms and pictures would stand beside the new run's numbers, if that is stopped."
+    given = dict(method="fastflow", dataset="toy", data_root=str(toy), category="weave", preset="smoke", device="cpu",
+                 out_dir=str(tmp_path))
+    runs.open_folder(configure(given))
+    (tmp_path / "figures").mkdir()
+    made = [tmp_path / name for name in (*runs.MADE, "figures/1_data.png")]
+    for path in made:
+        path.touch()
+    runs.open_folder(configure(given))
+    assert all(path.exists() for path in made)
+    runs.open_folder(configure(given | {"seed": 1}))
+    assert not any(path.exists() for path in made)
+
+
+def test_images_without_masks_are_told(tmp_path):
+    "The pixel metrics would be missing without a word."
+    for kind, n in (("good", 8), ("bad", 3)):
+        (tmp_path / "own" / kind).mkdir(parents=True)
+        for i in range(n):
+            Image.new("RGB", (40, 40), (9 * i, 0, 0)).save(tmp_path / f"own/{kind}/{i}.png")
+    run = Run(configure(dict(method="fastflow", dataset="folder", data_root=str(tmp_path / "own"), category="own",
+                             preset="smoke", device="cpu", out_dir=str(tmp_path / "run"))), progress=False)
+    assert "anomalous images of own are without masks, so pixel metrics cannot be computed there" in runs.contents(run)
+
+
+def test_the_notebook_writes_metrics_json_last():
+    "A folder that holds it is complete: no cell after the one that writes it leaves a file."
+    path = Path(__file__).parents[1] / "nbs/experiments/run.ipynb"
+    code = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    (last,) = [i for i, source in enumerate(code) if "run.finish()" in source]
+    assert not any(word in source for source in code[last + 1:] for word in ("keep(", "to_csv", "save"))
