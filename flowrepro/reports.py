@@ -180,11 +180,12 @@ def unified(runs: list[dict]) -> pd.DataFrame:
     their mean."""
     rows = []
     whole = [run for run in runs if run["config"]["category"] == "all"]
-    labels = data_labels(whole)
+    labels, presets = data_labels(whole), {run["config"]["preset"] for run in whole}
     for run, data in zip(whole, labels):
         results, c = run["results"], run["config"]
         modes = results.get("last_by_class_mode") or {"–": results["last"]}
         name = setting_name(c, several=False) + f" ({data})" * (len(set(labels)) > 1)
+        name += f" (preset {c['preset']})" * (len(presets) > 1)
         rows += [{"method": name, "category of a test image": mode, "seed": c["seed"],
                   "of": cat} | {m: r[cat][m] for m in HEADLINE}
                  for mode, r in modes.items() for cat in r]

@@ -600,7 +600,9 @@ def timing(run: Run) -> dict:
     epoch, fill = float(np.median([r["seconds"] for r in run.history])), run.train_bank.seconds
     return {"features_s": fill + run.test_bank.seconds, "train_s": sum(r["seconds"] for r in run.history),
             "evaluate_s": run.seconds_evaluating,
-            "epoch_s": epoch, "epoch_without_bank_s": epoch + fill if fill else None, **peak_memory(run.config.device)}
+            "epoch_s": epoch,
+            "epoch_without_bank_s": epoch + fill / run.train_bank.copies if fill else None,  # which sees one copy
+            **peak_memory(run.config.device)}
 
 
 def score_table(run: Run) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import psutil
@@ -518,6 +519,7 @@ FULL = """
 import shutil, sys, time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from flowrepro.cli import main
 # Snakemake has noted the first run and begun the second
 full = lambda log: log.exists() and log.read_text().count("rule run:") > 1
@@ -590,3 +592,225 @@ def test_one_run_on_a_full_disk(small_disk):
                            "out"], cwd=top, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "disk full; free some" in done.stderr, done.stdout + done.stderr
     assert not [*top.glob("out/*/metrics.json")]
+
+
+# -- by itself, without Snakemake -----------------------------------------------------------------------------------
+
+def test_seconds_in_words():
+    assert [R.said(s) for s in (99.4, 100, 5399, 5400, 36000)] == ["99 s", "2 min", "90 min", "1.5 h", "10.0 h"]
+
+
+def test_news_of_runs(tmp_path):
+    """Each result once, AUROCs that there are, what is left by how fast it went so far; what an earlier call left, or
+    a run whose last pictures are not there yet, is no news."""
+    watch = R.Watch(tmp_path, list("abcd"), dict(a=30.0, b=10.0, c=20.0, d=60.0), 2)
+    assert list(watch.news()) == []
+    content = {"results": {"last": {"mean": {"image_auroc": 0.9, "pixel_auroc": None}}},
+               "timing": {"features_s": 100.0, "train_s": 20.0, "evaluate_s": 3.0}}
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(content))
+    (tmp_path / "d/error.txt").write_text("of an earlier call")
+    os.utime(tmp_path / "d/error.txt", (10**9, 10**9))
+    (tmp_path / "a/finished").touch(), (tmp_path / "c/error.txt").write_text("ValueError: no\nmore")
+    watch.began = time.time() - 80  # of the first run and half of another
+    assert list(watch.news()) == ["[1/4] a: image AUROC 0.900 (2 min), about 3 min left",
+                                  "[2/4] c: FAILED, ValueError: no, about 90 s left"]
+    (tmp_path / "b/finished").touch(), (tmp_path / "d/finished").touch()
+    *_, last = watch.news()
+    assert last == "[4/4] d: image AUROC 0.900 (2 min)" and not list(watch.news())
+    assert watch.done == dict(a=True, b=True, c=False, d=True)
+    assert R.Watch(tmp_path, ["a"], {}, 1).left() == ""
+    unknown = R.Watch(tmp_path, ["a", "b"], {"a": 30.0}, 1)
+    unknown.done["a"] = True
+    assert unknown.left() == ""  # nobody knows how long b takes
+
+
+def test_table_on_the_terminal(tmp_path):
+    "The first that was made, its measured rows, the last epoch; a published number only beside one that compares."
+    own = {"data": "toy", "method": list("abcd"), "image AUROC: last": ["90.00", "80.00", "missing", "not run"],
+           "image AUROC: best on test": "95.00", "image AUROC: published": ["98.7 / 98.9 [a]", "97.1 [b]", "96.1", "–"],
+           "image AUROC: difference": ["−0.7 / +0.1", "other data", "–", "–"],
+           "AUPRO@0.3: last": ["1.00", "2.00", "3.00", "4.00"], "AUPRO@0.3: published": "66.6",
+           "AUPRO@0.3: difference": "other data"}
+    (tmp_path / "tables").mkdir()
+    pd.DataFrame(own).to_csv(tmp_path / "tables/T1.csv", index=False)
+    pd.DataFrame(own).to_csv(tmp_path / "tables/T2.csv", index=False)
+    said = R.glance(tmp_path, ["T3", "T1", "T2"])
+    assert said.startswith("T1, percent, last epoch (3 tables in ")
+    assert [line.split() for line in said.splitlines()[2:]] == [
+        ["toy", "a", "90.00", "98.7", "/", "98.9", "[a]", "1.00"], ["toy", "b", "80.00", "–", "2.00"]]
+    assert R.glance(tmp_path, ["T3"]) == ""
+    pd.DataFrame(own)[2:].to_csv(tmp_path / "tables/T4.csv", index=False)
+    assert R.glance(tmp_path, ["T4"]) == ""
+
+
+def test_what_failed(tmp_path):
+    "Each run that began and has no result, how many did not begin, each notebook that was not done."
+    for name in "abcdefg":
+        (tmp_path / name).mkdir()
+    for file in ("a/metrics.json", "b/error.txt", "c/run.ipynb", "notebooks/x.done", "notebooks/y.error.txt"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("why")
+    lines = R.failures({"out": str(tmp_path), "runs": dict.fromkeys("abcdefg"), "notebooks": dict.fromkeys("xyz")})
+    assert [line.partition(": ")[0] for line in lines[:2]] == ["b", "c"] and lines[0] == "b: why"
+    assert lines[1].endswith(f"(executed notebook: {tmp_path / 'c/run.ipynb'})")
+    assert lines[2].startswith("4 not begun") and lines[2].endswith("why: d, e, f and 1 more")
+    assert [line.partition(" (")[0] for line in lines[3:]] == ["y: why", "z: it was not run; see snakemake.log"]
+
+
+def test_runs_of_another_revision(tmp_path, monkeypatch):
+    monkeypatch.setattr(R, "revision", lambda: "new")
+    for name, made in (("a", "old"), ("b", "new"), ("c", "old")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"environment": {"revision": made}}))
+    plan = {"out": str(tmp_path)}
+    told = R.other_revisions(plan, list("abcd"))
+    assert told.startswith("2 finished runs are of revision old, now it is new") and "to make them anew" in told
+    assert R.other_revisions(plan, list("bd")) == ""
+
+
+def test_estimate_of_what_is_to_do(tmp_path):
+    "Several at a time share the seconds; a run without past timings is counted, not guessed."
+    plan = R.make_plan("smoke", only=["T1"], out=tmp_path)
+    names = list(plan["runs"])[:3]
+    said = R.describe(plan, names, dict(zip(names, (100.0, 50.0))), 2)
+    assert "to do: 3, 2 at a time; about 75 s by past timings, not counting 1 that never ran" in said
+    assert "to do" not in R.describe(plan, [], {}, 2)
+
+
+def test_one_job(tmp_path, monkeypatch):
+    "Exit code and marks are of this call, what an earlier one left is removed; an interrupt leaves its word, too."
+    plan = {"cwd": str(tmp_path), "out": "out", "share": 1, "cluster": None, "runs": {"a": {"parameters": {}}},
+            "notebooks": {"n": {"parameters": {}}}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    (tmp_path / "out/a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLOWREPRO_GPUS", "0")
+    marks = lambda: sorted(p.name for p in (tmp_path / "out/a").iterdir())
+    for problem in (None, ValueError("no"), None, KeyboardInterrupt("stop")):
+        def notebook(parameters, engine):
+            assert marks() == []
+            if problem:
+                raise problem
+
+        monkeypatch.setattr(R, "run_notebook", notebook)
+        assert R.execute("plan.json", "a") == (1 if problem else 0)
+        assert marks() == (["error.txt"] if problem else ["finished"])
+    assert (tmp_path / "out/a/error.txt").read_text() == "KeyboardInterrupt: stop\n"
+    monkeypatch.setattr(R, "execute_notebook", lambda *_: 1 / 0)
+    assert R.execute("plan.json", "n", notebook=True) == 1
+    assert (tmp_path / "out/notebooks/n.error.txt").read_text().startswith("ZeroDivisionError")
+
+
+def test_plan_of_notebooks(tmp_path):
+    "Each draws its outputs of their own runs alone, of the preset's seeds or those asked for, with its own inputs."
+    plan = R.make_plan("demo", only=["t1", "T9"], out="x")
+    assert [e["parameters"]["only"] for e in plan["notebooks"].values()] == ["T1", "T9"]
+    for e in plan["notebooks"].values():
+        only = e["parameters"]["only"]
+        assert e["runs"] == [n for n, run in plan["runs"].items() if only in run["outputs"]] != []
+        assert e["parameters"]["seeds"] == load_matrix()["presets"]["demo"]["seeds"]
+    again = R.make_plan("demo", only=["T1", "F1"], seeds=2, out="x")["notebooks"]
+    assert {e["parameters"]["seeds"] for e in again.values()} == {2}
+    published = {n: any(p.endswith(".csv") for p in e["inputs"]) for n, e in again.items()}
+    assert published == {"altub_tables": True, "altub_figures": False}
+    with_second(tmp_path, "btad/each")
+    few = R.make_plan("smoke", put(tmp_path / "data", "btad/01"), out="x", matrix=tmp_path / "matrix.yml")
+    assert len(few["runs"]) == 4 and few["lacking"] == {}  # preset paper alone is of whole data sets
+    real = R.make_plan("real", out="x", matrix=write_matrix(tmp_path))["runs"].values()
+    assert {e["minutes"] for e in real} == {1440}
+    assert {e["minutes"] for e in plan["runs"].values()} == {60}
+    assert plan["mem_mb"] < R.make_plan("paper", only=["T1"], out="x")["mem_mb"]
+
+
+def test_another_image_of_the_same_name_is_another_plan(tmp_path):
+    "And another mask; so a run is made again."
+    data, m = put(tmp_path / "data", "mvtec_ad/bottle", good="good"), load_matrix()
+    m["presets"]["smoke"]["first"] = ["mvtec/bottle"]
+    (tmp_path / "m.yml").write_text(yaml.safe_dump(m))
+    seen, dots = set(), Image.frombytes("L", (8, 8), bytes(255 * (i % 3 == 0) for i in range(64)))
+    for changed in (None, "test/ko/0000.png", "ground_truth/ko/0001.png"):
+        if changed:
+            dots.save(data / "mvtec_ad/bottle" / changed)
+        plan = R.make_plan("smoke", data, ["T1"], out=tmp_path / "out", matrix=tmp_path / "m.yml")["runs"]
+        seen.add(tuple(e["content"] for e in plan.values()))
+    assert len(seen) == 3
+
+
+def test_runs_of_other_settings_are_made_again(tmp_path, monkeypatch):
+    "Their results are removed before the work, as Snakemake would take them; jobs share the GPUs that there are."
+    monkeypatch.setenv("FLOWREPRO_GPUS", "2")
+    path, out, seen = write_matrix(tmp_path), tmp_path / "out", []
+    for name in RUNS:
+        (out / name).mkdir(parents=True)
+        (out / name / "metrics.json").write_text("{}")
+    for name, fake in dict(to_do=lambda *_: [], made_otherwise=lambda folder, _: "altub" in str(folder),
+                           read_runs=lambda _: [], report=lambda _: out / "report.html",
+                           work=lambda plan, file, todo, *_: seen.append((plan["share"], todo, stamps(tmp_path).keys()))
+                           or 0).items():
+        monkeypatch.setattr(R, name, fake)
+    assert R.reproduce("smoke", out=out, matrix=path, jobs=5) == 0
+    changed = "fastflow-altub-toy-weave-smoke-0"
+    assert seen == [(3, [changed], RUNS - {changed})]
+
+
+@pytest.mark.parametrize("missing, lacking, failed, code", [
+    ({}, {}, [], 0), ({}, {}, ["a: why"], 1), ({"a": ["mvtec"]}, {}, [], 1), ({}, {"btad": ["02"]}, [], 1)])
+def test_what_is_missing_is_no_success(missing, lacking, failed, code, tmp_path, monkeypatch, capsys):
+    "In the exit code, whether a run failed, its data are not there, or only a part of them."
+    monkeypatch.setattr(R, "drive", lambda *_: 0)
+    monkeypatch.setattr(R, "failures", lambda _: failed)
+    plan = {"out": str(tmp_path), "missing": missing, "lacking": lacking, "notebooks": {}}
+    assert R.work(plan, tmp_path / "plan.json", [], {}, 1, "slurm", 0) == code
+    assert ("nothing to do: every run is there" in capsys.readouterr().out) == (code == 0)
+
+
+def test_locks_and_signals(tmp_path, monkeypatch):
+    "One call a folder; a request to terminate is an interrupt within the work alone, and in the main thread alone."
+    with R.only_one(tmp_path):
+        with pytest.raises(ValueError, match="another flowrepro reproduce works in this folder"):
+            with R.only_one(tmp_path):
+                pass
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with R.terminable():
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    assert signal.signal(signal.SIGTERM, before) is signal.SIG_DFL
+    with ThreadPoolExecutor() as pool:
+        pool.submit(lambda: R.terminable().__enter__()).result()
+
+
+def test_gpus_of_a_job(tmp_path, monkeypatch):
+    "A cluster gives each job its own, so none is taken; without any it is told of none; a single one is each run's."
+    plan = {"cwd": str(tmp_path), "out": "out", "share": 1, "cluster": "slurm", "runs": {"a": {"parameters": {}}}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as m:
+        m.setattr(R, "one_gpu", lambda *_: pytest.fail("a GPU is taken"))
+        m.setattr(R, "run_notebook", lambda *_, **__: None)
+        assert R.execute("plan.json", "a") == 0
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for count in (0, 1):
+        monkeypatch.setenv("FLOWREPRO_GPUS", str(count))
+        with R.one_gpu(tmp_path) as i:
+            assert i == (0 if count else None)
+        assert R.job_gpus([]) == count
+
+
+def test_past_seconds_are_of_every_stage(tmp_path):
+    write_past(tmp_path / "fastflow-toy-weave-demo-0", 70.0)
+    content = json.loads((tmp_path / "fastflow-toy-weave-demo-0/metrics.json").read_text())
+    content["timing"] |= {"features_s": 20.0, "evaluate_s": 3.0}
+    (tmp_path / "fastflow-toy-weave-demo-0/metrics.json").write_text(json.dumps(content))
+    assert set(R.past_seconds([tmp_path]).values()) == {93.0}
+
+
+def test_room_that_is_kept(tmp_path, monkeypatch):
+    "Less than the reserve is a full disk, as much as it is not."
+    for free in (R.RESERVE, R.RESERVE - 1):
+        monkeypatch.setattr(R.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        if free == R.RESERVE:
+            R.room(tmp_path)
+        else:
+            with pytest.raises(OSError, match="free some or give another --out"):
+                R.room(tmp_path)
