@@ -383,7 +383,7 @@ def snakemake_command(plan_file: Path, target: str, cluster: str | None, jobs: i
     return [sys.executable, "-m", "snakemake", target, "--snakefile", str(HERE / "workflow/Snakefile"), "--directory",
             str(plan_file.parent),
             "--profile", "none", "--workflow-profile", str(profile),  # none of the user's own
-            "--config", f"plan={json.dumps(str(plan_file.resolve()), ensure_ascii=False)}",  # which is read as YAML
+            "--config", f"plan={plan_file.resolve()}",
             "--rerun-triggers", "params", *most]
 
 # %% ../nbs/12d_reproduce.ipynb #9bbb256c
