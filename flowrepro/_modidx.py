@@ -852,4 +852,5 @@ d = { 'settings': { 'branch': 'main',
                                     'flowrepro.training.plain': ('training.html#plain', 'flowrepro/training.py'),
                                     'flowrepro.training.read_checkpoint': ('training.html#read_checkpoint', 'flowrepro/training.py'),
                                     'flowrepro.training.train_batch': ('training.html#train_batch', 'flowrepro/training.py'),
+                                    'flowrepro.training.train_epoch': ('training.html#train_epoch', 'flowrepro/training.py'),
                                     'flowrepro.training.write_checkpoint': ('training.html#write_checkpoint', 'flowrepro/training.py')}}}

@@ -265,7 +265,7 @@ def output_maker(
     if not Path(runs).is_dir() and Path(runs) != Path("runs/reproduce"):  # the default, where nothing may be yet
         raise FileNotFoundError(f"runs {runs}: no such folder; give the one that holds the run folders")
     matrix, found = first_seeds(load_matrix(matrix_file or None), preset, read_runs(runs), seeds)
-    matrix |= {"file": matrix_file}
+    matrix = matrix | {"file": matrix_file}  # for the commands that it prints
     wanted = chosen(only, matrix, notebook)
     print(f"{len(found)} finished runs below {runs}")
 

@@ -14,7 +14,6 @@ __all__ = ['RUN_MODULES', 'OUTPUT_MODULES', 'OVERHEAD', 'PRELOADED', 'RESERVE', 
 
 # %% ../nbs/12d_reproduce.ipynb #06bfb1d3
 import contextlib
-import ctypes
 import errno
 import hashlib
 import json
@@ -29,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from statistics import mean, median
 
@@ -261,10 +260,14 @@ PRELOADED = ["flowrepro.runs", "flowrepro.reports", "flowrepro.matrix", "papermi
 
 
 def forked(plan: str, name: str, notebook: bool) -> None:
-    "A job in a forked process, in a group of its own, which ends with the one that forked it."
+    "A job in a forked process, in a group of its own, which ends with the process that asked for it."
     os.setpgrp()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    def end_with(parent) -> None:
+        parent.join()
+        os.killpg(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=end_with, args=[parent_process()], daemon=True).start()
     register_here()
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
         code = execute(plan, name, notebook, engine="here")
@@ -383,8 +386,7 @@ def snakemake_command(plan_file: Path, target: str, cluster: str | None, jobs: i
     return [sys.executable, "-m", "snakemake", target, "--snakefile", str(HERE / "workflow/Snakefile"), "--directory",
             str(plan_file.parent),
             "--profile", "none", "--workflow-profile", str(profile),  # none of the user's own
-            "--config", f"plan={plan_file.resolve()}",
-            "--rerun-triggers", "params", *most]
+            "--config", f"plan={plan_file.name}", "--rerun-triggers", "params", *most]  # in that directory
 
 # %% ../nbs/12d_reproduce.ipynb #9bbb256c
 def to_do(plan: dict, plan_file: Path, jobs: int = 1) -> list[str]:

@@ -6,7 +6,7 @@ Docs: https://flowrepro.github.io/flowrepro/training.html.md"""
 
 # %% auto #0
 __all__ = ['Schedule', 'batches', 'OtherTraining', 'plain', 'write_checkpoint', 'read_checkpoint', 'flat', 'check_training',
-           'optimizers_of', 'TrainingError', 'fit', 'train_batch', 'adam_step', 'fit_dataset']
+           'optimizers_of', 'TrainingError', 'fit', 'train_epoch', 'train_batch', 'adam_step', 'fit_dataset']
 
 # %% ../nbs/10_training.ipynb #15a4617f
 import math
@@ -181,7 +181,8 @@ def fit(
 ) -> list[dict]:  # one row an epoch: epoch, loss, lr, seconds, and what `evaluate` returned
     "Train `model` on the features in `bank`; raises TrainingError at the first loss that is not finite."
     images = len(bank) // bank.copies
-    check_training(model, images, schedule, altub), check_labels(model, labels, bank)
+    check_training(model, images, schedule, altub)
+    check_labels(model, labels, bank)
     adam, turn = optimizers_of(model, schedule, altub)
     optimizers = [adam] + ([turn.optimizer] if turn else [])
     identity = {"method": model.method, "detector": dict(model.config), "schedule": schedule.told(),
@@ -192,21 +193,7 @@ def fit(
     bar = tqdm(range(start, schedule.epochs), "training", schedule.epochs, initial=start, unit="epoch",
                disable=no_bar(progress))
     for epoch in bar:
-        model.train()
-        model.begin(epoch, schedule.epochs)
-        began, losses = time.perf_counter(), []
-        steps = list(batches(images, schedule.batch, schedule.seed, epoch, bank.copies))
-        generator = torch.Generator().manual_seed(7_000_003 * schedule.seed + epoch)
-        for step, index in enumerate(steps):
-            rate = schedule.rate((epoch + step / len(steps)) / schedule.epochs)
-            now = turn if altub is not None and is_base_turn(altub, epoch, step, schedule.epochs, len(steps)) else None
-            own = None if labels is None else labels[index % len(labels)].to(model.device)
-            losses += train_batch(model, now or adam, model.losses(bank[index], own, generator), rate, schedule)
-            if not math.isfinite(losses[-1]):
-                raise TrainingError(f"loss is {losses[-1]} in epoch {epoch + 1}, step {step + 1} of {len(steps)} (lr "
-                                    f"{rate:.2g}): try a lower lr, clip=1.0, or precision='float32'")
-        row = {"epoch": epoch + 1, "loss": sum(losses) / len(losses), "lr": rate,
-               "seconds": time.perf_counter() - began}
+        row = train_epoch(model, bank, schedule, labels, adam, turn, epoch)
         if evaluate is not None and epoch + 1 in when:
             row |= evaluate(epoch + 1)
         history.append(row)
@@ -214,6 +201,26 @@ def fit(
         if checkpoint is not None and (not when or epoch + 1 in when):
             write_checkpoint(Path(checkpoint), model, optimizers, epoch, history, identity)
     return history
+
+# %% ../nbs/10_training.ipynb #d0d77158
+def train_epoch(model: Detector, bank: FeatureBank, schedule: Schedule, labels: Tensor | None,
+                adam: torch.optim.Optimizer, turn: BaseTurn | None, epoch: int) -> dict:
+    "One pass over the images, each step an ordinary one or a turn of the base; its row of the history."
+    model.train()
+    model.begin(epoch, schedule.epochs)
+    began, losses = time.perf_counter(), []
+    steps = list(batches(len(bank) // bank.copies, schedule.batch, schedule.seed, epoch, bank.copies))
+    generator = torch.Generator().manual_seed(7_000_003 * schedule.seed + epoch)
+    for step, index in enumerate(steps):
+        rate = schedule.rate((epoch + step / len(steps)) / schedule.epochs)
+        of_base = turn is not None and is_base_turn(turn.altub, epoch, step, schedule.epochs, len(steps))
+        own = None if labels is None else labels[index % len(labels)].to(model.device)
+        losses += train_batch(model, turn if of_base else adam, model.losses(bank[index], own, generator), rate,
+                              schedule)
+        if not math.isfinite(losses[-1]):
+            raise TrainingError(f"loss is {losses[-1]} in epoch {epoch + 1}, step {step + 1} of {len(steps)} (lr "
+                                f"{rate:.2g}): try a lower lr, clip=1.0, or precision='float32'")
+    return {"epoch": epoch + 1, "loss": sum(losses) / len(losses), "lr": rate, "seconds": time.perf_counter() - began}
 
 # %% ../nbs/10_training.ipynb #c48d0786
 def train_batch(model: Detector, optimizer: torch.optim.Optimizer | BaseTurn, losses: Iterator[Tensor], rate: float,

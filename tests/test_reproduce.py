@@ -264,10 +264,10 @@ def test_planted_failure(tmp_path):
     assert mended.returncode == 0 and "[1/1] fastflow-toy" in mended.stdout, mended.stdout + mended.stderr
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_interrupted_goes_on(tmp_path, sign):
     """An interrupt, a request to terminate or a lost terminal ends the jobs at once and keeps what is finished; the
-    next call does the rest alone."""
+    next call does the rest alone. Killed itself, it takes its jobs along."""
     write_matrix(tmp_path, **{"fastflow-altub": {"epochs": 20000}})
     command = [FLOWREPRO, "reproduce", "--preset", "smoke", "--matrix", "matrix.yml", "--out", "out", "--jobs", "2"]
     # a shell's background job, such as these tests may be, ignores them
@@ -296,15 +296,15 @@ def test_interrupted_goes_on(tmp_path, sign):
 
 
 def test_whatever_the_folder_and_the_environment(tmp_path):
-    """A name with a space, a profile of Snakemake's own and a long temporary folder;
+    """A folder whose name YAML would read otherwise, a profile of Snakemake's own and a long temporary folder;
     what was removed of the outputs is drawn again."""
     write_matrix(tmp_path)
     (long := tmp_path / ("t" * 120)).mkdir()
     (tmp_path / "own").mkdir()
     (tmp_path / "own/config.yaml").write_text("executor: none-of-ours\n")
-    call = lambda: go(tmp_path, "--out", "ü b", "--only", "T1,F3",
+    call = lambda: go(tmp_path, "--out", "ü b: a #1", "--only", "T1,F3",
                       env={"TMPDIR": str(long), "SNAKEMAKE_PROFILE": str(tmp_path / "own")})
-    done, out = call(), tmp_path / "ü b"
+    done, out = call(), tmp_path / "ü b: a #1"
     assert done.returncode == 0 and "[2/2]" in done.stdout, done.stdout + done.stderr
     (out / "tables/T1.csv").unlink(), (out / "figures/F3.md").unlink()
     again = call()
