@@ -1000,3 +1000,184 @@ def test_images_without_masks_are_told(tmp_path):
     run = Run(configure(dict(method="fastflow", dataset="folder", data_root=str(tmp_path / "own"), category="own",
                              preset="smoke", device="cpu", out_dir=str(tmp_path / "run"))), progress=False)
     assert "anomalous images of own are without masks, so pixel metrics cannot be computed there" in runs.contents(run)
+
+
+def test_latents_are_of_normal_test_images_in_evaluation(every, monkeypatch):
+    "Mean and variance of each level, the sample of the middle one, and every centre of every class by its name."
+    run = every("hgad")
+    saved, detector = np.load(run.out / "latents.npz"), run.detector.eval()
+    normal = torch.as_tensor(np.flatnonzero(run.test_set.labels == 0))
+    for level, z in enumerate(diagnostics.latent_rows(detector, run.test_bank[normal])):
+        z = z.detach().flatten(0, 1).numpy()
+        np.testing.assert_allclose(saved[f"mean{level}"], z.mean(0), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(saved[f"var{level}"], z.var(0), rtol=1e-3, atol=1e-4)
+    assert saved["level"] == len(detector.bases) // 2 == 1 and saved["classes"].tolist() == run.test_set.categories
+    np.testing.assert_allclose(saved["centres"], detector.bases[1].all_centres().detach(), rtol=1e-2, atol=1e-2)
+    before = []
+    monkeypatch.setattr(diagnostics, "latent_moments", lambda d, *_: before.append(d.training) or [])
+    diagnostics.latents_file(run.out.parent / "x.npz", detector.train(), run.test_bank, run.test_set, {})
+    assert before == [False]
+
+
+def test_moments_of_many_batches(bank_of):
+    "Over images and positions, to many digits: a mean far from zero takes nothing from the variance."
+    z = 3000 + torch.randn(70, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    shown = SimpleNamespace(latents=lambda f: [(x, None) for x in f], backbone=SimpleNamespace(shapes=[(2, 3, 3)]),
+                            device="cpu")
+    ((mean, var),) = diagnostics.latent_moments(shown, bank_of(z), np.arange(5, 70), batch=32)
+    own = z[5:].double().transpose(0, 1).flatten(1)
+    assert torch.allclose(mean, own.mean(1)) and torch.allclose(var, own.var(1, correction=0), rtol=1e-4)
+
+
+class Shown(list):
+    "Samples with masks, in the place of a data set."
+    records = property(lambda self: self)
+
+
+def test_positions_that_are_defects():
+    "More than half of one is; the rest of an anomalous image is neither, and so is one without a mask; else normal."
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[0, 0] = mask[:2, 2:] = mask[2:, 0] = True
+    mask[2:, 2:], mask[3, 3] = True, False  # a quarter, all, half, three quarters
+    shown = Shown(SimpleNamespace(label=l, mask=m and m[0]) for l, m in ((1, [mask]), (1, None), (0, [mask])))
+    labels = [diagnostics.position_labels(shown, i, (2, 2)).tolist() for i in range(3)]
+    assert labels == [[-1, 1, -1, 1], [-1] * 4, [0] * 4]
+
+
+def test_sampled_latents_are_those_of_their_places(toy, bank_of):
+    "With the category and the label of their own position; as many of each category, spread over its images."
+    data = load("toy", toy, "all", Transform(32))[1]
+    data.records = data.records[::-1]  # in another order than that of the categories
+    z = torch.stack([torch.arange(len(data)).repeat_interleave(256), torch.arange(256).repeat(len(data))])
+    z = z.reshape(2, -1, 16, 16).transpose(0, 1).float()  # each position tells where it is
+    shown = SimpleNamespace(latents=lambda f: [(x, None) for x in f], backbone=SimpleNamespace(shapes=[(2, 16, 16)]),
+                            device="cpu")
+    saved = diagnostics.latent_sample(shown, bank_of(z), data, 0, rows=64)
+    image, position = saved["z"].astype(int).T
+    assert saved["category"].tolist() == [data.records[i].category for i in image]
+    labels = [diagnostics.position_labels(data, i, (16, 16))[p] for i, p in zip(image, position)]
+    assert labels == saved["defective"].astype(int).tolist() and 0 < sum(labels)
+    for category in data.categories:
+        own = (saved["category"] == category) & ~saved["defective"]
+        assert own.sum() == 8 and len(set(image[own])) > 2
+    few = diagnostics.latent_sample(shown, bank_of(z), data, 0, rows=1)
+    assert set(few["category"]) == set(data.categories)  # one at least
+
+
+def test_pictures_are_of_their_images(toy, tmp_path):
+    "Map, mask, image, names and colour range of the same test image; each kind of defect once, and a normal one."
+    data = load("toy", toy, "all", Transform(32))[1]
+    maps = np.arange(len(data), dtype=np.float32)[:, None, None] * np.ones((1, 32, 32), np.float32)
+    maps[:, :16] += 0.25  # upper half
+    maps[:, 5, 5] += 9  # one pixel of each is above the colour range
+    diagnostics.pictures_file(tmp_path / "p.npz", data, maps, side=32)
+    saved, rows = np.load(tmp_path / "p.npz"), diagnostics.picture_rows(data)
+    assert saved["map"][:, 0, 0].tolist() == [i + 0.25 for i in rows] and saved["map"][:, -1, 0].tolist() == rows
+    names = [(data.records[i].category, data.records[i].defect, data.records[i].label) for i in rows]
+    assert list(zip(*(saved[k].tolist() for k in ("category", "defect", "label")))) == names
+    for k, i in enumerate(rows):
+        sample, own = data[i], maps[[r.category == data.records[i].category for r in data.records]]
+        assert np.array_equal(saved["image"][k], sample.image.permute(1, 2, 0))
+        assert np.array_equal(saved["mask"][k], sample.mask) and sample.mask.any() == sample.label
+        assert (saved["low"][k], saved["high"][k]) == pytest.approx(tuple(np.percentile(own, (50, 99.8))))
+    for category in data.categories:
+        own = [i for i in rows if data.records[i].category == category]
+        records = [data.records[i] for i in own]
+        assert [r.label for r in records] == [1, 1, 1, 0] and len({r.defect for r in records}) == 4
+        kinds = [(r.category, r.defect) for r in data.records]
+        assert own == [kinds.index((category, r.defect)) for r in records]  # the first of each
+    assert len(diagnostics.picture_rows(data, each=2)) == 2 * len(data.categories)
+    assert sorted(diagnostics.picture_rows(data, each=9)) == sorted(rows)  # none twice where there are no more
+
+
+def test_gallery_shows_each_image_with_its_own_map(done):
+    "In the order of the hardest; the sign of the title says on which side of the threshold the score is."
+    import matplotlib.pyplot as plt
+
+    from flowrepro.reports import gallery, hardest, thresholds
+
+    table = runs.score_table(done)
+    rows, limit = [i for own in hardest(table, 2).values() for i in own], thresholds(table)
+    figure = gallery(done, 2)
+    images, _, maps = np.array(figure.axes).reshape(3, len(rows))
+    for i, image, drawn in zip(rows, images, maps):
+        assert np.array_equal(image.images[0].get_array(), done.test_set[i].image.permute(1, 2, 0))
+        assert np.array_equal(drawn.images[0].get_array(), done.maps[i])
+        assert ("≥" in drawn.get_title()) == (done.scores[i] >= limit[i]) != ("<" in drawn.get_title())
+    plt.close(figure)
+
+
+# -- what stands beside a result -----------------------------------------------------------------------------------
+
+def test_revision_of_a_checkout(tmp_path, monkeypatch):
+    "Of the one that tracks the package; '+' if a tracked file was changed, not for a file that is not tracked."
+    def git(*args):
+        return subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x", *args],
+                              check=True, capture_output=True, text=True).stdout.strip()
+
+    (tmp_path / "package").mkdir()
+    for name in ("other.txt", "package/__init__.py"):
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(runs, "HERE", tmp_path / "package")
+    git("init"), git("add", "other.txt"), git("commit", "-m", "other")
+    assert runs.revision() is None  # somebody's own checkout, in which the package is installed
+    git("add", "package"), git("commit", "-m", "package")
+    (tmp_path / "new.txt").write_text("")
+    assert runs.revision() == git("rev-parse", "--short=12", "HEAD")
+    (tmp_path / "other.txt").write_text("changed")
+    assert runs.revision() == git("rev-parse", "--short=12", "HEAD") + "+"
+
+
+def test_numbers_of_numpy_within_a_list():
+    "And in evaluations, which no group holds."
+    s = configure(overrides={"kernels": [np.int64(3), np.int64(1)], "evaluations": np.int64(1)}).settings
+    assert s["detector"]["kernels"] == (3, 1) and s["evaluations"] == 1
+    json.dumps(s["detector"])
+    with pytest.raises(ConfigError, match="betas"):
+        configure(overrides={"betas": [0.9, float("inf")]})
+
+
+@pytest.mark.parametrize("name", ["backbone", "weights", "out_dir"])
+@pytest.mark.parametrize("value", ["", " ", None, 3])
+def test_a_text_that_is_none(name, value):
+    with pytest.raises(ConfigError, match=f"{name}=.*: a text"):
+        configure({name: value})
+
+
+def test_features_take_the_time_of_both_banks(done, monkeypatch):
+    monkeypatch.setattr(done.train_bank, "seconds", 3.0), monkeypatch.setattr(done.test_bank, "seconds", 5.0)
+    assert runs.timing(done)["features_s"] == 8.0
+
+
+def test_model_file_knows_what_it_was_trained_on(done):
+    "So that a threshold is of other images."
+    files = [r.image for r in (*done.train_set.records, *done.test_set.records)]
+    new = not_trained_on(Detector.load(done.out / "model.safetensors"), files)
+    assert new == [r.image for r in done.test_set.records]
+
+
+@pytest.mark.parametrize("name, kind", [("DataError", DataError), ("ConfigError", ConfigError),
+                                        ("WeightsError", WeightsError), ("KeyError", RuntimeError)])
+def test_errors_of_a_notebook_keep_their_kind(name, kind, tmp_path, monkeypatch):
+    "With its path; a disk that is full is told as one, another error of a file is not."
+    import papermill
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(papermill, "execute_notebook", fail)
+    error = papermill.PapermillExecutionError(0, 1, "", name, "why", [])
+    with pytest.raises(kind, match=f"{name}: why .*x.ipynb") as raised:
+        runs.execute_notebook("run", tmp_path / "x.ipynb", {})
+    assert type(raised.value) is kind
+    for number, full in ((errno.ENOSPC, True), (errno.EACCES, False)):
+        error = OSError(number, "refused")
+        with pytest.raises(OSError) as raised:
+            runs.execute_notebook("run", tmp_path / "x.ipynb", {})
+        assert raised.value.errno == number and ("disk full; free some" in str(raised.value)) == full
+
+
+def test_engine_of_a_notebook_is_the_one_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "execute_notebook", lambda *a: a)
+    given = dict(out_dir=str(tmp_path), seed=2)
+    assert run_notebook(given, engine="here") == ("run", tmp_path / "run.ipynb", given, "here", False)
