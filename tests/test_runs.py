@@ -1002,6 +1002,22 @@ def test_images_without_masks_are_told(tmp_path):
     assert "anomalous images of own are without masks, so pixel metrics cannot be computed there" in runs.contents(run)
 
 
+# -- what a run keeps for the figures ------------------------------------------------------------------------------
+
+def test_trace_of_the_base_begins_before_the_training(every):
+    "Each epoch has its own state, the last one is the detector's; the weights of classes and centres are among them."
+    run = every("cflow-altub")
+    saved = np.load(run.out / "latents.npz")
+    assert saved["trace/epochs"].tolist() == [0, 1, 2]
+    for name in ("mean", "log_scale"):
+        trace = saved[f"trace/0.{name}"]
+        assert not trace[0].any() and len({row.tobytes() for row in trace}) == 3
+        assert np.array_equal(trace[-1], getattr(run.detector.bases[0], name).detach())
+    hgad = np.load(every("hgad").out / "latents.npz")
+    assert {f"trace/0.{name}" for name in ("mu", "phi", "psi")} <= set(hgad)
+    assert hgad["trace/0.psi"].shape == (3, 4, 3) and "trace/0.delta" not in hgad
+
+
 def test_latents_are_of_normal_test_images_in_evaluation(every, monkeypatch):
     "Mean and variance of each level, the sample of the middle one, and every centre of every class by its name."
     run = every("hgad")
