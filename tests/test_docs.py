@@ -294,6 +294,26 @@ def test_sidebar_shows_the_page_it_stands_beside(site, browser, serve):
     assert 0 < top < 700
 
 
+def test_the_staging_names_every_page_with_a_lost_reference(tmp_path, monkeypatch):
+    "Each page's error is kept with the page's name, and pages take the names that nbdev gives them."
+    (tmp_path / "made").mkdir()
+    settings = {"project": {}, "format": {"html": {}}, "website": {"site-url": "https://x.org/"}}
+    for name, text in ("nbdev.yml", settings), ("_quarto.yml", {"website": {"sidebar": ["00_a.ipynb", "01_b.ipynb"]}}):
+        (tmp_path / "made" / name).write_text(json.dumps(text))
+    for name in "a", "b", "c":
+        cells = [nbformat.v4.new_raw_cell(f"---\noutput-file: {name}.html\n---"),
+                 nbformat.v4.new_markdown_cell("words" if name == "c" else "see @eq-none, [b](01_b.ipynb)")]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "made" / f"0{'abc'.index(name)}_{name}.ipynb")
+    monkeypatch.setattr("nbdev.quarto.refresh_quarto_yml", lambda: None)
+    monkeypatch.setattr("nbdev.serve.proc_nbs", lambda n_workers, force: tmp_path / "made")
+    problems = []
+    assert docs.stage(tmp_path / "out", problems) == "https://x.org/"
+    assert [re.match(r"0\d_\w\.ipynb: @?eq-none refers to no label", p) is not None for p in problems] == [True, True]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.ipynb")) == ["a.ipynb", "b.ipynb", "c.ipynb"]
+    assert "[b](b.ipynb)" in json.loads((tmp_path / "out/a.ipynb").read_text())["cells"][1]["source"]
+    assert "01_b" not in (tmp_path / "out/_quarto.yml").read_text()
+
+
 @pytest.mark.parametrize("page, warnings, found, words", [
     ('<a href="none.html">x</a>', [], [], "broken link: index.html: none.html"),
     ('<img alt="x" src="https://example.org/a.png">', [], [],
