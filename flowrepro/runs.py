@@ -6,14 +6,15 @@ Docs: https://flowrepro.github.io/flowrepro/runs.html.md"""
 
 # %% auto #0
 __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES', 'PLAIN', 'HERE', 'TRAINED_BY', 'MADE',
-           'defaults_of', 'settings_of', 'ConfigError', 'resolve', 'as_plain', 'parse_overrides', 'Config',
-           'given_parameters', 'check_choices', 'device_here', 'check_detector', 'check_kind', 'check_settings',
-           'configure', 'made_otherwise', 'check_suited', 'published_for', 'write_json', 'revision', 'processor',
+           'defaults_of', 'settings_of', 'ConfigError', 'config_errors', 'resolve', 'as_plain', 'parse_overrides',
+           'Config', 'given_parameters', 'check_choices', 'device_here', 'check_detector', 'check_kind',
+           'check_settings', 'configure', 'made_otherwise', 'published_for', 'write_json', 'revision', 'processor',
            'environment', 'peak_memory', 'masks_by_category', 'evaluate_parts', 'mean_results', 'backbone_of',
            'best_results', 'Run', 'evaluation_epochs', 'training_code', 'train_or_resume', 'open_folder', 'contents',
            'timing', 'score_table', 'by_class_mode', 'write_results', 'score_forms', 'execute_notebook', 'run_notebook']
 
 # %% ../nbs/11_runs.ipynb #c6d1b3a8
+import contextlib
 import difflib
 import errno
 import inspect
@@ -23,6 +24,7 @@ import platform
 import resource
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
@@ -136,6 +138,15 @@ def settings_of(method: str) -> dict[str, dict]:
 
 class ConfigError(ValueError):
     "A parameter that does not exist or has an impossible value; the message names the allowed ones."
+
+
+@contextlib.contextmanager
+def config_errors() -> Iterator[None]:
+    "What refuses a value within is a ConfigError."
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ConfigError(str(error)) from error
 
 # %% ../nbs/11_runs.ipynb #4d3d6418
 def resolve(key: str, settings: dict[str, dict]) -> tuple[str, str]:
@@ -271,12 +282,10 @@ def check_kind(name: str, value, default) -> None:
 def check_settings(settings: dict, p: dict, overrides: dict) -> None:
     """ConfigError for a setting that makes no sense by itself or beside another;
     what depends on the backbone is found when the run is made."""
-    try:
+    with config_errors():
         for kind in (Score, Schedule, Transform, AltUB):
             kind(**settings[kind.__name__.lower()])
         check_detector(p["method"], json.dumps(settings["detector"]))
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ConfigError(str(error)) from error
     held, base = settings["features"], settings["detector"]["base"]
     for name, allowed in (("where", ("auto", "device", "ram", "disk")), ("dtype", tuple(DTYPES))):
         if held[name] not in allowed:
@@ -349,27 +358,18 @@ def made_otherwise(folder: str | Path, parameters: dict) -> bool:
     return made != told(asdict(configure(parameters)))
 
 
-def check_suited(detector, images: int, schedule: Schedule, altub: AltUB | None) -> None:
-    "ConfigError if the settings do not suit the number of training images."
-    try:
-        check_training(detector, images, schedule, altub)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
 def published_for(p: dict) -> dict[str, dict]:
     """Settings that depend on the backbone or the category:
     FastFlow's published ones of a backbone, CFLOW-AD's input size of a category."""
-    out: dict[str, dict] = {} if p["backbone"] == "auto" else {"backbone": {"name": p["backbone"]}}
-    try:
-        name = p["backbone"] if p["backbone"] == "auto" else full_name(p["backbone"])
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    out: dict[str, dict] = {}
+    if (name := p["backbone"]) != "auto":
+        out["backbone"] = {"name": name}
+        with config_errors():
+            name = full_name(name)
     if p["preset"] == "paper" and p["method"] == "fastflow" and name in FASTFLOW_PUBLISHED:
-        known = FASTFLOW_PUBLISHED[name]
-        out["backbone"] |= {"levels": known["levels"]}
-        out |= {"transform": {"size": known["size"]},
-                "detector": {k: v for k, v in known.items() if k not in ("levels", "size")}}
+        known = dict(FASTFLOW_PUBLISHED[name])
+        out["backbone"]["levels"] = known.pop("levels")
+        out |= {"transform": {"size": known.pop("size")}, "detector": known}
     if p["preset"] == "paper" and p["method"] == "cflow" and p["dataset"] == "mvtec":
         out["transform"] = {"size": CFLOW_SIZES.get(p["category"], 256)}
     return out
@@ -458,10 +458,8 @@ def mean_results(results: dict) -> dict:
 def backbone_of(config: Config) -> Backbone:
     "The backbone of a run; ConfigError for levels or a size that it does not have, WeightsError."
     s = config.settings
-    try:
+    with config_errors():
         return Backbone(**s["backbone"], weights=config.weights, size=s["transform"]["size"])
-    except (ValueError, TypeError) as error:
-        raise ConfigError(str(error)) from error
 
 
 def best_results(history: list[dict]) -> dict:
@@ -490,7 +488,8 @@ class Run:
         self.altub = AltUB(**s["altub"]) if config.altub else None
         self.normal = self.train_set.filter(label=0)
         self.labels, self.test_labels = map(self.detector.labels_of, (self.normal, self.test_set))
-        check_suited(self.detector, len(self.normal), self.schedule, self.altub)
+        with config_errors():
+            check_training(self.detector, len(self.normal), self.schedule, self.altub)
         self.parts, self.seconds_evaluating, self.base_start = None, 0.0, base_state(self.detector)
         self.size = s["transform"]["mask_size"] or s["transform"]["size"]  # of maps and masks
         self.out = open_folder(config)
