@@ -158,10 +158,9 @@ def resolve(key: str, settings: dict[str, dict]) -> tuple[str, str]:
     if len(found) == 1:
         return found[0]
     options = [".".join(gn) for gn in (found or known)]
-    near = options if found else difflib.get_close_matches(key, options + [n for _, n in known], n=3) or options
-    raise ConfigError(f"override {key!r} is "
-                      + ("ambiguous: say " if found else "unknown: did you mean " if near is not options
-                         else "unknown: one of ") + ", ".join(near))
+    near = [] if found else difflib.get_close_matches(key, options + [n for _, n in known], n=3)
+    word = "ambiguous: say" if found else "unknown: did you mean" if near else "unknown: one of"
+    raise ConfigError(f"override {key!r} is {word} {', '.join(near or options)}")
 
 # %% ../nbs/11_runs.ipynb #03d50804
 def as_plain(value):
@@ -267,16 +266,14 @@ def check_detector(method: str, settings: str) -> None:
 # %% ../nbs/11_runs.ipynb #907a47f6
 def check_kind(name: str, value, default) -> None:
     "ConfigError for an override of another kind than its default, or that is no finite number."
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list"}
-    kind, number = type(default), isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is None or kind not in kinds:  # the class itself says whether it takes None
-        right = kind is not bool and (value is None or (isinstance(value, str) if name == "features.cache" else number))
-    else:
-        right = number if kind is float else type(value) is kind
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list",
+             type(None): "a text or null" if name == "features.cache" else "a number or null"}
+    kind = str if name == "features.cache" else float if default is None else type(default)
+    right = (type(value) is kind or kind is float and type(value) is int
+             or kind is not bool and value is None)  # the class itself says whether it takes None
     numbers = value if isinstance(value, tuple) else (value,)
     if not right or any(isinstance(v, float) and not np.isfinite(v) for v in numbers):
-        wanted = kinds.get(kind, "a text or null" if name == "features.cache" else "a number or null")
-        raise ConfigError(f"override {name} {value!r}: must be {wanted}")
+        raise ConfigError(f"override {name} {value!r}: must be {kinds[type(default)]}")
 
 
 def check_settings(settings: dict, p: dict, overrides: dict) -> None:
@@ -529,7 +526,7 @@ class Run:
 # %% ../nbs/11_runs.ipynb #3771587f
 def evaluation_epochs(epochs: int, evaluations: int) -> tuple[int, ...]:
     "The epochs after which a run is evaluated: evenly spread, the last among them."
-    return tuple(sorted({max(1, round(epochs * (i + 1) / evaluations)) for i in range(evaluations)} | {epochs}))
+    return tuple(sorted({max(1, round(epochs * (i + 1) / evaluations)) for i in range(evaluations)}))
 
 
 # modules that decide a training and its evaluations
@@ -687,8 +684,7 @@ def execute_notebook(name: str, executed: Path, parameters: dict, engine: str | 
                                    engine_name=engine, kernel_name="python3", progress_bar=progress,
                                    extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
     except papermill.PapermillExecutionError as error:
-        kind = {"DataError": DataError, "ConfigError": ConfigError,
-                "WeightsError": WeightsError}.get(error.ename, RuntimeError)
+        kind = {k.__name__: k for k in (DataError, ConfigError, WeightsError)}.get(error.ename, RuntimeError)
         raise kind(f"{error.ename}: {error.evalue} (the executed notebook shows where: {executed})") from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
