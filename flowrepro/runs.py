@@ -39,7 +39,7 @@ from torch import Tensor
 import flowrepro
 from .altub import AltUB
 from .backbones import DTYPES, Backbone, WeightsError, full_name
-from .data import DataError, Dataset, Transform, absent_categories, load
+from .data import READERS, DataError, Dataset, Transform, absent_categories, load
 from .detectors import CFLOW_SIZES, CLASS_MODES, DETECTORS, FASTFLOW_PUBLISHED, image_id
 from .diagnostics import base_state, base_trace, latents_file, pictures_file
 from .features import FeatureBank, files_hash, write_atomic
@@ -112,8 +112,8 @@ PRESETS["hgad"] = {
 # %% ../nbs/11_runs.ipynb #5713786a
 PARAMETERS = dict(method="fastflow", altub=False, dataset="toy", data_root=None, category="weave", backbone="auto",
                   weights="auto", preset="smoke", seed=0, device="auto", out_dir="runs/run", overrides="{}")
-CHOICES = dict(method=tuple(DETECTORS), dataset=("toy", "mvtec", "btad", "visa", "mvtec3d", "union", "folder"),
-               preset=("smoke", "demo", "real", "paper"), device=("auto", "cpu", "cuda"), altub=(False, True))
+CHOICES = dict(method=tuple(DETECTORS), dataset=tuple(READERS), preset=("smoke", "demo", "real", "paper"),
+               device=("auto", "cpu", "cuda"), altub=(False, True))
 
 
 def defaults_of(method: str) -> dict:
