@@ -26,7 +26,7 @@ import pandas as pd
 
 from .data import OFFICIAL, TOY
 from .matrix import Job, absent, commands, jobs_of, role_of, select, sets_of, title_of, variant_of
-from .reports import changed_settings, method_name, read_run, shown_categories
+from .reports import changed_settings, method_name, read_run, seed_words, shown_categories
 from .runs import HERE, PRESETS
 from .tables import HEADLINE, METRICS, MISSING, NOTHING, Table, as_published, percent, points, spread, under
 
@@ -274,13 +274,11 @@ def measured_on(runs: list[dict], matrix: dict) -> list[str]:
         groups.setdefault((data_name(sets_of(c)), network_of(c), c["preset"]), []).append(run)
     notes = []
     for (data, backbone, preset), own in groups.items():
-        seeds = ", ".join(map(str, sorted({r["config"]["seed"] for r in own})))
         names = ", ".join(dict.fromkeys(title_of(matrix, variant_of(r)) for r in own))
         real = ("the official test images" if all(map(on_official_data, own))
                 else "not the papers' data" if set(data.split("+")) - set(OFFICIAL)
                 else "a part or another split of the papers' data")
-        notes.append(f"Measured on {data} ({real}) with {backbone}, preset {preset}, seed{'s' * (',' in seeds)} "
-                     f"{seeds}: {names}.")
+        notes.append(f"Measured on {data} ({real}) with {backbone}, preset {preset}, {seed_words(own)}: {names}.")
     return notes
 
 
@@ -616,11 +614,11 @@ def of_other_seeds(folder: str | Path) -> list[dict]:
 # %% ../nbs/12b_comparisons.ipynb #be51de03
 def setting_note(runs: list[dict]) -> str:
     "With what runs of one setting were made, and whether that is the published one."
-    c, seeds = runs[0]["config"], sorted({r["config"]["seed"] for r in runs})
+    c = runs[0]["config"]
     base = c["overrides"].get("detector", {}).get("base") if c["method"] == "hgad" else None  # which its name tells
     other = ", ".join([f"preset {c['preset']}"] * (c["preset"] != "paper") + changed_settings(c)
                       + [f"base {base}"] * (base is not None))
-    return (f"Backbone {c['settings']['backbone']['name']}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    return (f"Backbone {c['settings']['backbone']['name']}, {seed_words(runs)}"
             + (f"; not the published setting ({other})." if other
                else "; the published setting, as preset paper has it."))
 

@@ -30,7 +30,7 @@ import pandas as pd
 
 from .matrix import Job, absent, commands, jobs_of, select, sets_of, title_of, variant_of
 from .metrics import auroc
-from .reports import style
+from .reports import seed_words, style
 from .tables import METRICS
 
 # %% ../nbs/12c_figures.ipynb #02279be7
@@ -146,9 +146,9 @@ def about(runs: list[dict], matrix: dict, preset: str) -> str:
                                              f"{c['settings']['transform']['size']} px")
     length = agree(runs, matrix, lambda c: f"{c['settings']['schedule']['epochs']} epochs, "
                                            f"batch {c['settings']['schedule']['batch']}")
-    seeds, planned = sorted({r["config"]["seed"] for r in runs}), matrix["presets"][preset]["seeds"]
-    drawn = (f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-             + (f" of {planned} planned" if len(seeds) < planned else ""))
+    planned = matrix["presets"][preset]["seeds"]
+    some = len({r["config"]["seed"] for r in runs}) < planned
+    drawn = seed_words(runs) + f" of {planned} planned" * some
     own = ", ".join(dict.fromkeys(r["config"]["preset"] for r in runs))
     setting = f"preset {own}" + ("" if own == "paper" else ", which is not the papers' setting")
     return f"Data: {data}. Backbone: {backbone}, frozen. Training: {length}; {drawn}; {setting}."
@@ -510,11 +510,10 @@ def picture_words(runs: list[dict], keys: list[tuple], every: list[tuple]) -> st
     "What a grid of pictures shows: their number, what was left out, the colour range, the seed."
     drawn, there = (len(dict.fromkeys(k[0] for k in ks)) for ks in (keys, every))
     some = f" (of {drawn} of {there} categories)" if drawn < there else ""
-    seeds = sorted({own[0]["config"]["seed"] for own in by_variant(runs).values()})
+    seeds = seed_words([own[0] for own in by_variant(runs).values()])
     return (f"{len(keys)} test images{some}, the first of a defect type or a normal one, the same for every method; "
             "none was picked by its map. The outline is that of the mask. "
-            f"Maps: one colour range for each category and method. Maps of seed {', '.join(map(str, seeds))}; "
-            "protocol: last epoch.")
+            f"Maps: one colour range for each category and method. Maps of {seeds}; protocol: last epoch.")
 
 # %% ../nbs/12c_figures.ipynb #ce35b581
 @figure("F3", "What do the maps of one-category models show?", "pictures.npz")
@@ -810,7 +809,7 @@ def latent_words(shown: dict[str, dict], how: list[str]) -> str:
             f"drawn by {'; '.join(dict.fromkeys(how))}: neighbours are kept, distances between groups are not. "
             "Colour and marker: category; hollow: defective. Percentage: normal latents "
             "whose nearest main centre (or mean), in the whole latent space, is that of their own category. "
-            f"Seed {', '.join(map(str, sorted({r['config']['seed'] for r in shown.values()})))}; protocol: last epoch.")
+            f"{seed_words(shown.values()).capitalize()}; protocol: last epoch.")
 
 # %% ../nbs/12c_figures.ipynb #ba03e549
 def centre_paths(arrays: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -887,7 +886,6 @@ def moving_centres(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
 # %% ../nbs/12c_figures.ipynb #4acbd468
 def moving_words(groups: dict, shown: dict, mus: list[np.ndarray], factor: int) -> str:
     "What F7 shows, and how long its paths are."
-    seeds = ", ".join(map(str, sorted({r["config"]["seed"] for r in shown.values()})))
     several = "; means of pairs over all seeds" if any(len(own) > 1 for own in groups.values()) else ""
     moved = [np.linalg.norm(m[-1] - m[0], axis=-1).mean() for m in mus]
     longer = f" Movements are drawn {factor} times as long as they are." if factor > 1 else ""
@@ -896,7 +894,7 @@ def moving_words(groups: dict, shown: dict, mus: list[np.ndarray], factor: int) 
             "in the first two principal components of all of them."
             f"{longer} Right: distances of every pair in the whole space. "
             f"From start to end a centre moved by {' and '.join(f'{d:.2f}' for d in moved)} on average. "
-            f"Paths of seed {seeds}{several}.")
+            f"Paths of {seed_words(shown.values())}{several}.")
 
 # %% ../nbs/12c_figures.ipynb #b77e8255
 FIGURES = {name: FIGURES[name] for name in sorted(FIGURES)}
