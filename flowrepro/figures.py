@@ -586,22 +586,20 @@ def separation(table: pd.DataFrame) -> pd.Series:
     of a table with value (higher is more anomalous), label, category, seed."""
     found = {key: auroc(own["value"], own["label"]) for key, own in table.groupby(["category", "seed"], sort=False)
              if own["label"].nunique() == 2}
-    return pd.Series(found, dtype=float).groupby(level=0).mean() if found else pd.Series(dtype=float)
+    return pd.Series(found, dtype=float).groupby(level=0).mean()
 
 
 def score_values(runs: list[dict]) -> pd.DataFrame:
     "Image scores: value, label, category, seed."
-    return pd.concat(
-        [r["file"].rename(columns={"score": "value"})[["value", "label", "category"]].assign(seed=r["config"]["seed"])
-         for r in runs])
+    return pd.concat([r["file"][["score", "label", "category"]].assign(seed=r["config"]["seed"])
+                      for r in runs]).rename(columns={"score": "value"})
 
 
 def likelihood_values(runs: list[dict]) -> pd.DataFrame | None:
     """Log-likelihoods of the sampled positions, negative so that higher is more anomalous:
     value, label, category, seed. None if no run kept its latents."""
-    parts = [
-        pd.DataFrame({"value": -base_log_prob(a), "label": a["defective"].astype(int),
-                      "category": a["category"]}).assign(seed=r["config"]["seed"])
+    parts = [pd.DataFrame({"value": -base_log_prob(a), "label": a["defective"].astype(int), "category": a["category"],
+                           "seed": r["config"]["seed"]})
              for r in opened(runs, "latents.npz") for a in [r["file"]]]
     return pd.concat(parts) if parts else None
 
