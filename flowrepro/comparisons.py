@@ -10,9 +10,8 @@ __all__ = ['PROTOCOLS', 'MEASURED', 'BACKBONES', 'OWN_PAPERS', 'PAPERS', 'FORMS'
            'results_of', 'network_of', 'measured', 'backbone_name', 'published_as', 'Reference', 'reference',
            'difference', 'with_means', 'modes_of', 'places', 'Findings', 'letter', 'letters_of', 'measured_on',
            'Recipe', 'by_seed', 'beside', 'setting_of', 'row_of', 'titled', 'lacking', 'comparison_rows', 'wobble',
-           'steadiness', 'stability_row', 'over_categories', 'stability_rows', 'paired', 'changed_row', 'ablation_rows',
-           'form_rows', 'component_rows', 'anchor_rows', 'method_rows', 'of_other_seeds', 'setting_note', 'telling',
-           'beside_papers']
+           'steadiness', 'stability_row', 'stability_rows', 'paired', 'changed_row', 'ablation_rows', 'form_rows',
+           'component_rows', 'anchor_rows', 'method_rows', 'of_other_seeds', 'setting_note', 'telling', 'beside_papers']
 
 # %% ../nbs/12b_comparisons.ipynb #405f9ff5
 import contextlib
@@ -26,7 +25,7 @@ import pandas as pd
 
 from .data import OFFICIAL, TOY
 from .matrix import Job, absent, commands, jobs_of, role_of, select, sets_of, title_of, variant_of
-from .reports import changed_settings, method_name, read_run, seed_words, shown_categories
+from .reports import changed_settings, method_name, read_run, seed_words, shown_categories, whole_means
 from .runs import HERE, PRESETS
 from .tables import HEADLINE, METRICS, MISSING, NOTHING, Table, as_published, percent, points, spread, under
 
@@ -208,11 +207,11 @@ def with_means(frame: pd.DataFrame, jobs: list[Job]) -> pd.DataFrame:
         own = only(frame, data=data)
         own = own[own["category"].isin(wanted)]
         by = ["variant", "method", "data", "seed", "protocol", "mode", "metric"]
-        mean = own.groupby(by, sort=False, as_index=False).agg(
-            value=("value", lambda v: v.mean(skipna=False)), n=("category", "nunique"), epoch_s=("epoch_s", "mean"),
-            official=("official", "all"), backbone=("backbone", lambda b: b.iloc[0] if b.nunique() == 1 else "several"))
-        mean = only(mean, n=len(wanted)).assign(category="mean")
-        parts.append(mean.assign(official=mean["official"] & (wanted == set(OFFICIAL.get(data, ())))))
+        mean = whole_means(
+            own, by, ["value"], len(wanted), epoch_s=("epoch_s", "mean"), official=("official", "all"),
+            backbone=("backbone", lambda b: b.iloc[0] if b.nunique() == 1 else "several"))
+        official = mean["official"] & (wanted == set(OFFICIAL.get(data, ())))
+        parts.append(mean.assign(category="mean", official=official))
     return pd.concat(parts, ignore_index=True)[MEASURED]
 
 # %% ../nbs/12b_comparisons.ipynb #6c5a6438
@@ -426,14 +425,6 @@ def stability_row(own: pd.DataFrame) -> dict[str, str]:
     return cells
 
 
-def over_categories(own: pd.DataFrame, n: int) -> pd.DataFrame:
-    "The means over n categories of a method's rows of `steadiness`, for the seeds that have them all."
-    groups = own.groupby(["seed", "metric"], sort=False, as_index=False)
-    means = groups.agg(n=("category", "nunique"),
-                       **{k: (k, lambda v: v.mean(skipna=False)) for k in ("last", "best", "wobble")})
-    return only(means, n=n)
-
-
 def stability_rows(f: Findings) -> list[dict]:
     "A row for each data set, category and method: how steady the test scores are during training and over seeds."
     frame, rows = steadiness(f.runs), []
@@ -441,7 +432,8 @@ def stability_rows(f: Findings) -> list[dict]:
         for category in names:
             for variant in f.output["variants"]:
                 own = only(frame, data=data, variant=variant)
-                own = over_categories(own, len(names) - 1) if category == "mean" else only(own, category=category)
+                own = (whole_means(own, ["seed", "metric"], ["last", "best", "wobble"], len(names) - 1)
+                       if category == "mean" else only(own, category=category))
                 rows.append({"data": data, "category": category, "method": title_of(f.matrix, variant),
                              "seeds": str(own["seed"].nunique() or NOTHING)} | stability_row(own))
     return rows

@@ -6,10 +6,10 @@ Docs: https://flowrepro.github.io/flowrepro/reports.html.md"""
 
 # %% auto #0
 __all__ = ['PAGE', 'style', 'shown_categories', 'mean_std', 'metrics_table', 'read_run', 'read_runs', 'seed_words', 'method_name',
-           'changed_settings', 'data_labels', 'setting_name', 'category_means', 'summary', 'headline', 'unified',
-           'last_epochs', 'plot_overview', 'output_maker', 'loss_words', 'plot_history', 'plot_scores', 'thresholds',
-           'hardest', 'gallery', 'overlay', 'keep', 'figure_tag', 'run_section', 'caption_html', 'figure_section',
-           'outputs_section', 'runs_section', 'report']
+           'changed_settings', 'data_labels', 'setting_name', 'whole_means', 'category_means', 'summary', 'headline',
+           'unified', 'last_epochs', 'plot_overview', 'output_maker', 'loss_words', 'plot_history', 'plot_scores',
+           'thresholds', 'hardest', 'gallery', 'overlay', 'keep', 'figure_tag', 'run_section', 'caption_html',
+           'figure_section', 'outputs_section', 'runs_section', 'report']
 
 # %% ../nbs/12_reports.ipynb #beed5f09
 import base64
@@ -128,6 +128,14 @@ def setting_name(config: dict, several: bool = True) -> str:
     return method_name(config) + one + (f" ({changed})" if changed else "")
 
 # %% ../nbs/12_reports.ipynb #be51de32
+def whole_means(rows: pd.DataFrame, by: list[str], values: list[str], n: int, **others) -> pd.DataFrame:
+    """Means over n categories by the columns `by`, where all n are there; NaN where a value is.
+    `others` are aggregated, too, as in pandas."""
+    means = rows.groupby(by, sort=False, as_index=False).agg(
+        n=("category", "nunique"), **{k: (k, lambda v: v.mean(skipna=False)) for k in values}, **others)
+    return means[means["n"] == n].drop(columns="n")
+
+
 def category_means(rows: pd.DataFrame, by: list[str], metrics: list[str]) -> pd.DataFrame:
     """`rows` of category, seed and metrics; after each group, the means over its categories for seeds that have all.
     None for a single category, or for one model of several, which has its mean."""
@@ -136,8 +144,7 @@ def category_means(rows: pd.DataFrame, by: list[str], metrics: list[str]) -> pd.
         parts.append(own)
         names = set(own["category"])
         if len(names) > 1 and not names & {"mean", f"mean of {len(names) - 1}"}:
-            whole = own.groupby(each).filter(lambda one: set(one["category"]) == names)
-            means = whole.groupby(each, sort=False)[metrics].agg(lambda v: v.mean(skipna=False)).reset_index()
+            means = whole_means(own, each, metrics, len(names))
             parts.append(means.assign(category=f"mean of {len(names)}", **dict(zip(by, key))))
     return pd.concat(parts, ignore_index=True)
 
