@@ -136,10 +136,10 @@ def data_words(config: dict) -> str:
 
 def about(runs: list[dict], matrix: dict, preset: str) -> str:
     "Data, backbone, length, preset and seeds of some runs, as the sentences of a caption."
-    several: dict[str, list[str]] = {}
+    several: dict[str, dict[str, None]] = {}  # data: categories
     for run in runs:
-        own = several.setdefault(data_words(run["config"]), [])
-        own += [c for c in [run["config"]["category"]] if c != "all" and c not in own]
+        own = several.setdefault(data_words(run["config"]), {})
+        own |= dict.fromkeys({run["config"]["category"]} - {"all"})
     data = "; ".join(f"{name}: {', '.join(own) if len(own) <= 6 else f'{len(own)} categories'}" if own else name
                      for name, own in several.items())
     backbone = agree(runs, matrix, lambda c: f"{c['settings']['backbone']['name']} at "
@@ -272,7 +272,7 @@ def draw_gaps(ax: Axes, frames: list[pd.DataFrame]) -> None:
         ax.plot([i, i], [best, last], color=look["color"], lw=1.2, ls=look["ls"], gid=f"gap-{i}")
         ax.plot(i, last, marker=look["marker"], ms=5, color=look["color"], ls="")
         ax.plot(i, best, marker="*", ms=8, mfc="white", mec=look["color"], mew=0.9, ls="")
-        ax.annotate(signed(gap(frame)), (i, (best + last) / 2), (6, 0), textcoords="offset points", va="center",
+        ax.annotate(signed(last - best), (i, (best + last) / 2), (6, 0), textcoords="offset points", va="center",
                     fontsize=7)
     ax.set(xlim=(-0.2, len(frames) - 0.25), xticks=[])
     ax.tick_params(labelleft=False)

@@ -50,8 +50,7 @@ OUTPUT_MODULES = ("matrix", "tables", "reports")  # and figures or comparisons
 
 def run_inputs(job: Job) -> list[str]:
     "The files that a run's numbers depend on."
-    modules = [*RUN_MODULES, *(["altub"] if job.parameters["altub"] else []),
-               *(["hgad"] if job.parameters["method"] == "hgad" else [])]
+    modules = [*RUN_MODULES, *["altub"] * job.parameters["altub"], *["hgad"] * (job.parameters["method"] == "hgad")]
     return [str(HERE / "experiments/run.ipynb"), *(str(HERE / f"{m}.py") for m in modules)]
 
 

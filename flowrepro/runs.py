@@ -25,7 +25,7 @@ import resource
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -205,8 +205,8 @@ class Config:
     seed: int
     device: str
     out_dir: str
-    overrides: dict = field(default_factory=dict)
-    settings: dict = field(default_factory=dict)  # group -> {name: value}, and 'evaluations'
+    overrides: dict
+    settings: dict  # group -> {name: value}, and 'evaluations'
 
     def table(self) -> pd.DataFrame:
         "The configuration as a table: parameter or setting, value."
@@ -241,7 +241,7 @@ def check_choices(p: dict) -> None:
     for name in ("backbone", "weights", "out_dir"):
         if not isinstance(p[name], (str, Path)) or not str(p[name]).strip():
             raise ConfigError(f"{name}={p[name]!r}: a text")
-    if isinstance(p["seed"], bool) or not isinstance(p["seed"], int) or p["seed"] < 0:
+    if type(p["seed"]) is not int or p["seed"] < 0:
         raise ConfigError(f"seed={p['seed']!r}: a whole number from 0")
     if p["dataset"] != "toy" and not p["data_root"]:
         raise ConfigError(f"dataset={p['dataset']!r} needs data_root: the folder that holds the data set")
