@@ -26,7 +26,7 @@ import pandas as pd
 from .matrix import chosen, demand, first_seeds, load_matrix, sets_of
 from .metrics import f1_max_threshold
 from .runs import Run, score_table
-from .tables import HEADLINE, METRICS
+from .tables import HEADLINE, METRICS, PROTOCOLS
 
 # %% ../nbs/12_reports.ipynb #b37f6baa
 def style() -> None:
@@ -54,7 +54,7 @@ def mean_std(values: pd.Series) -> str:
 def metrics_table(metrics: dict) -> pd.DataFrame:
     "Last epoch beside *best on test*, per category and mean, from the content of a `metrics.json`."
     results = metrics["results"]
-    shown = {"last epoch": results["last"], "best on test": results["best"]}
+    shown = {name: results[protocol] for protocol, name in PROTOCOLS.items()}
     for mode, result in results.get("last_by_class_mode", {}).items():
         if mode != metrics["config"]["settings"]["detector"]["class_mode"]:
             shown[f"last epoch, category {mode}"] = result
@@ -156,7 +156,7 @@ def summary(runs: list[dict]) -> pd.DataFrame:
     for run, data in zip(runs, data_labels(runs)):
         c = run["config"]
         key = {"method": setting_name(c), "dataset": data, "preset": c["preset"]}
-        for protocol, name in (("last", "last epoch"), ("best", "best on test")):
+        for protocol, name in PROTOCOLS.items():
             result = run["results"][protocol]
             rows += [key | {"category": cat, "protocol": name, "seed": c["seed"]}
                      | {METRICS[m]: v for m, v in result[cat].items()} for cat in shown_categories(result)]
