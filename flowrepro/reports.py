@@ -8,7 +8,7 @@ Docs: https://flowrepro.github.io/flowrepro/reports.html.md"""
 __all__ = ['PAGE', 'style', 'shown_categories', 'mean_std', 'metrics_table', 'read_run', 'read_runs', 'seed_words', 'method_name',
            'changed_settings', 'data_labels', 'setting_name', 'whole_means', 'category_means', 'summary', 'headline',
            'unified', 'last_epochs', 'plot_overview', 'output_maker', 'loss_words', 'plot_history', 'plot_scores',
-           'thresholds', 'hardest', 'gallery', 'overlay', 'keep', 'figure_tag', 'run_section', 'caption_html',
+           'thresholds', 'hardest', 'gallery', 'overlay', 'keep', 'figure_tag', 'link', 'run_section', 'caption_html',
            'figure_section', 'outputs_section', 'runs_section', 'report']
 
 # %% ../nbs/12_reports.ipynb #beed5f09
@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -430,6 +431,12 @@ def figure_tag(path: Path, alt: str = "") -> str:
             f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">')
 
 
+def link(file: Path, root: Path, text: str) -> str:
+    "The HTML of a link from a page in `root` to a file below it; the text alone if there is no such file."
+    shown = html.escape(text)
+    return f'<a href="{quote(bytes(file.relative_to(root)))}">{shown}</a>' if file.exists() else shown
+
+
 def run_section(run: dict, root: Path) -> str:
     "The HTML of one run: its line of settings, figures, and the executed notebook."
     c, t, e, path = run["config"], run["timing"], run["environment"], Path(run["path"])
@@ -439,9 +446,9 @@ def run_section(run: dict, root: Path) -> str:
              f"{t['ram_mib']:.0f} MiB; torch {e['torch']}, {e['device']} ({e['cpus']} CPUs), "
              f"revision {e['revision'] or 'unknown'}")
     figures = "".join(figure_tag(p) for p in sorted((path / "figures").glob("*.png")))
-    link = (f'<p><a href="{(path / "run.ipynb").relative_to(root)}">executed notebook</a></p>'
-            if (path / "run.ipynb").exists() else "")
-    return f"<h2>{html.escape(title)}</h2><p class='note'>{html.escape(about)}</p>{figures}{link}"
+    notebook = path / "run.ipynb"
+    return (f"<h2>{html.escape(title)}</h2><p class='note'>{html.escape(about)}</p>{figures}"
+            + f"<p>{link(notebook, root, 'executed notebook')}</p>" * notebook.exists())
 
 # %% ../nbs/12_reports.ipynb #e0d23950
 def caption_html(text: str) -> str:
@@ -469,8 +476,7 @@ def outputs_section(root: Path) -> str:
               for p in sorted((root / "tables").glob("T*.html"))]
     figures = [figure_section(p)
                for p in sorted({p.with_suffix("") for e in ("png", "md") for p in (root / "figures").glob(f"F*.{e}")})]
-    links = "".join(f'<li><a href="{p.relative_to(root)}">{p.stem}</a></li>'
-                    for p in sorted((root / "notebooks").glob("*.ipynb")))
+    links = "".join(f"<li>{link(p, root, p.stem)}</li>" for p in sorted((root / "notebooks").glob("*.ipynb")))
     made = f"<p>Executed notebooks of tables and figures:</p><ul>{links}</ul>" if links else ""
     return ("<h2>Tables</h2>" * bool(tables) + "".join(tables) + "<h2>Figures</h2>" * bool(figures) + "".join(figures)
             + made)
@@ -478,15 +484,14 @@ def outputs_section(root: Path) -> str:
 # %% ../nbs/12_reports.ipynb #52d5b1c4
 def runs_section(runs: list[dict], root: Path) -> str:
     "The HTML of a list of runs: settings, time, memory, environment, and links to settings and executed notebook."
-    rows, plain = [], html.escape
-    link = lambda p, text: f'<a href="{p.relative_to(root)}">{plain(text)}</a>' if p.exists() else plain(text)
+    rows = []
     for run in runs:
         c, t, e, path = run["config"], run["timing"], run["environment"], Path(run["path"])
-        rows.append({"run": link(path / "run.ipynb", path.name), "settings": link(path / "config.json", "settings"),
-                     "method": method_name(c), "backbone": c["settings"]["backbone"]["name"],
-                     "epochs": c["settings"]["schedule"]["epochs"], "training (s)": f"{t['train_s']:.1f}",
-                     "s/epoch": f"{t['epoch_s']:.2f}", "MiB": f"{t['ram_mib']:.0f}",
-                     "device": f"{e['device']} ({e['cpus']} CPUs)", "torch": e["torch"],
+        rows.append({"run": link(path / "run.ipynb", root, path.name),
+                     "settings": link(path / "config.json", root, "settings"), "method": method_name(c),
+                     "backbone": c["settings"]["backbone"]["name"], "epochs": c["settings"]["schedule"]["epochs"],
+                     "training (s)": f"{t['train_s']:.1f}", "s/epoch": f"{t['epoch_s']:.2f}",
+                     "MiB": f"{t['ram_mib']:.0f}", "device": f"{e['device']} ({e['cpus']} CPUs)", "torch": e["torch"],
                      "revision": e["revision"] or "unknown"})
     return pd.DataFrame(rows).to_html(index=False, border=0, escape=False)
 
