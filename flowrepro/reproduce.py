@@ -360,9 +360,8 @@ def at_once(jobs: int | None, cluster: str | None) -> int:
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs {jobs}: at least 1; without --jobs, one a GPU, or one a CPU core")
     here = gpus() or cores()  # refuses a wrong FLOWREPRO_GPUS with a cluster, too
-    if jobs or not cluster:
-        return jobs or here
-    return int(yaml.safe_load((profile_of(cluster) / "config.yaml").read_text())["jobs"])
+    profile = yaml.safe_load((profile_of(cluster) / "config.yaml").read_text())
+    return jobs or profile.get("jobs", here)
 
 
 def can_submit(cluster: str | None) -> None:
