@@ -405,8 +405,8 @@ def steadiness(runs: list[dict]) -> pd.DataFrame:
         history = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=["epoch"])
         last, best = (run["results"][protocol] for protocol in ("last", "best"))
         about = dict(data=data_name(sets_of(c)), variant=variant_of(run), seed=c["seed"])
-        rows += [about | dict(category=k, metric=m, last=last[k][m], best=best[k][m], wobble=wobble(history, f"{k}/{m}"))
-                 for k in last if k != "mean" for m in HEADLINE]
+        rows += [about | dict(category=k, metric=m, last=last[k][m], best=best[k][m],
+                              wobble=wobble(history, f"{k}/{m}")) for k in last if k != "mean" for m in HEADLINE]
     frame = pd.DataFrame(rows, columns=["data", "category", "variant", "seed", "metric", "last", "best", "wobble"])
     return frame.astype({"last": float, "best": float})
 

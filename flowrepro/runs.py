@@ -482,8 +482,7 @@ class Run:
         self.detector = detector.to(config.device)
         self.detector.transform = self.train_set.transform
         self.schedule, self.history = Schedule(**s["schedule"], seed=config.seed), []
-        self.altub = AltUB(**s["altub"]) if config.altub else None
-        self.normal = self.train_set.filter(label=0)
+        self.altub, self.normal = AltUB(**s["altub"]) if config.altub else None, self.train_set.filter(label=0)
         self.labels, self.test_labels = map(self.detector.labels_of, (self.normal, self.test_set))
         with config_errors():
             check_training(self.detector, len(self.normal), self.schedule, self.altub)
