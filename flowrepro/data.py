@@ -842,9 +842,9 @@ def read_toy(root: Path | None = None, category="all", fail: Fail = stop) -> lis
 
 # %% ../nbs/00_data.ipynb #0039d0b7
 READERS = {"toy": read_toy, "mvtec": read_mvtec, "btad": partial(read_mvtec, dataset="btad", good="ok"),
-           "visa": read_visa, "mvtec3d": read_mvtec3d, "folder": read_folder, "union": read_union}
+           "visa": read_visa, "mvtec3d": read_mvtec3d, "union": read_union, "folder": read_folder}
 
-def read(dataset: str,             # toy mvtec btad visa mvtec3d folder union
+def read(dataset: str,             # toy mvtec btad visa mvtec3d union folder
          root=None,                # its folder; union: "mvtec=PATH,visa=PATH" or a dict; toy: None is the cache
          category="all",           # a name, a list of names, or all
          fail: Fail = stop,        # called with each problem

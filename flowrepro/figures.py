@@ -30,7 +30,7 @@ import pandas as pd
 
 from .matrix import Job, absent, commands, jobs_of, select, sets_of, title_of, variant_of
 from .metrics import auroc
-from .reports import style
+from .reports import seed_words, style
 from .tables import METRICS
 
 # %% ../nbs/12c_figures.ipynb #02279be7
@@ -136,19 +136,19 @@ def data_words(config: dict) -> str:
 
 def about(runs: list[dict], matrix: dict, preset: str) -> str:
     "Data, backbone, length, preset and seeds of some runs, as the sentences of a caption."
-    several: dict[str, list[str]] = {}
+    several: dict[str, dict[str, None]] = {}  # data: categories
     for run in runs:
-        own = several.setdefault(data_words(run["config"]), [])
-        own += [c for c in [run["config"]["category"]] if c != "all" and c not in own]
+        own = several.setdefault(data_words(run["config"]), {})
+        own |= dict.fromkeys({run["config"]["category"]} - {"all"})
     data = "; ".join(f"{name}: {', '.join(own) if len(own) <= 6 else f'{len(own)} categories'}" if own else name
                      for name, own in several.items())
     backbone = agree(runs, matrix, lambda c: f"{c['settings']['backbone']['name']} at "
                                              f"{c['settings']['transform']['size']} px")
     length = agree(runs, matrix, lambda c: f"{c['settings']['schedule']['epochs']} epochs, "
                                            f"batch {c['settings']['schedule']['batch']}")
-    seeds, planned = sorted({r["config"]["seed"] for r in runs}), matrix["presets"][preset]["seeds"]
-    drawn = (f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-             + (f" of {planned} planned" if len(seeds) < planned else ""))
+    planned = matrix["presets"][preset]["seeds"]
+    some = len({r["config"]["seed"] for r in runs}) < planned
+    drawn = seed_words(runs) + f" of {planned} planned" * some
     own = ", ".join(dict.fromkeys(r["config"]["preset"] for r in runs))
     setting = f"preset {own}" + ("" if own == "paper" else ", which is not the papers' setting")
     return f"Data: {data}. Backbone: {backbone}, frozen. Training: {length}; {drawn}; {setting}."
@@ -272,7 +272,7 @@ def draw_gaps(ax: Axes, frames: list[pd.DataFrame]) -> None:
         ax.plot([i, i], [best, last], color=look["color"], lw=1.2, ls=look["ls"], gid=f"gap-{i}")
         ax.plot(i, last, marker=look["marker"], ms=5, color=look["color"], ls="")
         ax.plot(i, best, marker="*", ms=8, mfc="white", mec=look["color"], mew=0.9, ls="")
-        ax.annotate(signed(gap(frame)), (i, (best + last) / 2), (6, 0), textcoords="offset points", va="center",
+        ax.annotate(signed(last - best), (i, (best + last) / 2), (6, 0), textcoords="offset points", va="center",
                     fontsize=7)
     ax.set(xlim=(-0.2, len(frames) - 0.25), xticks=[])
     ax.tick_params(labelleft=False)
@@ -510,11 +510,10 @@ def picture_words(runs: list[dict], keys: list[tuple], every: list[tuple]) -> st
     "What a grid of pictures shows: their number, what was left out, the colour range, the seed."
     drawn, there = (len(dict.fromkeys(k[0] for k in ks)) for ks in (keys, every))
     some = f" (of {drawn} of {there} categories)" if drawn < there else ""
-    seeds = sorted({own[0]["config"]["seed"] for own in by_variant(runs).values()})
+    seeds = seed_words([own[0] for own in by_variant(runs).values()])
     return (f"{len(keys)} test images{some}, the first of a defect type or a normal one, the same for every method; "
             "none was picked by its map. The outline is that of the mask. "
-            f"Maps: one colour range for each category and method. Maps of seed {', '.join(map(str, seeds))}; "
-            "protocol: last epoch.")
+            f"Maps: one colour range for each category and method. Maps of {seeds}; protocol: last epoch.")
 
 # %% ../nbs/12c_figures.ipynb #ce35b581
 @figure("F3", "What do the maps of one-category models show?", "pictures.npz")
@@ -587,22 +586,20 @@ def separation(table: pd.DataFrame) -> pd.Series:
     of a table with value (higher is more anomalous), label, category, seed."""
     found = {key: auroc(own["value"], own["label"]) for key, own in table.groupby(["category", "seed"], sort=False)
              if own["label"].nunique() == 2}
-    return pd.Series(found, dtype=float).groupby(level=0).mean() if found else pd.Series(dtype=float)
+    return pd.Series(found, dtype=float).groupby(level=0).mean()
 
 
 def score_values(runs: list[dict]) -> pd.DataFrame:
     "Image scores: value, label, category, seed."
-    return pd.concat(
-        [r["file"].rename(columns={"score": "value"})[["value", "label", "category"]].assign(seed=r["config"]["seed"])
-         for r in runs])
+    return pd.concat([r["file"][["score", "label", "category"]].assign(seed=r["config"]["seed"])
+                      for r in runs]).rename(columns={"score": "value"})
 
 
 def likelihood_values(runs: list[dict]) -> pd.DataFrame | None:
     """Log-likelihoods of the sampled positions, negative so that higher is more anomalous:
     value, label, category, seed. None if no run kept its latents."""
-    parts = [
-        pd.DataFrame({"value": -base_log_prob(a), "label": a["defective"].astype(int),
-                      "category": a["category"]}).assign(seed=r["config"]["seed"])
+    parts = [pd.DataFrame({"value": -base_log_prob(a), "label": a["defective"].astype(int), "category": a["category"],
+                           "seed": r["config"]["seed"]})
              for r in opened(runs, "latents.npz") for a in [r["file"]]]
     return pd.concat(parts) if parts else None
 
@@ -810,7 +807,7 @@ def latent_words(shown: dict[str, dict], how: list[str]) -> str:
             f"drawn by {'; '.join(dict.fromkeys(how))}: neighbours are kept, distances between groups are not. "
             "Colour and marker: category; hollow: defective. Percentage: normal latents "
             "whose nearest main centre (or mean), in the whole latent space, is that of their own category. "
-            f"Seed {', '.join(map(str, sorted({r['config']['seed'] for r in shown.values()})))}; protocol: last epoch.")
+            f"{seed_words(shown.values()).capitalize()}; protocol: last epoch.")
 
 # %% ../nbs/12c_figures.ipynb #ba03e549
 def centre_paths(arrays: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -887,7 +884,6 @@ def moving_centres(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
 # %% ../nbs/12c_figures.ipynb #4acbd468
 def moving_words(groups: dict, shown: dict, mus: list[np.ndarray], factor: int) -> str:
     "What F7 shows, and how long its paths are."
-    seeds = ", ".join(map(str, sorted({r["config"]["seed"] for r in shown.values()})))
     several = "; means of pairs over all seeds" if any(len(own) > 1 for own in groups.values()) else ""
     moved = [np.linalg.norm(m[-1] - m[0], axis=-1).mean() for m in mus]
     longer = f" Movements are drawn {factor} times as long as they are." if factor > 1 else ""
@@ -896,7 +892,7 @@ def moving_words(groups: dict, shown: dict, mus: list[np.ndarray], factor: int) 
             "in the first two principal components of all of them."
             f"{longer} Right: distances of every pair in the whole space. "
             f"From start to end a centre moved by {' and '.join(f'{d:.2f}' for d in moved)} on average. "
-            f"Paths of seed {seeds}{several}.")
+            f"Paths of {seed_words(shown.values())}{several}.")
 
 # %% ../nbs/12c_figures.ipynb #b77e8255
 FIGURES = {name: FIGURES[name] for name in sorted(FIGURES)}

@@ -117,8 +117,7 @@ def made_by(notebook: str) -> list[str]:
 def check_preset(entry: dict, name: str, variants: dict, where: str) -> None:
     "MatrixError for seeds, overrides or data that make no sense."
     seeds, overrides = entry["seeds"], entry.get("overrides", {})
-    demand(isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0, f"{where}: seeds", seeds,
-           "a whole number from 1")
+    demand(type(seeds) is int and seeds > 0, f"{where}: seeds", seeds, "a whole number from 1")
     demand(isinstance(overrides, dict), f"{where}: overrides", overrides, "a mapping such as {cflow*: {epochs: 5}}")
     for names, changed in overrides.items():
         demand(is_text(names), f"{where}: overrides", names, "names of variants")

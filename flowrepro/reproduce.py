@@ -6,7 +6,7 @@ Docs: https://flowrepro.github.io/flowrepro/reproduce.html.md"""
 
 # %% auto #0
 __all__ = ['RUN_MODULES', 'OUTPUT_MODULES', 'OVERHEAD', 'PRELOADED', 'RESERVE', 'run_inputs', 'output_inputs', 'images_of',
-           'run_entry', 'notebook_entries', 'lacking', 'make_plan', 'gpus', 'job_gpus', 'length', 'kind_of',
+           'run_entry', 'notebook_entries', 'lacking', 'make_plan', 'gpus', 'job_gpus', 'length', 'like',
            'past_seconds', 'known_seconds', 'said', 'one_gpu', 'execute', 'forked', 'register_here', 'end', 'warm_jobs',
            'profile_of', 'at_once', 'can_submit', 'snakemake_command', 'to_do', 'reason', 'Watch', 'room', 'drive',
            'some_run', 'describe', 'missing_data', 'other_revisions', 'failures', 'wanted_tables', 'undrawn', 'glance',
@@ -50,8 +50,7 @@ OUTPUT_MODULES = ("matrix", "tables", "reports")  # and figures or comparisons
 
 def run_inputs(job: Job) -> list[str]:
     "The files that a run's numbers depend on."
-    modules = [*RUN_MODULES, *(["altub"] if job.parameters["altub"] else []),
-               *(["hgad"] if job.parameters["method"] == "hgad" else [])]
+    modules = [*RUN_MODULES, *["altub"] * job.parameters["altub"], *["hgad"] * (job.parameters["method"] == "hgad")]
     return [str(HERE / "experiments/run.ipynb"), *(str(HERE / f"{m}.py") for m in modules)]
 
 
@@ -173,36 +172,31 @@ def length(config: dict) -> str:
     return json.dumps({group: values for group, values in given.items() if values != {}}, sort_keys=True)
 
 
-def kind_of(parameters: dict) -> str:
-    "Method, preset, and whether one model is for all categories: runs that take about as long."
-    return f"{parameters['method']} {parameters['preset']} {'all' if parameters['category'] == 'all' else 'one'}"
+def like(name: str, config: dict) -> list[tuple[str, str]]:
+    """Keys of the runs that take about as long as one, the closest first: (folder name without the seed, length), and
+    ('method preset all' or 'method preset one', length), one model for all categories or for one."""
+    kind = f"{config['method']} {config['preset']} {'all' if config['category'] == 'all' else 'one'}"
+    own = length(config)
+    return [(name.rpartition("-")[0], own), (kind, own)]
 
 
 def past_seconds(folders: list[Path], device: str = "cpu") -> dict[tuple[str, str], float]:
-    """Seconds of finished runs on a kind of device.
-    By (folder name without the seed, length), the fewest, which other work disturbed least, and by ('method preset
-    all' or 'method preset one', length), one model for all categories or for one, the median."""
+    """Seconds of finished runs on a kind of device, by both keys of `like`:
+    under the first the fewest, which other work disturbed least, under the second the median."""
     out: dict[tuple[str, str], list[float]] = {}
     for path in (p for f in folders for p in Path(f).glob("**/metrics.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # not a run of this version
             m = json.loads(path.read_text())
-            if m["environment"]["device"] != device:
-                continue
-            c, own = m["config"], length(m["config"])
             seconds = OVERHEAD + sum(m["timing"][k] for k in ("features_s", "train_s", "evaluate_s"))
-            for key in (path.parent.name.rpartition("-")[0], kind_of(c)):
-                out.setdefault((key, own), []).append(seconds)
+            for key in like(path.parent.name, m["config"]) if m["environment"]["device"] == device else ():
+                out.setdefault(key, []).append(seconds)
     return {key: (median if " " in key[0] else min)(seconds) for key, seconds in out.items()}
 
 
 def known_seconds(names: list[str], plan: dict, past: dict[tuple[str, str], float]) -> dict[str, float]:
     "Seconds of planned runs by past timings; a run without any is left out."
-    found = {}
-    for name in names:
-        p = plan["runs"][name]["parameters"]
-        own = length(p)
-        found[name] = past.get((name.rpartition("-")[0], own), past.get((kind_of(p), own)))
-    return {name: seconds for name, seconds in found.items() if seconds is not None}
+    found = {name: [past[key] for key in like(name, plan["runs"][name]["parameters"]) if key in past] for name in names}
+    return {name: seconds[0] for name, seconds in found.items() if seconds}
 
 # %% ../nbs/12d_reproduce.ipynb #d51f48b5
 def said(seconds: float) -> str:
@@ -366,9 +360,8 @@ def at_once(jobs: int | None, cluster: str | None) -> int:
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs {jobs}: at least 1; without --jobs, one a GPU, or one a CPU core")
     here = gpus() or cores()  # refuses a wrong FLOWREPRO_GPUS with a cluster, too
-    if jobs or not cluster:
-        return jobs or here
-    return int(yaml.safe_load((profile_of(cluster) / "config.yaml").read_text())["jobs"])
+    profile = yaml.safe_load((profile_of(cluster) / "config.yaml").read_text())
+    return jobs or profile.get("jobs", here)
 
 
 def can_submit(cluster: str | None) -> None:

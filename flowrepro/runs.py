@@ -6,14 +6,15 @@ Docs: https://flowrepro.github.io/flowrepro/runs.html.md"""
 
 # %% auto #0
 __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES', 'PLAIN', 'HERE', 'TRAINED_BY', 'MADE',
-           'defaults_of', 'settings_of', 'ConfigError', 'resolve', 'as_plain', 'parse_overrides', 'Config',
-           'given_parameters', 'check_choices', 'device_here', 'check_detector', 'check_kind', 'check_settings',
-           'configure', 'made_otherwise', 'check_suited', 'published_for', 'write_json', 'revision', 'processor',
+           'defaults_of', 'settings_of', 'ConfigError', 'config_errors', 'resolve', 'as_plain', 'parse_overrides',
+           'Config', 'given_parameters', 'check_choices', 'device_here', 'check_detector', 'check_kind',
+           'check_settings', 'configure', 'made_otherwise', 'published_for', 'write_json', 'revision', 'processor',
            'environment', 'peak_memory', 'masks_by_category', 'evaluate_parts', 'mean_results', 'backbone_of',
            'best_results', 'Run', 'evaluation_epochs', 'training_code', 'train_or_resume', 'open_folder', 'contents',
            'timing', 'score_table', 'by_class_mode', 'write_results', 'score_forms', 'execute_notebook', 'run_notebook']
 
 # %% ../nbs/11_runs.ipynb #c6d1b3a8
+import contextlib
 import difflib
 import errno
 import inspect
@@ -23,7 +24,8 @@ import platform
 import resource
 import subprocess
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +39,7 @@ from torch import Tensor
 import flowrepro
 from .altub import AltUB
 from .backbones import DTYPES, Backbone, WeightsError, full_name
-from .data import DataError, Dataset, Transform, absent_categories, load
+from .data import READERS, DataError, Dataset, Transform, absent_categories, load
 from .detectors import CFLOW_SIZES, CLASS_MODES, DETECTORS, FASTFLOW_PUBLISHED, image_id
 from .diagnostics import base_state, base_trace, latents_file, pictures_file
 from .features import FeatureBank, files_hash, write_atomic
@@ -110,8 +112,8 @@ PRESETS["hgad"] = {
 # %% ../nbs/11_runs.ipynb #5713786a
 PARAMETERS = dict(method="fastflow", altub=False, dataset="toy", data_root=None, category="weave", backbone="auto",
                   weights="auto", preset="smoke", seed=0, device="auto", out_dir="runs/run", overrides="{}")
-CHOICES = dict(method=tuple(DETECTORS), dataset=("toy", "mvtec", "btad", "visa", "mvtec3d", "union", "folder"),
-               preset=("smoke", "demo", "real", "paper"), device=("auto", "cpu", "cuda"), altub=(False, True))
+CHOICES = dict(method=tuple(DETECTORS), dataset=tuple(READERS), preset=("smoke", "demo", "real", "paper"),
+               device=("auto", "cpu", "cuda"), altub=(False, True))
 
 
 def defaults_of(method: str) -> dict:
@@ -137,6 +139,15 @@ def settings_of(method: str) -> dict[str, dict]:
 class ConfigError(ValueError):
     "A parameter that does not exist or has an impossible value; the message names the allowed ones."
 
+
+@contextlib.contextmanager
+def config_errors() -> Iterator[None]:
+    "What refuses a value within is a ConfigError."
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ConfigError(str(error)) from error
+
 # %% ../nbs/11_runs.ipynb #4d3d6418
 def resolve(key: str, settings: dict[str, dict]) -> tuple[str, str]:
     """(group, name) of an override key: 'schedule.epochs', or 'epochs' where one group has it;
@@ -147,10 +158,9 @@ def resolve(key: str, settings: dict[str, dict]) -> tuple[str, str]:
     if len(found) == 1:
         return found[0]
     options = [".".join(gn) for gn in (found or known)]
-    near = options if found else difflib.get_close_matches(key, options + [n for _, n in known], n=3) or options
-    raise ConfigError(f"override {key!r} is "
-                      + ("ambiguous: say " if found else "unknown: did you mean " if near is not options
-                         else "unknown: one of ") + ", ".join(near))
+    near = [] if found else difflib.get_close_matches(key, options + [n for _, n in known], n=3)
+    word = "ambiguous: say" if found else "unknown: did you mean" if near else "unknown: one of"
+    raise ConfigError(f"override {key!r} is {word} {', '.join(near or options)}")
 
 # %% ../nbs/11_runs.ipynb #03d50804
 def as_plain(value):
@@ -195,8 +205,8 @@ class Config:
     seed: int
     device: str
     out_dir: str
-    overrides: dict = field(default_factory=dict)
-    settings: dict = field(default_factory=dict)  # group -> {name: value}, and 'evaluations'
+    overrides: dict
+    settings: dict  # group -> {name: value}, and 'evaluations'
 
     def table(self) -> pd.DataFrame:
         "The configuration as a table: parameter or setting, value."
@@ -231,7 +241,7 @@ def check_choices(p: dict) -> None:
     for name in ("backbone", "weights", "out_dir"):
         if not isinstance(p[name], (str, Path)) or not str(p[name]).strip():
             raise ConfigError(f"{name}={p[name]!r}: a text")
-    if isinstance(p["seed"], bool) or not isinstance(p["seed"], int) or p["seed"] < 0:
+    if type(p["seed"]) is not int or p["seed"] < 0:
         raise ConfigError(f"seed={p['seed']!r}: a whole number from 0")
     if p["dataset"] != "toy" and not p["data_root"]:
         raise ConfigError(f"dataset={p['dataset']!r} needs data_root: the folder that holds the data set")
@@ -256,27 +266,23 @@ def check_detector(method: str, settings: str) -> None:
 # %% ../nbs/11_runs.ipynb #907a47f6
 def check_kind(name: str, value, default) -> None:
     "ConfigError for an override of another kind than its default, or that is no finite number."
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list"}
-    kind, number = type(default), isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is None or kind not in kinds:  # the class itself says whether it takes None
-        right = kind is not bool and (value is None or (isinstance(value, str) if name == "features.cache" else number))
-    else:
-        right = number if kind is float else type(value) is kind
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list",
+             type(None): "a text or null" if name == "features.cache" else "a number or null"}
+    kind = str if name == "features.cache" else float if default is None else type(default)
+    right = (type(value) is kind or kind is float and type(value) is int
+             or kind is not bool and value is None)  # the class itself says whether it takes None
     numbers = value if isinstance(value, tuple) else (value,)
     if not right or any(isinstance(v, float) and not np.isfinite(v) for v in numbers):
-        wanted = kinds.get(kind, "a text or null" if name == "features.cache" else "a number or null")
-        raise ConfigError(f"override {name} {value!r}: must be {wanted}")
+        raise ConfigError(f"override {name} {value!r}: must be {kinds[type(default)]}")
 
 
 def check_settings(settings: dict, p: dict, overrides: dict) -> None:
     """ConfigError for a setting that makes no sense by itself or beside another;
     what depends on the backbone is found when the run is made."""
-    try:
+    with config_errors():
         for kind in (Score, Schedule, Transform, AltUB):
             kind(**settings[kind.__name__.lower()])
         check_detector(p["method"], json.dumps(settings["detector"]))
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ConfigError(str(error)) from error
     held, base = settings["features"], settings["detector"]["base"]
     for name, allowed in (("where", ("auto", "device", "ram", "disk")), ("dtype", tuple(DTYPES))):
         if held[name] not in allowed:
@@ -349,27 +355,18 @@ def made_otherwise(folder: str | Path, parameters: dict) -> bool:
     return made != told(asdict(configure(parameters)))
 
 
-def check_suited(detector, images: int, schedule: Schedule, altub: AltUB | None) -> None:
-    "ConfigError if the settings do not suit the number of training images."
-    try:
-        check_training(detector, images, schedule, altub)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
 def published_for(p: dict) -> dict[str, dict]:
     """Settings that depend on the backbone or the category:
     FastFlow's published ones of a backbone, CFLOW-AD's input size of a category."""
-    out: dict[str, dict] = {} if p["backbone"] == "auto" else {"backbone": {"name": p["backbone"]}}
-    try:
-        name = p["backbone"] if p["backbone"] == "auto" else full_name(p["backbone"])
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    out: dict[str, dict] = {}
+    if (name := p["backbone"]) != "auto":
+        out["backbone"] = {"name": name}
+        with config_errors():
+            name = full_name(name)
     if p["preset"] == "paper" and p["method"] == "fastflow" and name in FASTFLOW_PUBLISHED:
-        known = FASTFLOW_PUBLISHED[name]
-        out["backbone"] |= {"levels": known["levels"]}
-        out |= {"transform": {"size": known["size"]},
-                "detector": {k: v for k, v in known.items() if k not in ("levels", "size")}}
+        known = dict(FASTFLOW_PUBLISHED[name])
+        out["backbone"]["levels"] = known.pop("levels")
+        out |= {"transform": {"size": known.pop("size")}, "detector": known}
     if p["preset"] == "paper" and p["method"] == "cflow" and p["dataset"] == "mvtec":
         out["transform"] = {"size": CFLOW_SIZES.get(p["category"], 256)}
     return out
@@ -458,10 +455,8 @@ def mean_results(results: dict) -> dict:
 def backbone_of(config: Config) -> Backbone:
     "The backbone of a run; ConfigError for levels or a size that it does not have, WeightsError."
     s = config.settings
-    try:
+    with config_errors():
         return Backbone(**s["backbone"], weights=config.weights, size=s["transform"]["size"])
-    except (ValueError, TypeError) as error:
-        raise ConfigError(str(error)) from error
 
 
 def best_results(history: list[dict]) -> dict:
@@ -487,10 +482,10 @@ class Run:
         self.detector = detector.to(config.device)
         self.detector.transform = self.train_set.transform
         self.schedule, self.history = Schedule(**s["schedule"], seed=config.seed), []
-        self.altub = AltUB(**s["altub"]) if config.altub else None
-        self.normal = self.train_set.filter(label=0)
+        self.altub, self.normal = AltUB(**s["altub"]) if config.altub else None, self.train_set.filter(label=0)
         self.labels, self.test_labels = map(self.detector.labels_of, (self.normal, self.test_set))
-        check_suited(self.detector, len(self.normal), self.schedule, self.altub)
+        with config_errors():
+            check_training(self.detector, len(self.normal), self.schedule, self.altub)
         self.parts, self.seconds_evaluating, self.base_start = None, 0.0, base_state(self.detector)
         self.size = s["transform"]["mask_size"] or s["transform"]["size"]  # of maps and masks
         self.out = open_folder(config)
@@ -530,7 +525,7 @@ class Run:
 # %% ../nbs/11_runs.ipynb #3771587f
 def evaluation_epochs(epochs: int, evaluations: int) -> tuple[int, ...]:
     "The epochs after which a run is evaluated: evenly spread, the last among them."
-    return tuple(sorted({max(1, round(epochs * (i + 1) / evaluations)) for i in range(evaluations)} | {epochs}))
+    return tuple(sorted({max(1, round(epochs * (i + 1) / evaluations)) for i in range(evaluations)}))
 
 
 # modules that decide a training and its evaluations
@@ -688,8 +683,7 @@ def execute_notebook(name: str, executed: Path, parameters: dict, engine: str | 
                                    engine_name=engine, kernel_name="python3", progress_bar=progress,
                                    extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
     except papermill.PapermillExecutionError as error:
-        kind = {"DataError": DataError, "ConfigError": ConfigError,
-                "WeightsError": WeightsError}.get(error.ename, RuntimeError)
+        kind = {k.__name__: k for k in (DataError, ConfigError, WeightsError)}.get(error.ename, RuntimeError)
         raise kind(f"{error.ename}: {error.evalue} (the executed notebook shows where: {executed})") from error
     except OSError as error:
         if error.errno != errno.ENOSPC:

@@ -334,7 +334,8 @@ def test_a_killed_call_keeps_its_folder_while_its_snakemake_lives(tmp_path):
 @pytest.mark.parametrize("more, named", [
     (["--only", "F33"], "did you mean 'F3'"), (["--preset", "smok"], "did you mean 'smoke'"),
     (["--data-root", "nowhere"], "no such folder"), (["--seeds", "0"], "at least 1"),
-    (["--cluster", "slrum", "--dry-run"], "slurm"), (["--cluster", "local"], "slurm"),
+    (["--cluster", "slrum", "--dry-run"], "slurm"), (["--cluster", "slrum", "--jobs", "2", "--dry-run"], "slurm"),
+    (["--cluster", "local"], "slurm"),
     (["--jobs", "0"], "jobs 0: at least 1"), (["--jobs", "-2"], "jobs -2: at least 1"),
     (["--out", "/proc/x"], "/proc/x: nothing can be written there"),
     (["--out", "matrix.yml"], "matrix.yml: nothing can be written there"),

@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pandas as pd
@@ -532,6 +533,15 @@ def test_no_masks_no_pixel_metrics(parts_folder, tmp_path):
             assert all(values[m] is None for m in PIXEL) and all(0 <= values[m] <= 1 for m in set(METRICS) - set(PIXEL))
     assert metrics_table(run.metrics)["pixel AUROC"].isna().all()
     assert report(tmp_path).read_text().count("–") >= len(PIXEL)
+
+
+@pytest.mark.parametrize("name", ["a#b", "50%25", 'a"b', "é"])
+def test_a_link_leads_to_a_file_of_any_name(name, tmp_path):
+    from flowrepro.reports import link
+
+    (tmp_path / name).touch()
+    place = link(tmp_path / name, tmp_path, "x").removeprefix('<a href="').removesuffix('">x</a>')
+    assert unquote(urlsplit(place).path) == name and not set(place) & set('#"<>')
 
 
 @pytest.mark.filterwarnings("ignore:image_auroc, image_ap, image_f1max. NaN")
