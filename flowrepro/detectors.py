@@ -8,9 +8,9 @@ Docs: https://flowrepro.github.io/flowrepro/detectors.html.md"""
 __all__ = ['DETECTORS', 'FASTFLOW_PUBLISHED', 'CFLOW_SIZES', 'CLASS_MODES', 'BASES', 'OFFICIAL', 'Standardise', 'norm_layer',
            'normal_base', 'image_files', 'read_image', 'open_images', 'check_images', 'Detector', 'check_labels',
            'all_parts', 'calibrate', 'score_parts', 'fit', 'check_trained', 'predict', 'image_id', 'not_trained_on',
-           'weights_of', 'own_classes', 'save', 'read_saved', 'load', 'load_state', 'FastFlow', 'DenseDetector',
-           'FiberBatches', 'CFlow', 'OverCategories', 'HGADLosses', 'HGADParts', 'HGAD', 'check_official',
-           'to_official', 'from_official']
+           'weights_of', 'own_classes', 'trained_state', 'save', 'read_saved', 'load', 'load_state', 'FastFlow',
+           'DenseDetector', 'FiberBatches', 'CFlow', 'OverCategories', 'HGADLosses', 'HGADParts', 'HGAD',
+           'check_official', 'to_official', 'from_official']
 
 # %% ../nbs/07_detectors.ipynb #b1e512b9
 import copy
@@ -332,10 +332,15 @@ def own_classes(detector: Detector) -> list[str]:
     return sorted({t.__name__ for t in made.values() if t.__module__.partition(".")[0] not in ("flowrepro", "torch")})
 
 
+def trained_state(detector: Detector) -> dict[str, Tensor]:
+    "The tensors of a detector by name, but for its backbone's."
+    return {k: v for k, v in detector.state_dict().items() if not k.startswith("backbone.")}
+
+
 def save(detector: Detector, path: str | Path) -> None:
     """Write a detector to one safetensors file, in a folder that is made if need be.
     The frozen backbone is named in it, not stored."""
-    state = {k: v.contiguous().cpu() for k, v in detector.state_dict().items() if not k.startswith("backbone.")}
+    state = {k: v.contiguous().cpu() for k, v in trained_state(detector).items()}
     dumps, seen = partial(json.dumps, default=lambda v: v.item()), detector.seen_through()  # NumPy's numbers, too
     kept = Transform(**{f.name: getattr(seen, f.name) for f in fields(Transform)})
     about = {"method": detector.method, "config": dumps(detector.config), "backbone": dumps(detector.backbone.config()),
@@ -399,11 +404,9 @@ def load(path: str | Path, weights: str | None = None, kind: type[Detector] = De
 # %% ../nbs/07_detectors.ipynb #0f90683d
 def load_state(detector: Detector, state: dict[str, Tensor], path: str | Path) -> None:
     "Load the trained tensors; DataError naming a tensor and both sizes where they do not fit."
-    wanted = {k: v.shape for k, v in detector.state_dict().items() if not k.startswith("backbone.")}
-    size = lambda v: tuple(v) if v is not None else "none"
-    wrong = [f"{k} is {size(state[k].shape if k in state else None)} in the file, {size(wanted.get(k))} in the detector"
-             for k in sorted(wanted.keys() | state.keys()) if k not in state or wanted.get(k) != state[k].shape]
-    if wrong:
+    own, size = trained_state(detector), lambda tensors, k: tuple(tensors[k].shape) if k in tensors else "none"
+    if wrong := [f"{k} is {size(state, k)} in the file, {size(own, k)} in the detector"
+                 for k in sorted(own.keys() | state.keys()) if size(state, k) != size(own, k)]:
         raise DataError(f"{path} does not fit: {'; '.join(wrong[:3])}"
                         + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
     detector.load_state_dict(state, strict=False)
