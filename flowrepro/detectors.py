@@ -9,8 +9,8 @@ __all__ = ['DETECTORS', 'FASTFLOW_PUBLISHED', 'CFLOW_SIZES', 'CLASS_MODES', 'BAS
            'normal_base', 'image_files', 'read_image', 'open_images', 'check_images', 'Detector', 'check_labels',
            'all_parts', 'calibrate', 'score_parts', 'fit', 'check_trained', 'predict', 'image_id', 'not_trained_on',
            'weights_of', 'own_classes', 'trained_state', 'save', 'read_saved', 'load', 'load_state', 'FastFlow',
-           'DenseDetector', 'FiberBatches', 'CFlow', 'OverCategories', 'HGADLosses', 'HGADParts', 'HGAD',
-           'check_official', 'to_official', 'from_official']
+           'DenseDetector', 'CFlow', 'OverCategories', 'HGADLosses', 'HGADParts', 'HGAD', 'check_official',
+           'to_official', 'from_official']
 
 # %% ../nbs/07_detectors.ipynb #b1e512b9
 import copy
@@ -507,44 +507,12 @@ class DenseDetector(Detector):
         for l, x in enumerate(features):
             yield self.flows[l](self.rows(l, x), self.code(l))
 
-# %% ../nbs/07_detectors.ipynb #0d3e7b20
-class FiberBatches(DenseDetector):
-    "Training on shuffled rows of any position, in batches of `fibers` rows."
-
-    def check_batch(self, images: int) -> None:
-        rows = [h * w * images for _, h, w in self.backbone.shapes]
-        if (n := self.config["fibers"]) is not None and n > min(rows):
-            raise ValueError(f"a fiber batch of {n} rows is larger than a batch of {images} images, "
-                             f"which has {min(rows)} rows "
-                             f"on level {rows.index(min(rows))}: lower fibers, or raise batch")
-
-    def loss(self, level: int, rows: Tensor, cond: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        "@eq-cflow of rows (..., C) under codes as `Flow` takes them."
-        z, logdet = self.flows[level](rows, cond)
-        return -F.logsigmoid((self.bases[level].log_prob(z) + logdet) / z.shape[-1]).mean()
-
-    def losses(self, features: list[Tensor], labels: Tensor | None = None,
-               generator: torch.Generator | None = None) -> Iterator[Tensor]:
-        self.check_batch(len(features[0]))
-        for l, x in enumerate(features):
-            rows, positions, n = self.rows(l, x), len(self.code(l)), self.config["fibers"]
-            if n is None:  # all rows at once: their order is of no account, and images share their codes
-                yield self.loss(l, rows, self.code(l))
-                continue
-            rows = rows.flatten(0, 1)
-            order = torch.randperm(len(rows), generator=generator).to(rows.device)
-            for index in order[: len(rows) - len(rows) % n].split(n):
-                yield self.loss(l, rows[index], (self.code(l), index % positions))
-
     def parts(self, features: list[Tensor], labels: Tensor | None = None) -> list[Parts]:
-        out = []
-        for l, (z, logdet) in enumerate(self.latents(features)):
-            square = lambda t: t.unflatten(-1, features[l].shape[2:])
-            out.append(Parts(square(self.bases[l].per_dimension(z)), square(logdet / z.shape[-1])))
-        return out
+        return [Parts(*(t.unflatten(-1, x.shape[2:]) for t in (base.per_dimension(z), logdet / z.shape[-1])))
+                for (z, logdet), x, base in zip(self.latents(features), features, self.bases)]
 
 # %% ../nbs/07_detectors.ipynb #c9dc2107
-class CFlow(FiberBatches):
+class CFlow(DenseDetector):
     "CFLOW-AD (Gudovskiy et al. 2022): a conditional dense flow a level, trained on shuffled fiber batches."
 
     method = "cflow"
@@ -573,8 +541,31 @@ class CFlow(FiberBatches):
         super().__init__(Backbone(backbone, **self.features) if isinstance(backbone, str) else backbone,
                          score or Score(), config, lambda shape: normal_base(base, shape, -1, per, scale))
 
+    def check_batch(self, images: int) -> None:
+        rows = [h * w * images for _, h, w in self.backbone.shapes]
+        if (n := self.config["fibers"]) is not None and n > min(rows):
+            raise ValueError(f"a fiber batch of {n} rows is larger than a batch of {images} images, "
+                             f"which has {min(rows)} rows "
+                             f"on level {rows.index(min(rows))}: lower fibers, or raise batch")
+
+    def losses(self, features: list[Tensor], labels: Tensor | None = None,
+               generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        self.check_batch(len(features[0]))
+        for l, x in enumerate(features):
+            rows, code, n = self.rows(l, x), self.code(l), self.config["fibers"]
+            batches = [(rows, code)]  # all rows at once: their order is of no account, and images share their codes
+            if n is not None:
+                flat = rows.flatten(0, 1)
+                order = torch.randperm(len(flat), generator=generator).to(flat.device)
+                batches = ((flat[i], (code, i % len(code))) for i in order[: len(flat) - len(flat) % n].split(n))
+            for batch, cond in batches:
+                z, logdet = self.flows[l](batch, cond)
+                yield -F.logsigmoid((self.bases[l].log_prob(z) + logdet) / z.shape[-1]).mean()  # @eq-cflow
+
 
 DETECTORS["cflow"] = CFlow
+
+# %% ../nbs/07_detectors.ipynb #0d3e7b21
 # MVTec AD, public commands
 CFLOW_SIZES = {"bottle": 512, "cable": 256, "capsule": 256, "carpet": 512, "grid": 512, "hazelnut": 256, "leather": 512,
                "metal_nut": 256, "pill": 256, "screw": 512, "tile": 512, "toothbrush": 512, "transistor": 128,
