@@ -9,8 +9,8 @@ __all__ = ['DETECTORS', 'FASTFLOW_PUBLISHED', 'CFLOW_SIZES', 'CLASS_MODES', 'BAS
            'normal_base', 'image_files', 'read_image', 'open_images', 'check_images', 'Detector', 'check_labels',
            'all_parts', 'calibrate', 'score_parts', 'fit', 'check_trained', 'predict', 'image_id', 'not_trained_on',
            'weights_of', 'own_classes', 'trained_state', 'save', 'read_saved', 'load', 'load_state', 'FastFlow',
-           'DenseDetector', 'CFlow', 'OverCategories', 'HGADLosses', 'HGADParts', 'HGAD', 'check_official',
-           'to_official', 'from_official']
+           'DenseDetector', 'CFlow', 'OverCategories', 'HGADCore', 'HGAD', 'check_official', 'to_official',
+           'from_official']
 
 # %% ../nbs/07_detectors.ipynb #b1e512b9
 import copy
@@ -573,8 +573,7 @@ CFLOW_SIZES = {"bottle": 512, "cable": 256, "capsule": 256, "carpet": 512, "grid
 
 # %% ../nbs/07_detectors.ipynb #0d3e7b30
 CLASS_MODES = ("known", "inferred", "inferred-top")
-BASES = {"hierarchical": HierarchicalMixture, "classes": ClassMixture, "standard": StandardNormal,
-         "diagonal": DiagonalNormal}
+BASES = ("hierarchical", "classes", "standard", "diagonal")
 
 
 class OverCategories(DenseDetector):
@@ -587,13 +586,13 @@ class OverCategories(DenseDetector):
         names = [categories] if isinstance(categories, str) else list(categories)
         if not names or len(set(names)) < len(names):
             raise ValueError(f"categories {names}: at least one, each once")
-        self.config["categories"], kind = names, self.config["base"]
-        if len(names) == 1:  # the entropy over one category is zero, and so is the published product
+        c, k = self.config, len(names)
+        c["categories"] = names
+        if k == 1:  # the entropy over one category is zero, and so is the published product
             self.score = replace(self.score, criterion="likelihood", image_criterion="likelihood")
-        sizes = {"hierarchical": {k: self.config[k] for k in ("centres", "spread")}, "classes": {}}.get(kind)
-        made = [normal_base(kind, s, -1) if sizes is None else BASES[kind](len(names), s[0], **sizes)
-                for s in self.backbone.shapes]
-        self.bases = nn.ModuleList(made).to(self.device, self.calibration.dtype)
+        made = {"hierarchical": lambda s: HierarchicalMixture(k, s[0], c["centres"], spread=c["spread"]),
+                "classes": lambda s: ClassMixture(k, s[0])}.get(c["base"], lambda s: normal_base(c["base"], s, -1))
+        self.bases = nn.ModuleList(map(made, self.backbone.shapes)).to(self.device, self.calibration.dtype)
 
     def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         if self.config["categories"] is None:
@@ -613,15 +612,27 @@ class OverCategories(DenseDetector):
             self.adopt(dataset.categories)
         return torch.tensor([self.number_of(r.category) for r in dataset.records])
 
+    def categories_for(self, latents: list[tuple[Tensor, Tensor]], labels: Tensor | None, mode: str) -> Tensor | None:
+        """The category whose likelihood counts, of each image, (B,); None for the marginal over all.
+        ValueError if it must be known and is not."""
+        if mode not in CLASS_MODES:
+            raise ValueError(f"class_mode {mode!r}: one of {', '.join(CLASS_MODES)}")
+        if mode == "known" and labels is None:
+            raise ValueError("class_mode='known': the category of each image must be given (a Dataset, category=..., "
+                             "or labels); without it use class_mode='inferred'")
+        if mode == "inferred-top":
+            return sum(base.class_log_prob(z).sum(1) for base, (z, _) in zip(self.bases, latents)).argmax(-1)
+        return labels if mode == "known" else None
+
 # %% ../nbs/07_detectors.ipynb #0d3e7b32
-class HGADLosses(OverCategories):
-    "Training by HGAD's losses, in two stages."
+class HGADCore(OverCategories):
+    "HGAD's losses, in two stages, and what it says of each position: a likelihood, and an entropy over categories."
 
     def begin(self, epoch: int, epochs: int) -> None:
         self.intra = self.config["base"] == "hierarchical" and epoch >= self.config["stage_one"] * epochs - 1e-9
 
     def groups(self, weight_decay: float) -> list[dict]:
-        flows = [p for m in (self.norms, self.flows) for p in m.parameters()]
+        flows = [*self.norms.parameters(), *self.flows.parameters()]
         named = dict(self.bases.named_parameters())
         centres = [p for n, p in named.items() if n.endswith(("mu", "delta"))]
         rest = [p for n, p in named.items() if not n.endswith(("mu", "delta"))]
@@ -648,36 +659,19 @@ class HGADLosses(OverCategories):
         else:
             yield from each
 
-# %% ../nbs/07_detectors.ipynb #0d3e7b33
-class HGADParts(HGADLosses):
-    "What HGAD says of each position: a likelihood, of the category that is known or inferred, and an entropy."
-
     def parts(self, features: list[Tensor], labels: Tensor | None = None, class_mode: str | None = None) -> list[Parts]:
         latents, out = list(self.latents(features)), []
         own = self.categories_for(latents, labels, class_mode or self.config["class_mode"]) if self.mixture else None
-        for l, (z, logdet) in enumerate(latents):
-            square = lambda t: t.unflatten(-1, features[l].shape[2:])
-            entropy = None
+        for (z, logdet), x, base in zip(latents, features, self.bases):
+            said = [base.per_dimension(z, own), logdet / z.shape[-1]]
             if self.mixture:
-                q = self.bases[l].log_posterior(z)
-                entropy = square((q.exp() * q).sum(-1))
-            out.append(Parts(square(self.bases[l].per_dimension(z, own)), square(logdet / z.shape[-1]), entropy))
+                q = base.log_posterior(z)
+                said.append((q.exp() * q).sum(-1))
+            out.append(Parts(*(t.unflatten(-1, x.shape[2:]) for t in said)))
         return out
 
-    def categories_for(self, latents: list[tuple[Tensor, Tensor]], labels: Tensor | None, mode: str) -> Tensor | None:
-        """The category whose likelihood counts, of each image, (B,); None for the marginal over all.
-        ValueError if it must be known and is not."""
-        if mode not in CLASS_MODES:
-            raise ValueError(f"class_mode {mode!r}: one of {', '.join(CLASS_MODES)}")
-        if mode == "known" and labels is None:
-            raise ValueError("class_mode='known': the category of each image must be given (a Dataset, category=..., "
-                             "or labels); without it use class_mode='inferred'")
-        if mode == "inferred-top":
-            return sum(base.class_log_prob(z).sum(1) for base, (z, _) in zip(self.bases, latents)).argmax(-1)
-        return labels if mode == "known" else None
-
 # %% ../nbs/07_detectors.ipynb #ad36542b
-class HGAD(HGADParts):
+class HGAD(HGADCore):
     "HGAD (Yao et al. 2024): a conditional dense flow a level for all categories, against a hierarchical mixture."
 
     method = "hgad"
