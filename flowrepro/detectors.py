@@ -211,8 +211,7 @@ class Detector(nn.Module):
 def check_labels(detector: Detector, labels: Tensor | None, bank: FeatureBank) -> None:
     "ValueError unless there is a category that the detector knows for each image of a bank, or for each copy."
     if labels is not None and detector.labelled and detector.config["categories"] is not None:
-        images = len(bank) // getattr(bank, "copies", 1)
-        each = len(bank) if len(bank) == len(labels) else images
+        each = len(bank) if len(bank) == len(labels) else len(bank) // bank.copies
         check_label(labels, len(detector.config["categories"]), each)
 
 
@@ -282,19 +281,17 @@ def predict(
     detector.eval()
     if isinstance(images, (str, Path)):
         images = image_files(images)
-    read, many = open_images(images, transform or detector.seen_through()), None
-    if isinstance(images, (Dataset, list)):
-        many = len(images)
-    bar = tqdm(read, "scores", many, unit="image", leave=False, delay=2, disable=no_bar(progress))
-    source, out, seen = iter(bar), [], 0
+    many = len(images) if isinstance(images, (Dataset, list)) else None
+    source = iter(tqdm(open_images(images, transform or detector.seen_through()), "scores", many, unit="image",
+                       leave=False, delay=2, disable=no_bar(progress)))
+    out, seen = [], 0
     labels = detector.labels_of(images) if isinstance(images, Dataset) and category is None else None
     while chunk := list(islice(source, batch)):
         own = None if labels is None else labels[seen:seen + len(chunk)].to(detector.device)
         if told is not None:
             own = torch.full((len(chunk),), told, device=detector.device)
         features = detector.backbone(check_images(torch.stack(chunk), detector.backbone.size).to(detector.device))
-        parts = detector.parts(features, own)
-        out.append([t.cpu() for t in detector.score_parts(parts)])
+        out.append([t.cpu() for t in detector.score_parts(detector.parts(features, own))])
         seen += len(chunk)
     if not out:
         raise DataError("no image to score: an empty data set, tensor or list was given")
