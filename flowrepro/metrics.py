@@ -215,7 +215,9 @@ def pro_curve(
 ) -> tuple[np.ndarray, np.ndarray]:  # FPR and PRO at every distinct threshold, both rising from 0 to 1
     """Exact per-region-overlap curve, by sorting; ValueError for masks that are all empty or all full.
     Needs about 60 bytes per pixel."""
-    x, m = _stack(maps, masks)
+    _same_shape(maps, masks)
+    x, m = as_float(maps), as_bool(masks, "masks")
+    _finite(x, 0)
     if m.all() or not m.any():
         raise ValueError("pro_curve: normal pixels and defects are needed, the masks hold one kind")
     parts = [region_weights(a) for a in m]
@@ -227,14 +229,6 @@ def pro_curve(
     fpr = np.cumsum(~m.ravel()[order])[last]/np.count_nonzero(~m)
     pro = np.cumsum(pro.ravel()[order])[last]/sum(r for _, r in parts)
     return np.append(0.0, fpr), np.append(0.0, pro)
-
-# %% ../nbs/09_metrics.ipynb #94a72eec
-def _stack(maps, masks) -> tuple[np.ndarray, np.ndarray]:
-    "Maps and masks as arrays; `ValueError` if they do not fit together or a score is not finite."
-    _same_shape(maps, masks)
-    x, m = as_float(maps), as_bool(masks, "masks")
-    for i, a in enumerate(x): _finite(a[None], i)
-    return x, m
 
 # %% ../nbs/09_metrics.ipynb #dd9c3f36
 def _same_shape(maps, masks) -> None:
