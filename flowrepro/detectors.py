@@ -36,7 +36,7 @@ from .backbones import Backbone, sha256
 from .bases import Base, ClassMixture, DiagonalNormal, HierarchicalMixture, StandardNormal, check_label
 from .data import EXTENSIONS, DataError, Dataset, Transform, is_image, is_note, open_image
 from .features import FeatureBank, channel_stats, no_bar, read_ahead, taking_place
-from .flows import Flow, conv_flow, dense_flow, from_freia, positional_code, to_freia
+from .flows import Flow, code_rows, conv_flow, dense_flow, from_freia, to_freia
 from .hgad import hgad_loss, hgad_terms
 from .scores import Parts, Score, calibration, join, score_batch
 
@@ -378,14 +378,13 @@ def load(path: str | Path, weights: str | None = None, kind: type[Detector] = De
     found here has other weights than the one the detector was trained on.
     """
     about, state = read_saved(path)
-    if not issubclass(DETECTORS[about["method"]], kind):
+    if not issubclass(method := DETECTORS[about["method"]], kind):
         raise DataError(f"{path} holds method {about['method']}, not {kind.method}: "
-                        f"use {DETECTORS[about['method']].__name__}.load, or Detector.load for any")
+                        f"use {method.__name__}.load, or Detector.load for any")
     # these follow from the weights
     told = {k: v for k, v in json.loads(about["backbone"]).items() if k not in ("mean", "std", "weight_id")}
     backbone = Backbone(**told, weights=weights or weights_of(about["weight_id"], path))
-    detector = DETECTORS[about["method"]](backbone=backbone, score=Score(**json.loads(about["score"])),
-                                          **json.loads(about["config"]))
+    detector = method(backbone=backbone, score=Score(**json.loads(about["score"])), **json.loads(about["config"]))
     if detector.backbone.weight_id != about["weight_id"]:
         raise DataError(f"{path} was trained on backbone weights {about['weight_id']}, "
                         f"here are {detector.backbone.weight_id}: pass weights=")
@@ -478,7 +477,7 @@ class DenseDetector(Detector):
     "A detector whose flows see one position at a time, and its code."
 
     def __init__(self, backbone: Backbone, score: Score, config: dict, base: Callable[[tuple], Base]):
-        codes = [positional_code(config["code"], h, w).flatten(1).T.contiguous() for _, h, w in backbone.shapes]
+        codes = [code_rows(config["code"], shape[1:]) for shape in backbone.shapes]
         flow = lambda shape: dense_flow(shape[0], config["steps"], config["code"], config["clamp"], config["soft"],
                                         rule=config["rule"])
         super().__init__(backbone, score, config, flow, base)
