@@ -287,7 +287,7 @@ def images_in(folder: Path, fail: Fail = stop) -> list[Path]:
     for p in visible(folder):
         if is_image(p): out.append(p)
         elif p.is_dir(): fail(f"{p}: a folder where only images are expected; move its images up or remove it")
-        elif p.suffix.lower() not in _NOTES:
+        elif not is_note(p):
             fail(f"{p}: not an image format that is read ({' '.join(EXTENSIONS)}); convert or remove it" if p.exists()
                  else _dead(p))
     if not out: fail(f"{folder}: no images in this folder; restore them, or remove the folder" if folder.is_dir()
@@ -309,7 +309,7 @@ def folders_in(folder: Path, fail: Fail = stop) -> list[Path]:
         if is_image(p):
             fail(f"{p}: an image without a label, since it lies outside of the expected folders; "
                  "move it into the folder of normal images or of its defect, or remove it")
-        elif p.suffix.lower() not in _NOTES and not p.exists(): fail(_dead(p))
+        elif not is_note(p) and not p.exists(): fail(_dead(p))
     return [p for p in visible(folder) if p.is_dir()]
 
 def only_in(folder: Path, names: Iterable[str], fail: Fail = stop) -> None:

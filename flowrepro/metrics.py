@@ -455,9 +455,8 @@ def evaluate(
     y = _labels(labels, sv, masks)
     s = sv.top if image_scores is None else as_float(image_scores)
     if s.shape != y.shape: raise ValueError(f"image_scores {s.shape} do not fit {len(y)} maps, expected ({len(y)},)")
-    if not np.isfinite(s).all():
-        raise ValueError(f"the score of image {np.isfinite(s).argmin()} is {s[np.isfinite(s).argmin()]}, "
-                         "not a finite number")
+    if len(bad := np.flatnonzero(~np.isfinite(s))):
+        raise ValueError(f"the score of image {bad[0]} is {s[bad[0]]}, not a finite number")
     r = {k: (np.nan, np.nan) for k in (*IMAGE, *PIXEL)}
     if not _one_class(y, ', '.join(IMAGE), 'images'): r.update({k: f(rank(s, y)) for k, f in IMAGE.items()})
     if masks is not None and not _one_pixel_class(sv, np.shape(maps)):
