@@ -104,11 +104,11 @@ def write_checkpoint(path: Path, model: Detector, optimizers: list[torch.optim.O
                      history: list[dict], training: dict) -> None:
     """Everything a resume needs, in one atomically replaced file;
     `training` is what must be the same on resuming, {group: {name: value}}."""
-    saved = {"model": trained_state(model), "optimizers": [plain(o.state_dict()) for o in optimizers], "epoch": epoch,
-             "history": plain(history), "training": plain(training)}
+    saved = {"model": trained_state(model), "optimizers": [o.state_dict() for o in optimizers], "epoch": epoch,
+             "history": history, "training": training}
     path.parent.mkdir(parents=True, exist_ok=True)
     with taking_place(path) as temporary:
-        torch.save(saved, temporary)
+        torch.save(plain(saved), temporary)
 
 
 def read_checkpoint(path: Path, model: Detector, optimizers: list[torch.optim.Optimizer],
