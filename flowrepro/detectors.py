@@ -540,9 +540,13 @@ class CFlow(DenseDetector):
     def check_batch(self, images: int) -> None:
         rows = [h * w * images for _, h, w in self.backbone.shapes]
         if (n := self.config["fibers"]) is not None and n > min(rows):
-            raise ValueError(f"a fiber batch of {n} rows is larger than a batch of {images} images, "
-                             f"which has {min(rows)} rows "
-                             f"on level {rows.index(min(rows))}: lower fibers, or raise batch")
+            raise ValueError(f"a fiber batch of {n} rows is larger than a batch of {images} images, which has "
+                             f"{min(rows)} rows on level {rows.index(min(rows))}: lower fibers, or raise batch")
+
+    def loss(self, level: int, rows: Tensor, cond: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        "@eq-cflow of rows (..., C) under codes as `Flow` takes them."
+        z, logdet = self.flows[level](rows, cond)
+        return -F.logsigmoid((self.bases[level].log_prob(z) + logdet) / z.shape[-1]).mean()
 
     def losses(self, features: list[Tensor], labels: Tensor | None = None,
                generator: torch.Generator | None = None) -> Iterator[Tensor]:
@@ -554,9 +558,7 @@ class CFlow(DenseDetector):
                 flat = rows.flatten(0, 1)
                 order = torch.randperm(len(flat), generator=generator).to(flat.device)
                 batches = ((flat[i], (code, i % len(code))) for i in order[: len(flat) - len(flat) % n].split(n))
-            for batch, cond in batches:
-                z, logdet = self.flows[l](batch, cond)
-                yield -F.logsigmoid((self.bases[l].log_prob(z) + logdet) / z.shape[-1]).mean()  # @eq-cflow
+            yield from (self.loss(l, batch, cond) for batch, cond in batches)
 
 
 DETECTORS["cflow"] = CFlow
