@@ -89,15 +89,9 @@ class BaseTurn:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * a.factor if a.lr is None else a.lr
         self.optimizer.zero_grad(set_to_none=True)
-        used = [p for p, g in zip(self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True))
-                if self.keep(p, g)]
+        loss.backward(inputs=self.parameters)
+        used = [p for p in self.parameters if p.grad is not None]
         if a.clip is not None and used:
             clip = nn.utils.clip_grad_value_ if a.clip_by == "value" else nn.utils.clip_grad_norm_
             clip(used, a.clip)
         self.optimizer.step()
-
-    @staticmethod
-    def keep(parameter: nn.Parameter, gradient: torch.Tensor | None) -> bool:
-        "Put a gradient at its parameter; whether there is one."
-        parameter.grad = None if gradient is None else gradient.contiguous()
-        return gradient is not None

@@ -7,8 +7,8 @@ Docs: https://flowrepro.github.io/flowrepro/bench.html.md"""
 # %% auto #0
 __all__ = ['BENCHMARKS', 'NEEDS', 'SMALL', 'Variant', 'OutputsDiffer', 'relative_error', 'check_outputs', 'ExtraMemory',
            'ExtraGpuMemory', 'wait', 'full_float32', 'time_rounds', 'compare', 'freia_chain', 'freia_conv',
-           'training_step', 'flow_pair', 'bench_fastflow', 'freia_dense', 'dense_pair', 'code_rows', 'bench_cflow',
-           'plain_hgad', 'our_hgad', 'drawn_mixture', 'loss_step', 'bench_hgad_loss', 'has_bf16', 'hgad_step_variants',
+           'training_step', 'flow_pair', 'bench_fastflow', 'freia_dense', 'dense_pair', 'bench_cflow', 'plain_hgad',
+           'our_hgad', 'drawn_mixture', 'loss_step', 'bench_hgad_loss', 'has_bf16', 'hgad_step_variants',
            'bench_hgad_step', 'timm_features', 'timm_forward', 'bench_extraction', 'one_epoch', 'bench_epoch',
            'make_maps', 'sorted_metrics', 'bench_metrics', 'check_device', 'chosen', 'table', 'heading', 'load_note',
            'attempt', 'main']
@@ -41,7 +41,7 @@ from .bases import LOG_2PI, HierarchicalMixture
 from .data import Dataset, Transform, load
 from .detectors import FastFlow
 from .features import FeatureBank, LiveFeatures
-from .flows import FREIA_NAMES, Flow, conv_flow, dense_flow, from_freia, positional_code
+from .flows import FREIA_NAMES, Flow, code_rows, conv_flow, dense_flow, from_freia
 from .hgad import hgad_loss, hgad_terms
 from .metrics import aupro, evaluate
 from .runs import environment, write_json
@@ -306,11 +306,6 @@ def dense_pair(channels: int, steps: int, c_cond: int,
                device: str = "cpu") -> list[tuple[nn.Module, list[nn.Parameter]]]:
     "The same for FrEIA and for us (`flow_pair`)."
     return flow_pair(freia_dense(channels, steps, c_cond), dense_flow(channels, steps, c_cond), device)
-
-
-def code_rows(channels: int, grid: tuple[int, int]) -> Tensor:
-    "The position code of every position of a grid, (positions, channels)."
-    return positional_code(channels, *grid).flatten(1).T.contiguous()
 
 # %% ../nbs/12a_bench.ipynb #c1f10a03
 def bench_cflow(

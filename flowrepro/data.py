@@ -100,8 +100,7 @@ def open_mask(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     if im.mode == "P" and any(im.getpalette("RGB")[:3]):  # index 0 is no black: black, where there is any, is no defect
         color = np.asarray(im.convert("RGB")).any(-1)
         a = a if color.all() else color
-    if a.ndim == 3: a = a[..., :-1] if im.mode in ("LA", "PA", "RGBA") else a
-    if a.ndim == 3: a = a.any(-1)
+    if a.ndim == 3: a = (a[..., :-1] if im.mode in ("LA", "PA", "RGBA") else a).any(-1)
     return Image.fromarray(np.where(a > 0, 255, 0).astype(np.uint8))
 
 def _size_message(mask: Path, got: tuple, want: tuple) -> str:
@@ -288,7 +287,7 @@ def images_in(folder: Path, fail: Fail = stop) -> list[Path]:
     for p in visible(folder):
         if is_image(p): out.append(p)
         elif p.is_dir(): fail(f"{p}: a folder where only images are expected; move its images up or remove it")
-        elif p.suffix.lower() not in _NOTES:
+        elif not is_note(p):
             fail(f"{p}: not an image format that is read ({' '.join(EXTENSIONS)}); convert or remove it" if p.exists()
                  else _dead(p))
     if not out: fail(f"{folder}: no images in this folder; restore them, or remove the folder" if folder.is_dir()
@@ -310,7 +309,7 @@ def folders_in(folder: Path, fail: Fail = stop) -> list[Path]:
         if is_image(p):
             fail(f"{p}: an image without a label, since it lies outside of the expected folders; "
                  "move it into the folder of normal images or of its defect, or remove it")
-        elif p.suffix.lower() not in _NOTES and not p.exists(): fail(_dead(p))
+        elif not is_note(p) and not p.exists(): fail(_dead(p))
     return [p for p in visible(folder) if p.is_dir()]
 
 def only_in(folder: Path, names: Iterable[str], fail: Fail = stop) -> None:
@@ -332,9 +331,9 @@ def pair_masks(images: list[Path], folder: Path, fail: Fail = stop, required: bo
     for p in (images_in(folder, fail) if folder.is_dir() else []):
         if p.suffix.lower() in (".jpg", ".jpeg"):
             fail(f"{p}: a JPEG mask, whose compression makes stray values above 0; save it as PNG")
-        if p.stem.removesuffix("_mask") in found:
-            fail(f"{p}: two masks for one image, the other is {found[p.stem.removesuffix('_mask')]}; remove one")
-        found[p.stem.removesuffix("_mask")] = p
+        if (name := p.stem.removesuffix("_mask")) in found:
+            fail(f"{p}: two masks for one image, the other is {found[name]}; remove one")
+        found[name] = p
     for p in images:
         if p.stem in stems:
             fail(f"{p}: same name as {stems[p.stem]} but for the extension, so its mask is not unique; rename one")
@@ -912,11 +911,9 @@ def cropped_defects(dataset: Dataset | Iterable[Record], fail: Fail = stop) -> p
     rows = []
     for r in getattr(dataset, "records", dataset):
         if r.mask is None or not r.label: continue
-        try: m = np.asarray(open_mask(r.mask)) > 0
+        try: m = open_mask(r.mask)
         except DataError as e: fail(str(e)); continue
-        (h, w), s = m.shape, min(m.shape)
-        y, x = round((h - s)/2), round((w - s)/2)
-        n, inside = int(m.sum()), int(m[y:y + s, x:x + s].sum())
+        n, inside = (np.count_nonzero(a) for a in (m, fit_square(m, min(m.size), "crop", "nearest")))
         if inside < n: rows.append((str(r.image), r.category, r.defect, n, 1 - inside/n, inside == 0))
     return pd.DataFrame(rows, columns=["path", "category", "defect", "pixels", "lost", "wholly"])
 

@@ -8,9 +8,9 @@ Docs: https://flowrepro.github.io/flowrepro/detectors.html.md"""
 __all__ = ['DETECTORS', 'FASTFLOW_PUBLISHED', 'CFLOW_SIZES', 'CLASS_MODES', 'BASES', 'OFFICIAL', 'Standardise', 'norm_layer',
            'normal_base', 'image_files', 'read_image', 'open_images', 'check_images', 'Detector', 'check_labels',
            'all_parts', 'calibrate', 'score_parts', 'fit', 'check_trained', 'predict', 'image_id', 'not_trained_on',
-           'weights_of', 'own_classes', 'save', 'read_saved', 'load', 'load_state', 'FastFlow', 'DenseDetector',
-           'FiberBatches', 'CFlow', 'OverCategories', 'HGADLosses', 'HGADParts', 'HGAD', 'check_official',
-           'to_official', 'from_official']
+           'weights_of', 'own_classes', 'trained_state', 'save', 'read_saved', 'load', 'load_state', 'FastFlow',
+           'DenseDetector', 'CFlow', 'OverCategories', 'HGADCore', 'HGAD', 'check_official', 'to_official',
+           'from_official']
 
 # %% ../nbs/07_detectors.ipynb #b1e512b9
 import copy
@@ -36,7 +36,7 @@ from .backbones import Backbone, sha256
 from .bases import Base, ClassMixture, DiagonalNormal, HierarchicalMixture, StandardNormal, check_label
 from .data import EXTENSIONS, DataError, Dataset, Transform, is_image, is_note, open_image
 from .features import FeatureBank, channel_stats, no_bar, read_ahead, taking_place
-from .flows import Flow, conv_flow, dense_flow, from_freia, positional_code, to_freia
+from .flows import Flow, code_rows, conv_flow, dense_flow, from_freia, to_freia
 from .hgad import hgad_loss, hgad_terms
 from .scores import Parts, Score, calibration, join, score_batch
 
@@ -211,8 +211,7 @@ class Detector(nn.Module):
 def check_labels(detector: Detector, labels: Tensor | None, bank: FeatureBank) -> None:
     "ValueError unless there is a category that the detector knows for each image of a bank, or for each copy."
     if labels is not None and detector.labelled and detector.config["categories"] is not None:
-        images = len(bank) // getattr(bank, "copies", 1)
-        each = len(bank) if len(bank) == len(labels) else images
+        each = len(bank) if len(bank) == len(labels) else len(bank) // bank.copies
         check_label(labels, len(detector.config["categories"]), each)
 
 
@@ -282,19 +281,17 @@ def predict(
     detector.eval()
     if isinstance(images, (str, Path)):
         images = image_files(images)
-    read, many = open_images(images, transform or detector.seen_through()), None
-    if isinstance(images, (Dataset, list)):
-        many = len(images)
-    bar = tqdm(read, "scores", many, unit="image", leave=False, delay=2, disable=no_bar(progress))
-    source, out, seen = iter(bar), [], 0
+    many = len(images) if isinstance(images, (Dataset, list)) else None
+    source = iter(tqdm(open_images(images, transform or detector.seen_through()), "scores", many, unit="image",
+                       leave=False, delay=2, disable=no_bar(progress)))
+    out, seen = [], 0
     labels = detector.labels_of(images) if isinstance(images, Dataset) and category is None else None
     while chunk := list(islice(source, batch)):
         own = None if labels is None else labels[seen:seen + len(chunk)].to(detector.device)
         if told is not None:
             own = torch.full((len(chunk),), told, device=detector.device)
         features = detector.backbone(check_images(torch.stack(chunk), detector.backbone.size).to(detector.device))
-        parts = detector.parts(features, own)
-        out.append([t.cpu() for t in detector.score_parts(parts)])
+        out.append([t.cpu() for t in detector.score_parts(detector.parts(features, own))])
         seen += len(chunk)
     if not out:
         raise DataError("no image to score: an empty data set, tensor or list was given")
@@ -332,10 +329,15 @@ def own_classes(detector: Detector) -> list[str]:
     return sorted({t.__name__ for t in made.values() if t.__module__.partition(".")[0] not in ("flowrepro", "torch")})
 
 
+def trained_state(detector: Detector) -> dict[str, Tensor]:
+    "The tensors of a detector by name, but for its backbone's."
+    return {k: v for k, v in detector.state_dict().items() if not k.startswith("backbone.")}
+
+
 def save(detector: Detector, path: str | Path) -> None:
     """Write a detector to one safetensors file, in a folder that is made if need be.
     The frozen backbone is named in it, not stored."""
-    state = {k: v.contiguous().cpu() for k, v in detector.state_dict().items() if not k.startswith("backbone.")}
+    state = {k: v.contiguous().cpu() for k, v in trained_state(detector).items()}
     dumps, seen = partial(json.dumps, default=lambda v: v.item()), detector.seen_through()  # NumPy's numbers, too
     kept = Transform(**{f.name: getattr(seen, f.name) for f in fields(Transform)})
     about = {"method": detector.method, "config": dumps(detector.config), "backbone": dumps(detector.backbone.config()),
@@ -376,14 +378,13 @@ def load(path: str | Path, weights: str | None = None, kind: type[Detector] = De
     found here has other weights than the one the detector was trained on.
     """
     about, state = read_saved(path)
-    if not issubclass(DETECTORS[about["method"]], kind):
+    if not issubclass(method := DETECTORS[about["method"]], kind):
         raise DataError(f"{path} holds method {about['method']}, not {kind.method}: "
-                        f"use {DETECTORS[about['method']].__name__}.load, or Detector.load for any")
+                        f"use {method.__name__}.load, or Detector.load for any")
     # these follow from the weights
     told = {k: v for k, v in json.loads(about["backbone"]).items() if k not in ("mean", "std", "weight_id")}
     backbone = Backbone(**told, weights=weights or weights_of(about["weight_id"], path))
-    detector = DETECTORS[about["method"]](backbone=backbone, score=Score(**json.loads(about["score"])),
-                                          **json.loads(about["config"]))
+    detector = method(backbone=backbone, score=Score(**json.loads(about["score"])), **json.loads(about["config"]))
     if detector.backbone.weight_id != about["weight_id"]:
         raise DataError(f"{path} was trained on backbone weights {about['weight_id']}, "
                         f"here are {detector.backbone.weight_id}: pass weights=")
@@ -399,11 +400,9 @@ def load(path: str | Path, weights: str | None = None, kind: type[Detector] = De
 # %% ../nbs/07_detectors.ipynb #0f90683d
 def load_state(detector: Detector, state: dict[str, Tensor], path: str | Path) -> None:
     "Load the trained tensors; DataError naming a tensor and both sizes where they do not fit."
-    wanted = {k: v.shape for k, v in detector.state_dict().items() if not k.startswith("backbone.")}
-    size = lambda v: tuple(v) if v is not None else "none"
-    wrong = [f"{k} is {size(state[k].shape if k in state else None)} in the file, {size(wanted.get(k))} in the detector"
-             for k in sorted(wanted.keys() | state.keys()) if k not in state or wanted.get(k) != state[k].shape]
-    if wrong:
+    own, size = trained_state(detector), lambda tensors, k: tuple(tensors[k].shape) if k in tensors else "none"
+    if wrong := [f"{k} is {size(state, k)} in the file, {size(own, k)} in the detector"
+                 for k in sorted(own.keys() | state.keys()) if size(state, k) != size(own, k)]:
         raise DataError(f"{path} does not fit: {'; '.join(wrong[:3])}"
                         + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
     detector.load_state_dict(state, strict=False)
@@ -478,7 +477,7 @@ class DenseDetector(Detector):
     "A detector whose flows see one position at a time, and its code."
 
     def __init__(self, backbone: Backbone, score: Score, config: dict, base: Callable[[tuple], Base]):
-        codes = [positional_code(config["code"], h, w).flatten(1).T.contiguous() for _, h, w in backbone.shapes]
+        codes = [code_rows(config["code"], shape[1:]) for shape in backbone.shapes]
         flow = lambda shape: dense_flow(shape[0], config["steps"], config["code"], config["clamp"], config["soft"],
                                         rule=config["rule"])
         super().__init__(backbone, score, config, flow, base)
@@ -504,44 +503,12 @@ class DenseDetector(Detector):
         for l, x in enumerate(features):
             yield self.flows[l](self.rows(l, x), self.code(l))
 
-# %% ../nbs/07_detectors.ipynb #0d3e7b20
-class FiberBatches(DenseDetector):
-    "Training on shuffled rows of any position, in batches of `fibers` rows."
-
-    def check_batch(self, images: int) -> None:
-        rows = [h * w * images for _, h, w in self.backbone.shapes]
-        if (n := self.config["fibers"]) is not None and n > min(rows):
-            raise ValueError(f"a fiber batch of {n} rows is larger than a batch of {images} images, "
-                             f"which has {min(rows)} rows "
-                             f"on level {rows.index(min(rows))}: lower fibers, or raise batch")
-
-    def loss(self, level: int, rows: Tensor, cond: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        "@eq-cflow of rows (..., C) under codes as `Flow` takes them."
-        z, logdet = self.flows[level](rows, cond)
-        return -F.logsigmoid((self.bases[level].log_prob(z) + logdet) / z.shape[-1]).mean()
-
-    def losses(self, features: list[Tensor], labels: Tensor | None = None,
-               generator: torch.Generator | None = None) -> Iterator[Tensor]:
-        self.check_batch(len(features[0]))
-        for l, x in enumerate(features):
-            rows, positions, n = self.rows(l, x), len(self.code(l)), self.config["fibers"]
-            if n is None:  # all rows at once: their order is of no account, and images share their codes
-                yield self.loss(l, rows, self.code(l))
-                continue
-            rows = rows.flatten(0, 1)
-            order = torch.randperm(len(rows), generator=generator).to(rows.device)
-            for index in order[: len(rows) - len(rows) % n].split(n):
-                yield self.loss(l, rows[index], (self.code(l), index % positions))
-
     def parts(self, features: list[Tensor], labels: Tensor | None = None) -> list[Parts]:
-        out = []
-        for l, (z, logdet) in enumerate(self.latents(features)):
-            square = lambda t: t.unflatten(-1, features[l].shape[2:])
-            out.append(Parts(square(self.bases[l].per_dimension(z)), square(logdet / z.shape[-1])))
-        return out
+        return [Parts(*(t.unflatten(-1, x.shape[2:]) for t in (base.per_dimension(z), logdet / z.shape[-1])))
+                for (z, logdet), x, base in zip(self.latents(features), features, self.bases)]
 
 # %% ../nbs/07_detectors.ipynb #c9dc2107
-class CFlow(FiberBatches):
+class CFlow(DenseDetector):
     "CFLOW-AD (Gudovskiy et al. 2022): a conditional dense flow a level, trained on shuffled fiber batches."
 
     method = "cflow"
@@ -570,8 +537,33 @@ class CFlow(FiberBatches):
         super().__init__(Backbone(backbone, **self.features) if isinstance(backbone, str) else backbone,
                          score or Score(), config, lambda shape: normal_base(base, shape, -1, per, scale))
 
+    def check_batch(self, images: int) -> None:
+        rows = [h * w * images for _, h, w in self.backbone.shapes]
+        if (n := self.config["fibers"]) is not None and n > min(rows):
+            raise ValueError(f"a fiber batch of {n} rows is larger than a batch of {images} images, which has "
+                             f"{min(rows)} rows on level {rows.index(min(rows))}: lower fibers, or raise batch")
+
+    def loss(self, level: int, rows: Tensor, cond: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        "@eq-cflow of rows (..., C) under codes as `Flow` takes them."
+        z, logdet = self.flows[level](rows, cond)
+        return -F.logsigmoid((self.bases[level].log_prob(z) + logdet) / z.shape[-1]).mean()
+
+    def losses(self, features: list[Tensor], labels: Tensor | None = None,
+               generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        self.check_batch(len(features[0]))
+        for l, x in enumerate(features):
+            rows, code, n = self.rows(l, x), self.code(l), self.config["fibers"]
+            batches = [(rows, code)]  # all rows at once: their order is of no account, and images share their codes
+            if n is not None:
+                flat = rows.flatten(0, 1)
+                order = torch.randperm(len(flat), generator=generator).to(flat.device)
+                batches = ((flat[i], (code, i % len(code))) for i in order[: len(flat) - len(flat) % n].split(n))
+            yield from (self.loss(l, batch, cond) for batch, cond in batches)
+
 
 DETECTORS["cflow"] = CFlow
+
+# %% ../nbs/07_detectors.ipynb #0d3e7b21
 # MVTec AD, public commands
 CFLOW_SIZES = {"bottle": 512, "cable": 256, "capsule": 256, "carpet": 512, "grid": 512, "hazelnut": 256, "leather": 512,
                "metal_nut": 256, "pill": 256, "screw": 512, "tile": 512, "toothbrush": 512, "transistor": 128,
@@ -579,8 +571,7 @@ CFLOW_SIZES = {"bottle": 512, "cable": 256, "capsule": 256, "carpet": 512, "grid
 
 # %% ../nbs/07_detectors.ipynb #0d3e7b30
 CLASS_MODES = ("known", "inferred", "inferred-top")
-BASES = {"hierarchical": HierarchicalMixture, "classes": ClassMixture, "standard": StandardNormal,
-         "diagonal": DiagonalNormal}
+BASES = ("hierarchical", "classes", "standard", "diagonal")
 
 
 class OverCategories(DenseDetector):
@@ -593,13 +584,13 @@ class OverCategories(DenseDetector):
         names = [categories] if isinstance(categories, str) else list(categories)
         if not names or len(set(names)) < len(names):
             raise ValueError(f"categories {names}: at least one, each once")
-        self.config["categories"], kind = names, self.config["base"]
-        if len(names) == 1:  # the entropy over one category is zero, and so is the published product
+        c, k = self.config, len(names)
+        c["categories"] = names
+        if k == 1:  # the entropy over one category is zero, and so is the published product
             self.score = replace(self.score, criterion="likelihood", image_criterion="likelihood")
-        sizes = {"hierarchical": {k: self.config[k] for k in ("centres", "spread")}, "classes": {}}.get(kind)
-        made = [normal_base(kind, s, -1) if sizes is None else BASES[kind](len(names), s[0], **sizes)
-                for s in self.backbone.shapes]
-        self.bases = nn.ModuleList(made).to(self.device, self.calibration.dtype)
+        made = {"hierarchical": lambda s: HierarchicalMixture(k, s[0], c["centres"], spread=c["spread"]),
+                "classes": lambda s: ClassMixture(k, s[0])}.get(c["base"], lambda s: normal_base(c["base"], s, -1))
+        self.bases = nn.ModuleList(map(made, self.backbone.shapes)).to(self.device, self.calibration.dtype)
 
     def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         if self.config["categories"] is None:
@@ -619,15 +610,27 @@ class OverCategories(DenseDetector):
             self.adopt(dataset.categories)
         return torch.tensor([self.number_of(r.category) for r in dataset.records])
 
+    def categories_for(self, latents: list[tuple[Tensor, Tensor]], labels: Tensor | None, mode: str) -> Tensor | None:
+        """The category whose likelihood counts, of each image, (B,); None for the marginal over all.
+        ValueError if it must be known and is not."""
+        if mode not in CLASS_MODES:
+            raise ValueError(f"class_mode {mode!r}: one of {', '.join(CLASS_MODES)}")
+        if mode == "known" and labels is None:
+            raise ValueError("class_mode='known': the category of each image must be given (a Dataset, category=..., "
+                             "or labels); without it use class_mode='inferred'")
+        if mode == "inferred-top":
+            return sum(base.class_log_prob(z).sum(1) for base, (z, _) in zip(self.bases, latents)).argmax(-1)
+        return labels if mode == "known" else None
+
 # %% ../nbs/07_detectors.ipynb #0d3e7b32
-class HGADLosses(OverCategories):
-    "Training by HGAD's losses, in two stages."
+class HGADCore(OverCategories):
+    "HGAD's losses, in two stages, and what it says of each position: a likelihood, and an entropy over categories."
 
     def begin(self, epoch: int, epochs: int) -> None:
         self.intra = self.config["base"] == "hierarchical" and epoch >= self.config["stage_one"] * epochs - 1e-9
 
     def groups(self, weight_decay: float) -> list[dict]:
-        flows = [p for m in (self.norms, self.flows) for p in m.parameters()]
+        flows = [*self.norms.parameters(), *self.flows.parameters()]
         named = dict(self.bases.named_parameters())
         centres = [p for n, p in named.items() if n.endswith(("mu", "delta"))]
         rest = [p for n, p in named.items() if not n.endswith(("mu", "delta"))]
@@ -654,36 +657,19 @@ class HGADLosses(OverCategories):
         else:
             yield from each
 
-# %% ../nbs/07_detectors.ipynb #0d3e7b33
-class HGADParts(HGADLosses):
-    "What HGAD says of each position: a likelihood, of the category that is known or inferred, and an entropy."
-
     def parts(self, features: list[Tensor], labels: Tensor | None = None, class_mode: str | None = None) -> list[Parts]:
         latents, out = list(self.latents(features)), []
         own = self.categories_for(latents, labels, class_mode or self.config["class_mode"]) if self.mixture else None
-        for l, (z, logdet) in enumerate(latents):
-            square = lambda t: t.unflatten(-1, features[l].shape[2:])
-            entropy = None
+        for (z, logdet), x, base in zip(latents, features, self.bases):
+            said = [base.per_dimension(z, own), logdet / z.shape[-1]]
             if self.mixture:
-                q = self.bases[l].log_posterior(z)
-                entropy = square((q.exp() * q).sum(-1))
-            out.append(Parts(square(self.bases[l].per_dimension(z, own)), square(logdet / z.shape[-1]), entropy))
+                q = base.log_posterior(z)
+                said.append((q.exp() * q).sum(-1))
+            out.append(Parts(*(t.unflatten(-1, x.shape[2:]) for t in said)))
         return out
 
-    def categories_for(self, latents: list[tuple[Tensor, Tensor]], labels: Tensor | None, mode: str) -> Tensor | None:
-        """The category whose likelihood counts, of each image, (B,); None for the marginal over all.
-        ValueError if it must be known and is not."""
-        if mode not in CLASS_MODES:
-            raise ValueError(f"class_mode {mode!r}: one of {', '.join(CLASS_MODES)}")
-        if mode == "known" and labels is None:
-            raise ValueError("class_mode='known': the category of each image must be given (a Dataset, category=..., "
-                             "or labels); without it use class_mode='inferred'")
-        if mode == "inferred-top":
-            return sum(base.class_log_prob(z).sum(1) for base, (z, _) in zip(self.bases, latents)).argmax(-1)
-        return labels if mode == "known" else None
-
 # %% ../nbs/07_detectors.ipynb #ad36542b
-class HGAD(HGADParts):
+class HGAD(HGADCore):
     "HGAD (Yao et al. 2024): a conditional dense flow a level for all categories, against a hierarchical mixture."
 
     method = "hgad"

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .backbones import DTYPES
+from .backbones import DTYPES, sha256
 from .data import Dataset
 
 # %% ../nbs/02_features.ipynb #73a478f0
@@ -40,10 +40,7 @@ FORMAT = 1                                                            # of the b
 
 def files_hash(paths: Iterable[str | Path]) -> str:
     "SHA-256 over the contents of files, in order, wherever they lie."
-    h = hashlib.sha256()
-    for p in paths:
-        with open(p, "rb") as f: h.update(hashlib.file_digest(f, "sha256").digest())
-    return h.hexdigest()
+    return hashlib.sha256(b"".join(bytes.fromhex(sha256(p)) for p in paths)).hexdigest()
 
 def bank_key(dataset, backbone, dtype: str, copies: int = 1, seed: int = 0) -> str:
     "Hex key of everything that decides the numbers in a bank; of a subclass of `Dataset`, also some of its images."

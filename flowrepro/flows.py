@@ -6,8 +6,8 @@ Docs: https://flowrepro.github.io/flowrepro/flows.html.md"""
 
 # %% auto #0
 __all__ = ['UNIT', 'FREIA_NAMES', 'slope', 'log_scale', 'once', 'rows', 'summed', 'Layers', 'Subnet', 'positional_code',
-           'positive', 'random_rotation', 'Affine', 'Coupling', 'Rotation', 'inverse_of', 'Shuffle', 'Mixing', 'Step',
-           'Flow', 'conv_flow', 'dense_flow', 'to_freia', 'from_freia']
+           'code_rows', 'positive', 'random_rotation', 'Affine', 'Coupling', 'Rotation', 'inverse_of', 'Shuffle',
+           'Mixing', 'Step', 'Flow', 'conv_flow', 'dense_flow', 'to_freia', 'from_freia']
 
 # %% ../nbs/03_flows.ipynb #4e20eb5b
 import math
@@ -131,6 +131,11 @@ def positional_code(channels: int, height: int, width: int) -> Tensor:
         return torch.stack([angle.sin(), angle.cos()], dim=1).flatten(0, 1)
     columns, rows = waves(width)[:, None, :], waves(height)[:, :, None]
     return torch.cat([columns.expand(half, height, width), rows.expand(half, height, width)])
+
+
+def code_rows(channels: int, grid: tuple[int, int]) -> Tensor:
+    "The position code of every position of a grid (H, W), as rows (H·W, P)."
+    return positional_code(channels, *grid).flatten(1).T.contiguous()
 
 # %% ../nbs/03_flows.ipynb #684b76bc
 def positive(gamma: Tensor) -> Tensor:

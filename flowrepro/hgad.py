@@ -42,8 +42,8 @@ def affinities(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # ‖z‖²/2 (B, P), to the main centres (B, P, K), to the own ones (B, P, M)
     "‖z‖²/2 of rows, and their affinities to the main centres and to their own category's centres (`bases.affinity`)."
     if z.shape[1] == 1:
-        return (z.square().sum(-1) / 2, affinity(z, mixture.mu), own_affinity(z, mixture.all_centres(), label) if own
-                else None)
+        inside = own_affinity(z, mixture.all_centres(), label) if own else None
+        return z.square().sum(-1) / 2, affinity(z, mixture.mu), inside
     stack = mixture.mu.expand(len(z), -1, -1)
     if own:
         stack = torch.cat([stack, mixture.all_centres()[label]], dim=1)

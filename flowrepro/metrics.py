@@ -215,7 +215,9 @@ def pro_curve(
 ) -> tuple[np.ndarray, np.ndarray]:  # FPR and PRO at every distinct threshold, both rising from 0 to 1
     """Exact per-region-overlap curve, by sorting; ValueError for masks that are all empty or all full.
     Needs about 60 bytes per pixel."""
-    x, m = _stack(maps, masks)
+    _same_shape(maps, masks)
+    x, m = as_float(maps), as_bool(masks, "masks")
+    _finite(x, 0)
     if m.all() or not m.any():
         raise ValueError("pro_curve: normal pixels and defects are needed, the masks hold one kind")
     parts = [region_weights(a) for a in m]
@@ -227,14 +229,6 @@ def pro_curve(
     fpr = np.cumsum(~m.ravel()[order])[last]/np.count_nonzero(~m)
     pro = np.cumsum(pro.ravel()[order])[last]/sum(r for _, r in parts)
     return np.append(0.0, fpr), np.append(0.0, pro)
-
-# %% ../nbs/09_metrics.ipynb #94a72eec
-def _stack(maps, masks) -> tuple[np.ndarray, np.ndarray]:
-    "Maps and masks as arrays; `ValueError` if they do not fit together or a score is not finite."
-    _same_shape(maps, masks)
-    x, m = as_float(maps), as_bool(masks, "masks")
-    for i, a in enumerate(x): _finite(a[None], i)
-    return x, m
 
 # %% ../nbs/09_metrics.ipynb #dd9c3f36
 def _same_shape(maps, masks) -> None:
@@ -461,9 +455,8 @@ def evaluate(
     y = _labels(labels, sv, masks)
     s = sv.top if image_scores is None else as_float(image_scores)
     if s.shape != y.shape: raise ValueError(f"image_scores {s.shape} do not fit {len(y)} maps, expected ({len(y)},)")
-    if not np.isfinite(s).all():
-        raise ValueError(f"the score of image {np.isfinite(s).argmin()} is {s[np.isfinite(s).argmin()]}, "
-                         "not a finite number")
+    if len(bad := np.flatnonzero(~np.isfinite(s))):
+        raise ValueError(f"the score of image {bad[0]} is {s[bad[0]]}, not a finite number")
     r = {k: (np.nan, np.nan) for k in (*IMAGE, *PIXEL)}
     if not _one_class(y, ', '.join(IMAGE), 'images'): r.update({k: f(rank(s, y)) for k, f in IMAGE.items()})
     if masks is not None and not _one_pixel_class(sv, np.shape(maps)):

@@ -58,13 +58,15 @@ def calibration(parts: list[Parts]) -> Tensor:
 def highest(level: Tensor, share: float | Tensor) -> Tensor:
     """The maximum of a + λj over training positions, from a row of `calibration`;
     it is convex in λ, and between the three shares kept its chord bounds it from above."""
-    return torch.maximum(level[5].lerp(level[6], 2 * share), level[6].lerp(level[7], 2 * share - 1))
+    none, half, whole = level[5:]
+    return torch.maximum(none.lerp(half, 2 * share), half.lerp(whole, 2 * share - 1))
 
 
 def logdet_share(stats: Tensor) -> Tensor:
     """The share λ of the log-determinant that the training images suggest for each level:
     r − 2 in [0, 1], r the deviation of j over that of a; (levels,)."""
-    return (stats[:, 4] / stats[:, 3].clamp_min(1e-12) - 2).clamp(0, 1)
+    a, j = stats[:, 3:5].T  # their deviations
+    return (j / a.clamp_min(1e-12) - 2).clamp(0, 1)
 
 # %% ../nbs/08_scores.ipynb #e7420d65
 @dataclass(frozen=True)

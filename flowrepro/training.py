@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .altub import AltUB, BaseTurn, check_turns, is_base_turn
 from .data import Dataset
-from .detectors import Detector, check_labels, image_id, load_state
+from .detectors import Detector, check_labels, image_id, load_state, trained_state
 from .features import FeatureBank, check_transform, no_bar, taking_place
 
 # %% ../nbs/10_training.ipynb #e1882f6e
@@ -104,12 +104,11 @@ def write_checkpoint(path: Path, model: Detector, optimizers: list[torch.optim.O
                      history: list[dict], training: dict) -> None:
     """Everything a resume needs, in one atomically replaced file;
     `training` is what must be the same on resuming, {group: {name: value}}."""
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
-    saved = {"model": state, "optimizers": [plain(o.state_dict()) for o in optimizers], "epoch": epoch,
-             "history": plain(history), "training": plain(training)}
+    saved = {"model": trained_state(model), "optimizers": [o.state_dict() for o in optimizers], "epoch": epoch,
+             "history": history, "training": training}
     path.parent.mkdir(parents=True, exist_ok=True)
     with taking_place(path) as temporary:
-        torch.save(saved, temporary)
+        torch.save(plain(saved), temporary)
 
 
 def read_checkpoint(path: Path, model: Detector, optimizers: list[torch.optim.Optimizer],
