@@ -555,9 +555,9 @@ class CFlow(DenseDetector):
             rows, code, n = self.rows(l, x), self.code(l), self.config["fibers"]
             batches = [(rows, code)]  # all rows at once: their order is of no account, and images share their codes
             if n is not None:
-                flat = rows.flatten(0, 1)
-                order = torch.randperm(len(flat), generator=generator).to(flat.device)
-                batches = ((flat[i], (code, i % len(code))) for i in order[: len(flat) - len(flat) % n].split(n))
+                order = torch.randperm(rows.shape[:2].numel(), generator=generator).to(x.device)
+                now = lambda: self.rows(l, x) if rows.requires_grad else rows  # a trainable norm moves with each step
+                batches = ((now().flatten(0, 1)[i], (code, i % len(code))) for i in order.split(n) if len(i) == n)
             yield from (self.loss(l, batch, cond) for batch, cond in batches)
 
 
@@ -759,17 +759,17 @@ def from_official(detector: HGAD, state: dict) -> HGAD:
         if len(state[name]) != len(detector.flows):
             raise DataError(f"{name}: the checkpoint has {len(state[name])} levels, "
                             f"the detector {len(detector.flows)}: give the backbone as many")
+    of = lambda name, l: state[name].get(str(l)) if isinstance(state[name], dict) else state[name][l]
     flows, read = copy.deepcopy(detector.flows), {}  # nothing is changed unless all of it fits
-    for l, (flow, own) in enumerate(zip(flows, state["nfs"])):
+    for l, flow in enumerate(flows):
         try:
-            from_freia(flow, own)
+            from_freia(flow, of("nfs", l))
         except (ValueError, TypeError, AttributeError) as error:  # another width, or no flow at all
             raise DataError(f"flow of level {l}: {error}; build the detector with the checkpoint's steps, "
                             "code and backbone") from error
     for theirs, ours in OFFICIAL.items():
-        values = state[theirs]
         for l, base in enumerate(detector.bases):
-            value, parameter = values.get(str(l)) if isinstance(values, dict) else values[l], getattr(base, ours)
+            value, parameter = of(theirs, l), getattr(base, ours)
             if not isinstance(value, Tensor) or not value.isfinite().all():
                 raise DataError(f"{theirs} of level {l}: a tensor of finite numbers is needed there")
             if value.shape != parameter.shape:

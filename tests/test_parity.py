@@ -704,8 +704,9 @@ def test_our_checkpoint_has_the_official_form(stand_in):
 
 @pytest.mark.parametrize("write",
                          [to_official, as_public,
-                          lambda m: as_public(m) | {k: list(as_public(m)[k].values()) for k in OFFICIAL}],
-                          ids=["ours", "ParameterList", "lists"])
+                          lambda m: as_public(m) | {k: list(as_public(m)[k].values()) for k in OFFICIAL},
+                          lambda m: as_public(m) | {"nfs": dict(zip("01", as_public(m)["nfs"]))}],
+                          ids=["ours", "ParameterList", "lists", "flows by name"])
 def test_official_checkpoint_comes_back(write, stand_in, tmp_path):
     "Through a file of tensors alone, to the bit; the same latents and losses; the other model's own weights are gone."
     model, other = hgad_model(stand_in), hgad_model(stand_in, seed=1)

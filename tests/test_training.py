@@ -582,6 +582,34 @@ def test_each_fiber_batch_has_its_step(fibers, steps, make, features, monkeypatc
     assert history[0]["loss"] == pytest.approx(sum(v for v, _ in seen) / len(seen))
 
 
+@pytest.mark.parametrize("altub", [None, AltUB(every=2, warmup=0.0)], ids=["plain", "altub"])
+def test_a_trainable_norm_learns_from_every_fiber_batch(altub, make, features, monkeypatch):
+    "Each batch is of rows as the norm makes them after the step before it; in the base's turns it stays."
+    base = {} if altub is None else dict(base="diagonal", per="scalar")
+    model, own, learned = make(method=CFlow, code=4, fibers=16, norm="layer", **base), training.adam_step, []
+    loss, drawn, every = model.loss, [], []
+
+    def step(model, *rest):
+        before = {k: p.detach().clone() for k, p in model.named_parameters()}
+        own(model, *rest)
+        learned.append({k for k in moved(model, before) if k.startswith("norms.")})
+
+    def listen(level, rows, *rest):
+        if level == 0:
+            drawn.append(rows.detach())
+            every.append(model.rows(0, images).detach().flatten(0, 1))
+        return loss(level, rows, *rest)
+
+    model.loss, images = listen, features.bank.levels[0]
+    monkeypatch.setattr(training, "adam_step", step)
+    fit(model, features.bank, replace(SCHEDULE, epochs=1), altub=altub, progress=False)
+    names = [{f"norms.{l}.weight", f"norms.{l}.bias"} for l in (0, 1)]
+    assert learned == (3 if altub is None else 2) * (9 * [names[0]] + 2 * [names[1]])
+    assert len(drawn) == 27
+    for rows, now in zip(drawn, every):  # those of the norm as it is now, to the bit
+        assert all((now == row).all(-1).any() for row in rows)
+
+
 def test_fibers_are_shuffled_anew(make, features, bank_of):
     """Every row once a batch, in every batch in another order (the images are all the same), by the seed of
     the schedule and nothing else."""
