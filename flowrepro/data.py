@@ -767,7 +767,7 @@ def toy_image(category: str, defect: str, index: int, seed: int = 0, size: int =
               split: str = "test") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "image uint8 (size, size, 3), its flawless twin, and the mask bool (size, size) of the pixels in which they differ."
     draw, kinds = TOY[category]
-    key, two = (TOY_VERSION, seed, category, split, defect, index), []
+    key = (TOY_VERSION, seed, category, split, defect, index)
     kind = None if defect == "good" else defect
     for attempt in range(100 if kind else 1):                # a flaw that falls outside of the object is drawn again
         a, region = draw(Dice(*key, "pose"), 2*size, kind, Dice(*key, "flaw", attempt) if kind else None)
