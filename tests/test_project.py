@@ -112,15 +112,18 @@ def test_experiment_has_parameters(path):
 
 
 def unused_imports(code: str) -> set[str]:
-    "Names that a module imports and never says again."
-    tree = ast.parse(code)
-    made = {(a.asname or a.name).split(".")[0] for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))
-            for a in n.names}
-    return made - {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    "Names that a module, or a function in it, imports and never says again."
+    tree, found = ast.parse(code), set()
+    for scope in (tree, *(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))):
+        imports = [n for n in ast.walk(scope) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        made = {(a.asname or a.name).split(".")[0] for n in imports for a in n.names}
+        found |= made - {n.id for n in ast.walk(scope) if isinstance(n, ast.Name)}
+    return found
 
 
 def test_nothing_is_imported_in_vain():
     assert unused_imports("import a, b\nfrom c import d as e, f\nb.x, e") == {"a", "f"}
+    assert unused_imports("def f():\n    from a import b\n\ndef g():\n    from a import b\n    return b") == {"b"}
     modules = [p for folder in ("flowrepro", "tests", "tools") for p in (ROOT / folder).glob("*.py")
                if p.name not in ("__init__.py", "_modidx.py")]
     assert len(modules) > 40 and {str(p): found for p in modules if (found := unused_imports(p.read_text()))} == {}
