@@ -456,13 +456,16 @@ def main(arguments: list[str] | None = None) -> int:
     if args.command is not cmd_bench:  # which measures what a plain script would have
         # threads that wait do not spin, so that runs beside each other do not stall
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    code = 0
     try:
-        return args.command(args)
+        code = args.command(args)
+        print(end="", flush=True)  # at exit it would be too late to see that nobody reads it
+        return code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
+        return code
     except ModuleNotFoundError as error:
         print(f"flowrepro: {error.name} is not installed, which this needs: install flowrepro with [run] behind its "
               "name, for reproduce with [workflow], for ONNX with [onnx]", file=sys.stderr)

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
+from flowrepro import __version__
 from flowrepro import export as module
 from flowrepro.cli import main
 from flowrepro.data import Transform, load
@@ -137,6 +138,33 @@ def test_a_file_that_says_something_else(trained, tmp_path):
                   lambda path, x: (program(x)[0], program(x)[1] + (len(x) == 1))):
         with pytest.raises(RuntimeError, match="differs from the detector"):
             check_written(wrong, file, program, noise(3))
+
+
+def test_a_file_is_as_far_as_its_largest_output_says():
+    "Whatever the scale; on all images as well as on one."
+    images, ours = torch.ones(3, 1), lambda x: (1000 * x, 1e-4 * x)
+    assert check_written(lambda path, x: (1000 * x + 0.5, 1e-4 * x), "m", ours, images) == pytest.approx(5e-4)
+    for wrong in (lambda path, x: (1000 * x, 1.1e-4 * x), lambda path, x: (1000 * x + 9 * (len(x) > 1), 1e-4 * x)):
+        with pytest.raises(RuntimeError, match="differs from the detector"):
+            check_written(wrong, "m", ours, images)
+
+
+@pytest.mark.parametrize("given, compared", [(2, 2), (9, 4)])
+def test_four_images_are_compared(given, compared, trained, tmp_path, monkeypatch):
+    "Or as many as there are; a category is of no use to a detector that asks for none."
+    program, seen = module.Program(trained["fastflow"], "bolt"), []
+    agree(program(noise(2)), trained["fastflow"], noise(2))
+    monkeypatch.setitem(module.FORMATS, ".pt2", (lambda program, images, path, about: path.write_bytes(b""),
+                                                 lambda path, x: seen.append(len(x)) or program(x), ()))
+    assert export(trained["fastflow"], tmp_path / "m.pt2", noise(given), "bolt") == 0 and seen == [compared, 1]
+
+
+def test_what_a_file_says_of_itself(trained):
+    "Version, weights and how its images are made, so that it can be used without the detector."
+    detector = trained["fastflow"]
+    said = module.about(detector, None)
+    assert (said["flowrepro"], said["weight_id"], said["category"]) == (__version__, detector.backbone.weight_id, "")
+    assert str(detector.seen_through()) in said["input"] and "32, 32" in said["output"]
 
 
 @pytest.mark.parametrize("fault", [OSError(28, "no space left"), None])
