@@ -1,4 +1,5 @@
 """The documentation site: every page loads in a browser, complete, from its own files alone."""
+import fcntl
 import functools
 import importlib.util
 import json
@@ -102,7 +103,9 @@ def site(tmp_path_factory) -> Path:
     "The site, built by the renderer that needs no Quarto."
     out = tmp_path_factory.mktemp("docs") / "site"
     command = [sys.executable, "tools/docs.py", "--light", "--out", str(out)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    with open(tmp_path_factory.getbasetemp().parent / "docs.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # nbdev's folder _proc is one for all workers of pytest
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     return out
 
