@@ -398,7 +398,8 @@ def speed_up(b: Backbone) -> None:
     if b.channels_last: b.net.to(memory_format=torch.channels_last)
     side = b.size if b.one_size else 64
     probe = torch.linspace(0, 1, 3*side*side).view(1, side, side, 3).permute(0, 3, 1, 2)
-    if b.fold and not b.plain: fold_norms(b.net, lambda: b(probe))
+    # of one scale: through a pyramid each convolution goes several times
+    if b.fold and not b.plain: fold_norms(b.net, lambda: stages(b, b.normalize(probe)))
 
 # %% ../nbs/01_backbones.ipynb #65389154
 def feature_shapes(b: Backbone) -> list[tuple[int, int, int]]:

@@ -43,8 +43,8 @@ def test_shapes_without_storage(monkeypatch):
 
 
 def test_every_norm_of_the_usual_nets_is_folded_and_the_id_stays():
-    for name in ("tf_efficientnet_lite0", "resnet18"):
-        fast, exact = (Backbone(name, (1, 2), weights="random", size=64, fold=f) for f in (True, False))
+    for name, pyramid in (("tf_efficientnet_lite0", (1,)), ("tf_efficientnet_lite0", (1, 0.5, 0.25)), ("resnet18", (1,))):
+        fast, exact = (Backbone(name, (1, 2), pyramid, "random", 64, fold=f) for f in (True, False))
         count = lambda b: sum(isinstance(m, nn.BatchNorm2d) for m in b.modules())
         assert count(fast) == 0 < count(exact) and fast.weight_id == exact.weight_id and fast.config() != exact.config()
 
