@@ -7,9 +7,9 @@ Docs: https://flowrepro.github.io/flowrepro/backbones.html.md"""
 # %% auto #0
 __all__ = ['PAPER_TAGS', 'PACKAGED', 'ONE', 'DTYPES', 'WeightsError', 'known_tags', 'full_name', 'sha256', 'package_of',
            'has_package', 'packaged_file', 'read_state', 'fit_state', 'check_hub', 'by_itself', 'load_net', 'crossword',
-           'n_levels', 'is_plain', 'cut', 'n_parameters', 'state_hash', 'conv_bn_pairs', 'fold_norms', 'shrink',
-           'check_pyramid', 'has_one_size', 'size_arg', 'Backbone', 'check_held', 'normalize', 'stages', 'speed_up',
-           'feature_shapes']
+           'n_levels', 'is_plain', 'cut', 'n_parameters', 'state_hash', 'conv_bn_pairs', 'fold_norms', 'OneSided',
+           'drop_copies', 'shrink', 'check_pyramid', 'has_one_size', 'size_arg', 'Backbone', 'check_held', 'normalize',
+           'stages', 'speed_up', 'feature_shapes']
 
 # %% ../nbs/01_backbones.ipynb #01582351
 import copy
@@ -28,6 +28,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from timm.layers import Conv2dSame
 from torch import nn
 
 # %% ../nbs/01_backbones.ipynb #87d1110f
@@ -288,6 +289,27 @@ def fold_norms(net: nn.Module, run) -> int:
         raise ValueError(f"{type(net).__name__}: batch norms do not fold; use Backbone(..., fold=False)")
     return len(pairs)
 
+# %% ../nbs/01_backbones.ipynb #33b96ebb
+class OneSided(nn.Module):
+    "A convolution of stride 2 with TensorFlow's padding (timm's `Conv2dSame`), on a CPU without a padded copy."
+    def __init__(self, conv: Conv2dSame):
+        super().__init__()
+        self.conv = conv
+        self.register_buffer("longer", F.pad(conv.weight.detach(), (1, 0, 1, 0)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        odd, conv = {n % 2 for n in x.shape[-2:]}, self.conv
+        if x.device.type != "cpu" or len(odd) == 2: return conv(x)
+        weight = conv.weight if odd == {1} else self.longer           # odd sides are padded alike
+        return F.conv2d(x, weight, conv.bias, 2, [k//2 for k in conv.kernel_size], groups=conv.groups)
+
+def drop_copies(net: nn.Module) -> int:
+    "Put `OneSided` for each `Conv2dSame` it can stand for, in place. Number replaced."
+    found = [(k, m) for k, m in net.named_modules() if isinstance(m, Conv2dSame) and m.stride == (2, 2)
+             and m.dilation == (1, 1) and all(side in (3, 5, 7) for side in m.kernel_size)]
+    for name, conv in found: net.set_submodule(name, OneSided(conv))
+    return len(found)
+
 # %% ../nbs/01_backbones.ipynb #6898603c
 def shrink(x: torch.Tensor, scale: float) -> torch.Tensor:
     "Images (B, 3, H, W) at `scale` times their sides, bilinear with aligned corners (HGAD, `models/model.py`)."
@@ -327,7 +349,7 @@ class Backbone(nn.Module):
                  weights: str | Path = "auto",  # auto, packaged, hub, random, random:SEED, or a file
                  size: int = 256,  # side of the images, pixels
                  dtype: str = "float32",  # or bfloat16, float16 (autocast); features leave as float32
-                 fold: bool = True,  # batch norms folded into convolutions
+                 fold: bool = True,  # batch norms and one-sided padding folded into convolutions
                  channels_last: bool | None = None):  # memory layout; None: yes for convnets
         super().__init__()
         if dtype not in DTYPES: raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
@@ -394,12 +416,14 @@ def stages(b: Backbone, x: torch.Tensor) -> list[torch.Tensor]:
     return [y.float().contiguous() for y in out]
 
 def speed_up(b: Backbone) -> None:
-    "Fold the norms and change the memory layout, as asked for; the same features up to rounding."
+    "Fold norms and padding, change the memory layout, as asked for; the same features up to rounding."
     if b.channels_last: b.net.to(memory_format=torch.channels_last)
     side = b.size if b.one_size else 64
     probe = torch.linspace(0, 1, 3*side*side).view(1, side, side, 3).permute(0, 3, 1, 2)
     # of one scale: through a pyramid each convolution goes several times
-    if b.fold and not b.plain: fold_norms(b.net, lambda: stages(b, b.normalize(probe)))
+    if b.fold and not b.plain:
+        fold_norms(b.net, lambda: stages(b, b.normalize(probe)))
+        drop_copies(b.net)
 
 # %% ../nbs/01_backbones.ipynb #65389154
 def feature_shapes(b: Backbone) -> list[tuple[int, int, int]]:

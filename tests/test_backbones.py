@@ -49,6 +49,16 @@ def test_every_norm_of_the_usual_nets_is_folded_and_the_id_stays():
         assert count(fast) == 0 < count(exact) and fast.weight_id == exact.weight_id and fast.config() != exact.config()
 
 
+@pytest.mark.parametrize("size", [64, 65, 70])
+def test_padding_at_one_end_needs_no_copy_and_gives_the_same_features(size):
+    "Sides that are odd at some of the strides, too; and all of the paddings are taken."
+    fast, exact = (Backbone("tf_efficientnet_lite0", (3, 4), (1, 0.6), size=size, fold=f) for f in (True, False))
+    same = [m for m in exact.modules() if isinstance(m, bb.Conv2dSame)]
+    assert len(same) == 5 == sum(isinstance(m, bb.OneSided) for m in fast.modules())
+    assert bb.n_parameters(fast) < bb.n_parameters(exact)
+    for a, b in zip(fast(images(2, size)), exact(images(2, size))): assert torch.dist(a, b) < 1e-4*b.norm()
+
+
 def test_a_norm_whose_convolution_is_used_twice_is_not_folded_wrongly():
     class Twice(nn.Module):
         def __init__(self):
@@ -76,7 +86,7 @@ def test_transformers_give_normed_tokens_of_one_block(name, levels):
 
 def test_nothing_after_the_last_level_remains():
     whole = load_net("tf_efficientnet_b0", "random")[0]
-    kept = Backbone("tf_efficientnet_b0", (3,), weights="random", size=64)
+    kept = Backbone("tf_efficientnet_b0", (3,), weights="random", size=64, fold=False)
     only = timm.create_model("tf_efficientnet_b0", features_only=True, out_indices=(3,))
     assert bb.n_parameters(kept) < 0.3*bb.n_parameters(only) < bb.n_parameters(whole)
     used = set()
