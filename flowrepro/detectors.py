@@ -9,8 +9,8 @@ __all__ = ['DETECTORS', 'FASTFLOW_PUBLISHED', 'CFLOW_SIZES', 'CLASS_MODES', 'BAS
            'normal_base', 'image_files', 'read_image', 'open_images', 'check_images', 'Detector', 'check_labels',
            'all_parts', 'calibrate', 'score_parts', 'fit', 'check_trained', 'predict', 'image_id', 'not_trained_on',
            'weights_of', 'own_classes', 'trained_state', 'save', 'read_saved', 'load', 'load_state', 'FastFlow',
-           'DenseDetector', 'CFlow', 'OverCategories', 'HGADCore', 'HGAD', 'check_official', 'to_official',
-           'from_official']
+           'DenseDetector', 'fiber_batches', 'CFlow', 'OverCategories', 'HGADCore', 'HGAD', 'check_official',
+           'to_official', 'from_official']
 
 # %% ../nbs/07_detectors.ipynb #b1e512b9
 import copy
@@ -507,6 +507,11 @@ class DenseDetector(Detector):
         return [Parts(*(t.unflatten(-1, x.shape[2:]) for t in (base.per_dimension(z), logdet / z.shape[-1])))
                 for (z, logdet), x, base in zip(self.latents(features), features, self.bases)]
 
+# %% ../nbs/07_detectors.ipynb #5a852958
+def fiber_batches(rows: int, size: int, generator: torch.Generator | None = None) -> Tensor:
+    "Numbers of shuffled rows, (rows // size, size): a fiber batch a line, what is left over dropped."
+    return torch.randperm(rows, generator=generator)[: rows - rows % size].view(-1, size)
+
 # %% ../nbs/07_detectors.ipynb #c9dc2107
 class CFlow(DenseDetector):
     "CFLOW-AD (Gudovskiy et al. 2022): a conditional dense flow a level, trained on shuffled fiber batches."
@@ -553,12 +558,12 @@ class CFlow(DenseDetector):
         self.check_batch(len(features[0]))
         for l, x in enumerate(features):
             rows, code, n = self.rows(l, x), self.code(l), self.config["fibers"]
-            batches = [(rows, code)]  # all rows at once: their order is of no account, and images share their codes
-            if n is not None:
-                order = torch.randperm(rows.shape[:2].numel(), generator=generator).to(x.device)
-                now = lambda: self.rows(l, x) if rows.requires_grad else rows  # a trainable norm moves with each step
-                batches = ((now().flatten(0, 1)[i], (code, i % len(code))) for i in order.split(n) if len(i) == n)
-            yield from (self.loss(l, batch, cond) for batch, cond in batches)
+            if n is None:  # all rows at once: their order is of no account, and images share their codes
+                yield self.loss(l, rows, code)
+                continue
+            for i in fiber_batches(rows.shape[:2].numel(), n, generator).to(x.device):
+                now = self.rows(l, x) if rows.requires_grad else rows  # a trainable norm moves with each step
+                yield self.loss(l, now.flatten(0, 1)[i], (code, i % len(code)))
 
 
 DETECTORS["cflow"] = CFlow
