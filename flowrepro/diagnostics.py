@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import Dataset
+from .data import Dataset, read_mask
 from .detectors import Detector
 from .features import FeatureBank
 
@@ -53,9 +53,9 @@ def latent_moments(detector: Detector, bank: FeatureBank, images: np.ndarray,
 # %% ../nbs/10a_diagnostics.ipynb #abae8ad7
 def position_labels(dataset: Dataset, i: int, size: tuple[int, int]) -> np.ndarray:
     "What the positions (H, W) of an image show, flat (H·W,): 1 a defect, 0 nothing (in normal images), -1 neither."
-    if not dataset.records[i].label:
+    if not (record := dataset.records[i]).label:
         return np.zeros(size[0] * size[1], int)
-    mask = dataset[i].mask
+    mask = read_mask(record, dataset.transform)  # without decoding its image
     if mask is None:
         return np.full(size[0] * size[1], -1)
     share = torch.nn.functional.adaptive_avg_pool2d(mask[None].float(), size).flatten()
@@ -80,11 +80,13 @@ def positions_to_sample(dataset: Dataset, size: tuple[int, int], rows: int,
 # %% ../nbs/10a_diagnostics.ipynb #20e5af58
 @torch.no_grad()
 def latent_sample(detector: Detector, bank: FeatureBank, dataset: Dataset, level: int,
-                  rows: int = 1024) -> dict[str, np.ndarray]:
+                  rows: int = 1024, batch: int = 32) -> dict[str, np.ndarray]:
     "Latents z (n, C) of sampled test positions of a level, with `category` and `defective` (n,)."
     chosen = np.array(positions_to_sample(dataset, detector.backbone.shapes[level][1:], rows)).reshape(-1, 3)
-    z = [latent_rows(detector, bank[torch.tensor([i])])[level][0, chosen[chosen[:, 0] == i, 1]].half().cpu()
-         for i in np.unique(chosen[:, 0])]
+    images, z = np.unique(chosen[:, 0]), []
+    for part in np.split(images, range(batch, len(images), batch)):
+        every, own = latent_rows(detector, bank[torch.tensor(part)])[level], chosen[np.isin(chosen[:, 0], part)]
+        z.append(every[np.searchsorted(part, own[:, 0]), own[:, 1]].half().cpu())
     categories = np.array([dataset.records[i].category for i in chosen[:, 0]])
     return {"z": torch.cat(z).numpy(), "category": categories, "defective": chosen[:, 2] == 1}
 

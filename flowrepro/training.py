@@ -238,16 +238,19 @@ def train_batch(model: Detector, optimizer: torch.optim.Optimizer | BaseTurn, lo
         if isinstance(optimizer, BaseTurn):
             optimizer.step(loss, rate)
         else:
-            adam_step(model, optimizer, loss, rate, schedule.clip, schedule.idle)
+            adam_step(optimizer, loss, rate, schedule.clip, schedule.idle)
 
 
-def adam_step(model: Detector, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: float | None,
+def adam_step(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: float | None,
               idle: bool = False) -> None:
     "An ordinary step at a learning rate; a group may have a multiple of it."
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("rate", 1.0)
-    model.zero_grad(set_to_none=not idle)
+    optimizer.zero_grad(set_to_none=not idle)  # not the model's, which would walk through the backbone, too
     loss.backward()
+    if idle:
+        for p in (p for p in optimizer.state if p.grad is None):  # after a resume or a turn of the base
+            p.grad = torch.zeros_like(p)
     if clip is not None:
         torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
     optimizer.step()

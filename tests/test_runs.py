@@ -1057,20 +1057,21 @@ def test_moments_of_many_batches(bank_of):
 
 class Shown(list):
     "Samples with masks, in the place of a data set."
-    records = property(lambda self: self)
+    records, transform = property(lambda self: self), None
 
 
-def test_positions_that_are_defects():
+def test_positions_that_are_defects(monkeypatch):
     "More than half of one is; the rest of an anomalous image is neither, and so is one without a mask; else normal."
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[0, 0] = mask[:2, 2:] = mask[2:, 0] = True
     mask[2:, 2:], mask[3, 3] = True, False  # a quarter, all, half, three quarters
     shown = Shown(SimpleNamespace(label=l, mask=m and m[0]) for l, m in ((1, [mask]), (1, None), (0, [mask])))
+    monkeypatch.setattr(diagnostics, "read_mask", lambda record, transform: record.mask)
     labels = [diagnostics.position_labels(shown, i, (2, 2)).tolist() for i in range(3)]
     assert labels == [[-1, 1, -1, 1], [-1] * 4, [0] * 4]
 
 
-def test_sampled_latents_are_those_of_their_places(toy, bank_of):
+def test_sampled_latents_are_those_of_their_places(toy, bank_of, monkeypatch):
     "With the category and the label of their own position; as many of each category, spread over its images."
     data = load("toy", toy, "all", Transform(32))[1]
     data.records = data.records[::-1]  # in another order than that of the categories
@@ -1086,6 +1087,12 @@ def test_sampled_latents_are_those_of_their_places(toy, bank_of):
     for category in data.categories:
         own = (saved["category"] == category) & ~saved["defective"]
         assert own.sum() == 8 and len(set(image[own])) > 2
+    passes = []
+    shown.latents = lambda f: passes.append(len(f[0])) or [(x, None) for x in f]
+    again = diagnostics.latent_sample(shown, bank_of(z), data, 0, rows=64, batch=20)
+    assert all(np.array_equal(again[k], saved[k]) for k in saved)
+    assert passes == [20, len(set(image)) - 20]  # a batch a pass, not an image
+    monkeypatch.setattr("flowrepro.data.open_image", None)  # masks alone are decoded
     few = diagnostics.latent_sample(shown, bank_of(z), data, 0, rows=1)
     assert set(few["category"]) == set(data.categories)  # one at least
 

@@ -180,6 +180,21 @@ def test_resume_is_exact_with_every_method(method, settings, altub, step, make, 
     assert without_time(train(resumed, checkpoint=path)) == without_time(history) and same(whole, resumed)
 
 
+@pytest.mark.parametrize("altub", [None, AltUB(every=2, warmup=0.0)], ids=["plain", "altub"])
+@pytest.mark.parametrize("method", [CFlow, HGAD])
+def test_resume_is_exact_with_idle(method, altub, make, features, tmp_path):
+    "What Adam's memory moves goes on to move, before a first gradient reaches it."
+    path, kw = tmp_path / "checkpoint.pt", dict(method=method, **dict(base="diagonal") | SMALL[method])
+    whole, part, resumed = make(**kw), make(**kw), make(**kw, seed=77)
+    train = lambda model, **more: fit(model, features.bank, replace(SCHEDULE, idle=True), LABELS, altub, progress=False,
+                                      **more)
+    history = train(whole)
+    kill_in(part, 7)
+    with pytest.raises(Killed):
+        train(part, checkpoint=path)
+    assert without_time(train(resumed, checkpoint=path)) == without_time(history) and same(whole, resumed)
+
+
 @pytest.mark.parametrize("written, wanted",
                          [(None, AltUB()), (AltUB(), None), (AltUB(), AltUB(every=3)), (AltUB(), AltUB(joint=False))],
                          ids=str)
@@ -472,7 +487,7 @@ def test_the_rate_is_used(make, features, monkeypatch):
     "Step by step in the optimizer, and the last of each epoch in the history."
     seen, own = [], training.adam_step
     monkeypatch.setattr(training, "adam_step",
-                        lambda m, o, *rest: own(m, o, *rest) or seen.append({g["lr"] for g in o.param_groups}))
+                        lambda o, *rest: own(o, *rest) or seen.append({g["lr"] for g in o.param_groups}))
     history = fit(make(), features.bank, SCHEDULE, progress=False)
     expected = [SCHEDULE.rate(i / 12) for i in range(12)]  # 4 epochs of 3 steps
     assert [r for (r,) in seen] == pytest.approx(expected)
@@ -485,7 +500,7 @@ def test_clip(make, features):
     for clip in (None, 0.5, 1e9):
         model = make()
         before = [p.detach().clone() for p in model.parameters()]
-        adam_step(model, torch.optim.SGD(model.parameters(), 7.0), model.loss(features.bank[slice(0, 4)]), 1.0, clip)
+        adam_step(torch.optim.SGD(model.parameters(), 7.0), model.loss(features.bank[slice(0, 4)]), 1.0, clip)
         lengths[clip] = sum((p - q).square().sum() for p, q in zip(model.parameters(), before)).sqrt().item()
     assert lengths[None] > 1
     assert lengths[0.5] == pytest.approx(0.5, rel=1e-3)
@@ -498,17 +513,29 @@ def test_idle():
         net, x = nn.ModuleList([nn.Linear(1, 1, bias=False) for _ in range(2)]), torch.ones(1, 1)
         adam = torch.optim.Adam(net.parameters(), 0.1)
         for level in net:
-            adam_step(net, adam, level(x).sum(), 0.1, None, idle)
+            adam_step(adam, level(x).sum(), 0.1, None, idle)
         before = net[0].weight.item()
-        adam_step(net, adam, net[1](x).sum(), 0.1, None, idle)
+        adam_step(adam, net[1](x).sum(), 0.1, None, idle)
         return net[0].weight.item() != before
     assert moved(True) and not moved(False)
+
+
+def test_idle_after_a_turn_of_the_base():
+    "Which leaves no gradient: memory moves the base of a level that the next loss does not reach all the same."
+    net, x = nn.ModuleList([nn.Linear(1, 1, bias=False) for _ in range(2)]), torch.ones(1, 1)
+    adam, turn = torch.optim.Adam(net.parameters(), 0.1), BaseTurn(AltUB(), net.parameters())
+    for level in net:
+        adam_step(adam, level(x).sum(), 0.1, None, idle=True)
+    turn.step(net[1](x).sum(), 0.1)
+    before = net[0].weight.item()
+    adam_step(adam, net[1](x).sum(), 0.1, None, idle=True)
+    assert net[0].weight.item() != before
 
 
 @pytest.mark.parametrize("idle", [True, False])
 def test_idle_is_used(make, features, monkeypatch, idle):
     seen, own = [], training.adam_step
-    monkeypatch.setattr(training, "adam_step", lambda *given: seen.append(given[5]) or own(*given))
+    monkeypatch.setattr(training, "adam_step", lambda *given: seen.append(given[4]) or own(*given))
     fit(make(), features.bank, replace(SCHEDULE, epochs=1, idle=idle), progress=False)
     assert set(seen) == {idle}
 
@@ -570,9 +597,9 @@ def test_each_fiber_batch_has_its_step(fibers, steps, make, features, monkeypatc
     "Level after level; a step moves the flow of its own level alone, and the history has the mean over all."
     model, own, seen = make(method=CFlow, code=4, fibers=fibers), training.adam_step, []
 
-    def step(model, optimizer, loss, *rest):
+    def step(optimizer, loss, *rest):
         before = {k: p.detach().clone() for k, p in model.named_parameters()}
-        own(model, optimizer, loss, *rest)
+        own(optimizer, loss, *rest)
         seen.append((loss.item(), moved(model, before)))
 
     monkeypatch.setattr(training, "adam_step", step)
@@ -589,9 +616,9 @@ def test_a_trainable_norm_learns_from_every_fiber_batch(altub, make, features, m
     model, own, learned = make(method=CFlow, code=4, fibers=16, norm="layer", **base), training.adam_step, []
     loss, drawn, every = model.loss, [], []
 
-    def step(model, *rest):
+    def step(*given):
         before = {k: p.detach().clone() for k, p in model.named_parameters()}
-        own(model, *rest)
+        own(*given)
         learned.append({k for k in moved(model, before) if k.startswith("norms.")})
 
     def listen(level, rows, *rest):
