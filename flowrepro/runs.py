@@ -486,7 +486,7 @@ class Run:
         self.labels, self.test_labels = map(self.detector.labels_of, (self.normal, self.test_set))
         with config_errors():
             check_training(self.detector, len(self.normal), self.schedule, self.altub)
-        self.parts, self.seconds_evaluating, self.base_start = None, 0.0, base_state(self.detector)
+        self.parts, self.base_start = None, base_state(self.detector)
         self.size = s["transform"]["mask_size"] or s["transform"]["size"]  # of maps and masks
         self.out = open_folder(config)
 
@@ -513,8 +513,8 @@ class Run:
         self.detector.calibrate(self.train_bank, self.labels)
         self.parts = self.detector.all_parts(self.test_bank, self.test_labels)
         results, self.maps, self.scores = self.results()
-        self.seconds_evaluating += time.perf_counter() - began
-        return results["mean"] | {"results": results, "base": base_state(self.detector)}
+        return results["mean"] | {"results": results, "base": base_state(self.detector),
+                                  "evaluating": time.perf_counter() - began}
 
     def results(self, score: Score | None = None,
                 parts: list[Parts] | None = None) -> tuple[dict, np.ndarray, np.ndarray]:
@@ -594,7 +594,7 @@ def timing(run: Run) -> dict:
     found, not computed)."""
     epoch, fill = float(np.median([r["seconds"] for r in run.history])), run.train_bank.seconds
     return {"features_s": fill + run.test_bank.seconds, "train_s": sum(r["seconds"] for r in run.history),
-            "evaluate_s": run.seconds_evaluating,
+            "evaluate_s": sum(r.get("evaluating", 0.0) for r in run.history),
             "epoch_s": epoch,
             "epoch_without_bank_s": epoch + fill / run.train_bank.copies if fill else None,  # which sees one copy
             **peak_memory(run.config.device)}
@@ -631,7 +631,7 @@ def write_results(run: Run) -> dict:
     evaluated, rows = [r for r in run.history if "results" in r], []
     for r in evaluated:
         each = {f"{c}/{m}": v for c, values in r["results"].items() if c != "mean" for m, v in values.items()}
-        rows.append({k: v for k, v in r.items() if k not in ("results", "base")} | each)
+        rows.append({k: v for k, v in r.items() if k not in ("results", "base", "evaluating")} | each)
     pd.DataFrame(rows).to_csv(run.out / "history.csv", index=False)
     score_table(run).to_csv(run.out / "scores.csv", index=False)
     run.detector.trained_on = [image_id(r.image) for r in run.normal.records]

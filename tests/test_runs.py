@@ -759,6 +759,8 @@ def test_resumed_run(unified, toy, tmp_path, monkeypatch):
     again = Run(config, progress=False).train()
     again.finish()
     assert len(trained) == 20
+    evaluating = [r["evaluating"] for r in again.history if "results" in r]
+    assert len(evaluating) == 3 and stored(again)["timing"]["evaluate_s"] == sum(evaluating)  # the killed one's, too
     assert stored(again)["results"] == stored(unified)["results"]
     assert weights(again) == weights(unified)
     assert pd.read_csv(again.out / "history.csv").drop(columns="seconds").equals(
@@ -971,9 +973,9 @@ def test_history_has_the_mean_once(unified):
 
 
 def test_every_evaluation_counts(unified, monkeypatch):
-    monkeypatch.setattr(unified, "seconds_evaluating", 1000.0)
-    unified.evaluate(6)
-    assert unified.seconds_evaluating > 1000
+    monkeypatch.setattr(unified, "history", [{"seconds": 1.0}, unified.evaluate(6) | {"seconds": 1.0, "evaluating": 7.0},
+                                             unified.evaluate(6) | {"seconds": 1.0}])
+    assert runs.timing(unified)["evaluate_s"] > 7
 
 
 def test_what_makes_a_run_another_one(done, toy):
