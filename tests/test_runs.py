@@ -767,6 +767,21 @@ def test_resumed_run(unified, toy, tmp_path, monkeypatch):
         pd.read_csv(unified.out / "history.csv").drop(columns="seconds"))
 
 
+def test_resumed_wherever_it_lies(toy, tmp_path, monkeypatch):
+    "A stopped run goes on under another name of its folder, or when that was moved, and with its features elsewhere."
+    config = lambda **more: configure(data_root=str(toy), **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "save", crash)
+        with pytest.raises(OSError):
+            Run(config(out_dir=str(tmp_path / "run")), progress=False).train().finish()
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "train_batch", crash)  # all of it is done
+    for more in ({}, {"overrides": {"features.cache": str(tmp_path / "cache"), "where": "disk"}}):
+        again = Run(config(out_dir="moved", **more), progress=False).train()
+        assert [r["epoch"] for r in again.history] == [1, 2]
+
+
 def test_checkpoint_of_another_configuration(done, toy, tmp_path, monkeypatch):
     "Is not resumed from: a changed setting, even one that the schedule does not know, starts anew."
     out = tmp_path / "run"
