@@ -29,6 +29,8 @@ def cmd_run(args: argparse.Namespace) -> int:
 
     own = ("command", "action", "out", "seeds", "tag", "resume")
     parameters = {k: v for k, v in vars(args).items() if k not in own}
+    if (args.data_root or "").strip() and args.dataset != "union":  # the same wherever the command is given again
+        parameters["data_root"] = str(Path(args.data_root).expanduser().absolute())
     for seed in args.seeds:
         configure(parameters | {"seed": seed})
     categories = [args.category]
@@ -40,7 +42,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     jobs = [parameters | {"category": c, "seed": s, "out_dir": str(Path(args.out) / run_name(args, c, s))}
             for c in categories for s in args.seeds]
     for job in jobs:
-        of_the_same_data(Path(job["out_dir"]), args.data_root)
+        of_the_same_data(Path(job["out_dir"]), parameters["data_root"])
         if made_otherwise(job["out_dir"], job):
             raise ValueError(f"{job['out_dir']}: holds a run of other settings; give a --tag, or another --out")
     failed = run_each(jobs, args.resume)

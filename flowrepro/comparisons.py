@@ -230,8 +230,10 @@ def places(jobs: list[Job], frame: pd.DataFrame) -> dict[str, list[str]]:
     for job in jobs:
         sets, category = sets_of(job.parameters), job.parameters["category"]
         data = data_name(sets)
-        found = [c for c in dict.fromkeys(only(frame, data=data)["category"]) if c != "mean"]
-        names = (found or list(categories_in(sets))) if category == "all" else [category]
+        names = [category]
+        if category == "all":
+            found = [c for c in only(frame, data=data)["category"].unique() if c != "mean"]
+            names = found or list(categories_in(sets))
         out[data] = list(dict.fromkeys([*out.get(data, []), *names]))
     return {data: names + ["mean"] * (len(names) > 1) for data, names in out.items()}
 

@@ -9,8 +9,8 @@ __all__ = ['RUN_MODULES', 'OUTPUT_MODULES', 'OVERHEAD', 'PRELOADED', 'RESERVE', 
            'run_entry', 'notebook_entries', 'lacking', 'make_plan', 'gpus', 'job_gpus', 'length', 'like',
            'past_seconds', 'known_seconds', 'said', 'one_gpu', 'execute', 'forked', 'register_here', 'end', 'warm_jobs',
            'profile_of', 'at_once', 'can_submit', 'snakemake_command', 'to_do', 'reason', 'Watch', 'room', 'drive',
-           'some_run', 'describe', 'missing_data', 'other_revisions', 'failures', 'wanted_tables', 'undrawn', 'glance',
-           'reproduce', 'only_one', 'terminable', 'work']
+           'some_run', 'describe', 'missing_data', 'other_revisions', 'failures', 'wanted_tables', 'undrawn',
+           'all_there', 'glance', 'reproduce', 'only_one', 'terminable', 'work']
 
 # %% ../nbs/12d_reproduce.ipynb #06bfb1d3
 import contextlib
@@ -557,10 +557,17 @@ def undrawn(plan: dict) -> None:
     "Have the notebooks drawn again whose tables or figures have been removed."
     out = Path(plan["out"])
     for name, entry in plan["notebooks"].items():
-        made = [out / (f"tables/{o}.csv" if o.startswith("T") else f"figures/{o}.md")
-                for o in entry["parameters"]["only"].split(",")]
-        if not all(path.exists() for path in made):
+        if not all(all_there(out, o) for o in entry["parameters"]["only"].split(",")):
             (out / f"notebooks/{name}.done").unlink(missing_ok=True)
+
+
+def all_there(out: Path, output: str) -> bool:
+    "Are all files of a table or figure there? Of a figure without runs it is the caption alone, which says so."
+    if output.startswith("T"):
+        return all((out / f"tables/{output}.{e}").exists() for e in ("csv", "values.csv", "md", "tex", "html"))
+    caption, *drawn = (out / f"figures/{output}.{e}" for e in ("md", "svg", "png"))
+    return caption.exists() and (all(path.exists() for path in drawn)
+                                 or "** Not drawn at preset " in caption.read_text(encoding="utf-8"))
 
 
 def glance(out: Path, tables: list[str]) -> str:

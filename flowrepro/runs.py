@@ -8,10 +8,11 @@ Docs: https://flowrepro.github.io/flowrepro/runs.html.md"""
 __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES', 'PLAIN', 'HERE', 'TRAINED_BY', 'MADE',
            'defaults_of', 'settings_of', 'ConfigError', 'config_errors', 'resolve', 'as_plain', 'parse_overrides',
            'Config', 'given_parameters', 'check_choices', 'device_here', 'check_detector', 'check_kind',
-           'check_settings', 'configure', 'made_otherwise', 'published_for', 'write_json', 'revision', 'processor',
-           'environment', 'peak_memory', 'masks_by_category', 'evaluate_parts', 'mean_results', 'backbone_of',
-           'best_results', 'Run', 'evaluation_epochs', 'training_code', 'train_or_resume', 'open_folder', 'contents',
-           'timing', 'score_table', 'by_class_mode', 'write_results', 'score_forms', 'execute_notebook', 'run_notebook']
+           'check_settings', 'configure', 'wherever', 'made_otherwise', 'published_for', 'write_json', 'revision',
+           'processor', 'environment', 'peak_memory', 'masks_by_category', 'evaluate_parts', 'mean_results',
+           'backbone_of', 'best_results', 'Run', 'evaluation_epochs', 'training_code', 'train_or_resume', 'open_folder',
+           'contents', 'timing', 'score_table', 'by_class_mode', 'write_results', 'score_forms', 'execute_notebook',
+           'run_notebook']
 
 # %% ../nbs/11_runs.ipynb #c6d1b3a8
 import contextlib
@@ -340,12 +341,18 @@ def configure(parameters: dict | None = None, **more) -> Config:
                      "out_dir": str(p["out_dir"])})
 
 # %% ../nbs/11_runs.ipynb #cf06f3b9
+def wherever(config: dict) -> dict:
+    "What a configuration says, but for where its run and its features are kept; overrides are in its settings."
+    own = json.loads(json.dumps({k: v for k, v in config.items() if k not in ("out_dir", "overrides")}))
+    for place in ("cache", "where"):
+        own["settings"]["features"].pop(place, None)
+    return own
+
+
 def made_otherwise(folder: str | Path, parameters: dict) -> bool:
     "Does a folder hold a finished run of another method, backbone or settings? Where features are kept is none."
     def told(config: dict) -> dict:
-        own = json.loads(json.dumps({k: config[k] for k in ("method", "altub", "backbone", "weights", "settings")}))
-        for place in ("cache", "where"):
-            own["settings"]["features"].pop(place, None)
+        own = wherever({k: config[k] for k in ("method", "altub", "backbone", "weights", "settings")})
         own["settings"]["schedule"].setdefault("idle", False)  # runs from before there was a choice
         return own
     try:
@@ -486,7 +493,7 @@ class Run:
         self.labels, self.test_labels = map(self.detector.labels_of, (self.normal, self.test_set))
         with config_errors():
             check_training(self.detector, len(self.normal), self.schedule, self.altub)
-        self.parts, self.seconds_evaluating, self.base_start = None, 0.0, base_state(self.detector)
+        self.parts, self.base_start = None, base_state(self.detector)
         self.size = s["transform"]["mask_size"] or s["transform"]["size"]  # of maps and masks
         self.out = open_folder(config)
 
@@ -513,8 +520,8 @@ class Run:
         self.detector.calibrate(self.train_bank, self.labels)
         self.parts = self.detector.all_parts(self.test_bank, self.test_labels)
         results, self.maps, self.scores = self.results()
-        self.seconds_evaluating += time.perf_counter() - began
-        return results["mean"] | {"results": results, "base": base_state(self.detector)}
+        return results["mean"] | {"results": results, "base": base_state(self.detector),
+                                  "evaluating": time.perf_counter() - began}
 
     def results(self, score: Score | None = None,
                 parts: list[Parts] | None = None) -> tuple[dict, np.ndarray, np.ndarray]:
@@ -559,14 +566,17 @@ def open_folder(config: Config) -> Path:
     """The run folder with its configuration and environment.
 
     An older run's `metrics.json` is removed, since this one is not complete yet; its checkpoint is kept,
-    to be resumed from, if it had the same configuration. Of another configuration, no result is kept.
+    to be resumed from, if it had the same configuration, wherever it was kept. Of another one, no result is kept.
     """
     out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").unlink(missing_ok=True)
-    before = (out / "config.json").read_text() if (out / "config.json").exists() else None
+    try:
+        before = wherever(json.loads((out / "config.json").read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or none of this version
+        before = None
     write_json(out / "config.json", asdict(config))
-    if before != (out / "config.json").read_text():
+    if before != wherever(asdict(config)):
         for path in (*(out / name for name in MADE), *out.glob("figures/*.png")):
             path.unlink(missing_ok=True)
     write_json(out / "environment.json", environment(config.device))
@@ -594,7 +604,7 @@ def timing(run: Run) -> dict:
     found, not computed)."""
     epoch, fill = float(np.median([r["seconds"] for r in run.history])), run.train_bank.seconds
     return {"features_s": fill + run.test_bank.seconds, "train_s": sum(r["seconds"] for r in run.history),
-            "evaluate_s": run.seconds_evaluating,
+            "evaluate_s": sum(r.get("evaluating", 0.0) for r in run.history),
             "epoch_s": epoch,
             "epoch_without_bank_s": epoch + fill / run.train_bank.copies if fill else None,  # which sees one copy
             **peak_memory(run.config.device)}
@@ -631,7 +641,7 @@ def write_results(run: Run) -> dict:
     evaluated, rows = [r for r in run.history if "results" in r], []
     for r in evaluated:
         each = {f"{c}/{m}": v for c, values in r["results"].items() if c != "mean" for m, v in values.items()}
-        rows.append({k: v for k, v in r.items() if k not in ("results", "base")} | each)
+        rows.append({k: v for k, v in r.items() if k not in ("results", "base", "evaluating")} | each)
     pd.DataFrame(rows).to_csv(run.out / "history.csv", index=False)
     score_table(run).to_csv(run.out / "scores.csv", index=False)
     run.detector.trained_on = [image_id(r.image) for r in run.normal.records]

@@ -556,6 +556,28 @@ def test_a_run_on_other_images_is_not_replaced(toy, tmp_path, capsys):
     assert code == 2 and f"holds a run on {tmp_path / 'a/weave'}; give another --out, or a --tag" in err
 
 
+def test_a_relative_folder_is_that_of_its_run(toy, tmp_path, capsys, monkeypatch):
+    """The same words in another working directory are other images, which replace no run;
+    other words for the same folder are the same images."""
+    from flowrepro import cli
+
+    def begin(jobs: list[dict], resume: bool) -> dict[str, Exception]:
+        for job in jobs:
+            folder = Path(job["out_dir"])
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(job))
+        return {job["out_dir"]: RuntimeError("stopped") for job in jobs}
+
+    for where in ("a", "b"):
+        shutil.copytree(toy / "weave", tmp_path / where / "parts")
+    monkeypatch.setattr(cli, "run_each", begin)
+    command = ["run", "--dataset", "folder", "--category", "all", "--preset", "smoke", "--out", tmp_path / "runs"]
+    for where, root, expected in (("a", "parts", 1), ("b", "parts", 2), ("b", "../a/parts", 1), ("", "a/parts", 1)):
+        monkeypatch.chdir(tmp_path / where)
+        code, _, err = run(capsys, *command, "--data-root", root)
+        assert code == expected and ("holds a run on" in err) == (expected == 2), (where, root, err)
+
+
 def test_a_package_that_is_not_installed(tmp_path, monkeypatch, capsys):
     "Named, with the extras that bring it."
     monkeypatch.setitem(sys.modules, "flowrepro.reports", None)  # as if its import failed

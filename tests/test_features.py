@@ -3,6 +3,7 @@ import errno
 import json
 import multiprocessing as mp
 import os
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import flowrepro
 from flowrepro import features as ft
 from flowrepro import data
 from flowrepro.data import Dataset, load
@@ -126,6 +128,18 @@ def test_found_again_unless_anything_changes(folder, tmp_path):
     p.unlink(); others.append(bank(Data(folder), cache=tmp_path/"c"))
     rows = Data(folder); rows.records = rows.records[::-1]; others.append(bank(rows, cache=tmp_path/"c"))
     assert not any(o.found for o in others) and len({o.key for o in (first, *others)}) == 8
+
+
+@pytest.mark.parametrize("module", ["backbones", "data", "features", "flows"])
+def test_the_code_that_makes_features_is_in_the_key(folder, tmp_path, monkeypatch, module):
+    "After an edit of it a bank is filled anew; other code changes nothing, and neither does another clone."
+    first = bank(Data(folder), cache=tmp_path/"c")
+    shutil.copytree(Path(flowrepro.__file__).parent, tmp_path/"clone", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(flowrepro, "__file__", str(tmp_path/"clone/__init__.py"))
+    assert bank(Data(folder), cache=tmp_path/"c").found
+    with open(tmp_path/f"clone/{module}.py", "a") as f: f.write("\n")
+    again = bank(Data(folder), cache=tmp_path/"c")
+    assert again.found == (again.key == first.key) == (module == "flows")
 
 
 class Small(Net):

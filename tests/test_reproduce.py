@@ -19,6 +19,7 @@ from PIL import Image
 
 from flowrepro import reproduce as R
 from flowrepro.data import DataError
+from flowrepro.figures import FIGURES
 from flowrepro.matrix import MatrixError, load_matrix
 
 TINY = {"fastflow": {"title": "FastFlow", "method": "fastflow"},
@@ -815,3 +816,26 @@ def test_room_that_is_kept(tmp_path, monkeypatch):
         else:
             with pytest.raises(OSError, match="free some or give another --out"):
                 R.room(tmp_path)
+
+
+@pytest.mark.parametrize("gone", ["figures/F3.svg", "figures/F3.png", "figures/F3.md", "tables/T1.csv",
+                                  "tables/T1.values.csv", "tables/T1.md", "tables/T1.tex", "tables/T1.html"])
+def test_whatever_was_removed_is_drawn_again(gone, tmp_path):
+    "Any file of a table or figure has its notebook done again; a figure without runs has no drawing to miss."
+    entry = lambda only: {"parameters": {"only": only}}
+    plan = {"out": str(tmp_path), "notebooks": {"tables": entry("T1"), "figures": entry("F3,F4")}}
+    kinds = {"tables/T1": ("csv", "values.csv", "md", "tex", "html"), "figures/F3": ("md", "svg", "png")}
+    for name in ("tables", "figures", "notebooks"):
+        (tmp_path / name).mkdir()
+    for stem, endings in kinds.items():
+        for ending in endings:
+            (tmp_path / f"{stem}.{ending}").write_text("**F3. What?** Drawn.")
+    (tmp_path / "figures/F4.md").write_text(FIGURES["F4"]([], load_matrix(), "smoke").caption)
+    done = {name: tmp_path / f"notebooks/{name}.done" for name in plan["notebooks"]}
+    for path in done.values():
+        path.touch()
+    R.undrawn(plan)
+    assert all(path.exists() for path in done.values())
+    (tmp_path / gone).unlink()
+    R.undrawn(plan)
+    assert [name for name, path in done.items() if not path.exists()] == [gone.partition("/")[0]]

@@ -759,10 +759,27 @@ def test_resumed_run(unified, toy, tmp_path, monkeypatch):
     again = Run(config, progress=False).train()
     again.finish()
     assert len(trained) == 20
+    evaluating = [r["evaluating"] for r in again.history if "results" in r]
+    assert len(evaluating) == 3 and stored(again)["timing"]["evaluate_s"] == sum(evaluating)  # the killed one's, too
     assert stored(again)["results"] == stored(unified)["results"]
     assert weights(again) == weights(unified)
     assert pd.read_csv(again.out / "history.csv").drop(columns="seconds").equals(
         pd.read_csv(unified.out / "history.csv").drop(columns="seconds"))
+
+
+def test_resumed_wherever_it_lies(toy, tmp_path, monkeypatch):
+    "A stopped run goes on under another name of its folder, or when that was moved, and with its features elsewhere."
+    config = lambda **more: configure(data_root=str(toy), **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "save", crash)
+        with pytest.raises(OSError):
+            Run(config(out_dir=str(tmp_path / "run")), progress=False).train().finish()
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "train_batch", crash)  # all of it is done
+    for more in ({}, {"overrides": {"features.cache": str(tmp_path / "cache"), "where": "disk"}}):
+        again = Run(config(out_dir="moved", **more), progress=False).train()
+        assert [r["epoch"] for r in again.history] == [1, 2]
 
 
 def test_checkpoint_of_another_configuration(done, toy, tmp_path, monkeypatch):
@@ -971,9 +988,9 @@ def test_history_has_the_mean_once(unified):
 
 
 def test_every_evaluation_counts(unified, monkeypatch):
-    monkeypatch.setattr(unified, "seconds_evaluating", 1000.0)
-    unified.evaluate(6)
-    assert unified.seconds_evaluating > 1000
+    monkeypatch.setattr(unified, "history", [{"seconds": 1.0}, unified.evaluate(6) | {"seconds": 1.0, "evaluating": 7.0},
+                                             unified.evaluate(6) | {"seconds": 1.0}])
+    assert runs.timing(unified)["evaluate_s"] > 7
 
 
 def test_what_makes_a_run_another_one(done, toy):

@@ -656,6 +656,17 @@ def test_means_over_the_categories_of_the_jobs():
         assert only(comparisons.with_means(rows, whole), category="mean")["official"].tolist() == [all(official)]
 
 
+def test_places_of_many_runs(monkeypatch):
+    "The rows are not searched again for each run of one category; a unified run has the categories of its data alone."
+    searched, own = [], comparisons.only
+    monkeypatch.setattr(comparisons, "only", lambda *a, **k: searched.append(1) or own(*a, **k))
+    jobs = jobs_of(MATRIX, "paper", {}, ["T1"])
+    frame = values_of(*(dict(data="mvtec", category=c) for c in OFFICIAL["mvtec"]), dict(data="toy", category="weave"),
+                      dict(data="toy", category="mean"))
+    assert comparisons.places(jobs, frame) == {"mvtec": [*OFFICIAL["mvtec"], "mean"]} and not searched
+    assert comparisons.places(jobs_of(MATRIX, "demo", {}, ["T5"]), frame) == {"toy": ["weave"]}
+
+
 def test_seeds_are_averaged_before_they_are_compared():
     "Of both protocols; seeds of two backbones, or one of other data, are not compared."
     known = comparisons.Reference(0.9, 0.9, "ResNet-18", "FastFlow")
