@@ -59,6 +59,16 @@ def test_padding_at_one_end_needs_no_copy_and_gives_the_same_features(size):
     for a, b in zip(fast(images(2, size)), exact(images(2, size))): assert torch.dist(a, b) < 1e-4*b.norm()
 
 
+def test_a_cpu_takes_a_few_images_at_a_time(monkeypatch):
+    "Scale by scale as many as their pixels allow, one at least; the same features in the same order."
+    b, x, seen = Backbone("resnet18", (1, 2), (1, 0.5), "random", 64), images(7), []
+    whole = b(x)
+    b.net.conv1.register_forward_pre_hook(lambda m, i: seen.append(len(i[0])))
+    for pixels, passes in ((3*64*64, [3, 3, 1, 7]), (100, [1]*14), (7*64*64, [7, 7])):
+        monkeypatch.setattr(bb, "PASS", pixels); seen.clear()
+        assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(b(x), whole, strict=True)) and seen == passes
+
+
 def test_a_norm_whose_convolution_is_used_twice_is_not_folded_wrongly():
     class Twice(nn.Module):
         def __init__(self):
