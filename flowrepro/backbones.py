@@ -411,10 +411,10 @@ PASS = 2**19                                                          # pixels a
 
 def stages(b: Backbone, x: torch.Tensor) -> list[torch.Tensor]:
     "Features of normalized images at one scale; on a CPU a few at a time, so that they stay in its caches."
-    if b.channels_last: x = x.contiguous(memory_format=torch.channels_last)
     n = max(1, PASS//x.shape[-2:].numel())
     if x.device.type == "cpu" and not is_exporting() and len(x) > n:
         return [torch.cat(level) for level in zip(*(stages(b, part) for part in x.split(n)))]
+    if b.channels_last: x = x.contiguous(memory_format=torch.channels_last)
     cast = nullcontext() if b.dtype == "float32" else torch.autocast(x.device.type, DTYPES[b.dtype])
     with cast:
         out = b.net.forward_intermediates(x, indices=list(b.levels), norm=b.plain, stop_early=True, output_fmt="NCHW",

@@ -46,8 +46,8 @@ def files_hash(paths: Iterable[str | Path]) -> str:
 
 def bank_key(dataset, backbone, dtype: str, copies: int = 1, seed: int = 0) -> str:
     "Hex key of everything that decides the numbers in a bank; of a subclass of `Dataset`, also some of its images."
-    code = [p for m in MADE_BY if (p := Path(flowrepro.__file__).with_name(f"{m}.py")).exists()]
-    parts = dict(format=FORMAT, code=files_hash(code), images=files_hash([r.image for r in dataset.records]),
+    code = files_hash(Path(flowrepro.__file__).with_name(f"{m}.py") for m in MADE_BY)
+    parts = dict(format=FORMAT, code=code, images=files_hash([r.image for r in dataset.records]),
                  transform=repr(dataset.transform),
                  backbone=backbone.config(), dtype=dtype, copies=copies,
                  seed=seed if copies > 1 or dataset.transform.random else 0)
