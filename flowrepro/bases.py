@@ -6,7 +6,7 @@ Docs: https://flowrepro.github.io/flowrepro/bases.html.md"""
 
 # %% auto #0
 __all__ = ['LOG_2PI', 'Base', 'StandardNormal', 'DiagonalNormal', 'affinity', 'own_affinity', 'check_label', 'main_centres',
-           'ClassMixture', 'HierarchicalMixture']
+           'draw', 'ClassMixture', 'HierarchicalMixture']
 
 # %% ../nbs/04_bases.ipynb #0c03a911
 import math
@@ -47,6 +47,11 @@ class Base(nn.Module):
         if z.shape[self.dim] != self.channels:
             raise ValueError(f"z of shape {tuple(z.shape)} has {z.shape[self.dim]} channels on axis {self.dim}, "
                              f"this base {self.channels}")
+
+    def rows(self, z: Tensor) -> Tensor:
+        "z as rows (B, P, D); ValueError unless it has this base's channels."
+        self.check(z)
+        return z.flatten(2).mT if self.dim == 1 else z[:, None].flatten(1, -2)
 
     def per_dimension(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         "log p(z) / D without its constant: −‖z‖²/2D for N(0, I). What anomaly maps are made of."
@@ -125,7 +130,7 @@ def own_affinity(z: Tensor, centres: Tensor, label: Tensor) -> Tensor:
     every = affinity(z, centres.flatten(0, 1)).unflatten(-1, centres.shape[:2])
     return every[torch.arange(z.shape[0], device=z.device), :, label]
 
-
+# %% ../nbs/04_bases.ipynb #04310519
 def check_label(label: Tensor, classes: int, n: int) -> None:
     "ValueError for labels that are not n whole numbers in [0, classes)."
     if not isinstance(label, Tensor) or label.shape != (n,) or label.dtype != torch.long:
@@ -144,6 +149,11 @@ def main_centres(classes: int, channels: int, generator: torch.Generator | None 
     return F.pad(5 / math.sqrt(2 * channels // classes) * torch.eye(classes).repeat(1, copies),
                  (0, channels - copies * classes))
 
+# %% ../nbs/04_bases.ipynb #de2a4db7
+def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    "One category a row of logits (n, K)."
+    return torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+
 # %% ../nbs/04_bases.ipynb #f508c87b
 class ClassMixture(Base):
     "Σ_y p(y) N(μ_y, I), p(y) = softmax(φ)_y, with trainable centres and weights (HGAD, Eq. 5)."
@@ -155,11 +165,6 @@ class ClassMixture(Base):
         self.classes = classes
         self.mu = nn.Parameter(main_centres(classes, channels, generator))
         self.phi = nn.Parameter(torch.zeros(classes))
-
-    def rows(self, z: Tensor) -> Tensor:
-        "z as rows (B, P, D); ValueError unless it has this base's channels."
-        self.check(z)
-        return z.flatten(2).mT if self.dim == 1 else z[:, None].flatten(1, -2)
 
     def class_log_prob(self, rows: Tensor) -> Tensor:
         "log p(z | y) of rows (B, P, D) for every category, (B, P, K), without −‖z‖²/2 and the constant."
@@ -189,14 +194,9 @@ class ClassMixture(Base):
     def categories(self, n: int, label: Tensor | None, generator: torch.Generator | None) -> Tensor:
         "The category of each of n draws, (n,): as given, checked, or drawn by their weights."
         if label is None:
-            return self.draw(self.phi.expand(n, -1), generator)
+            return draw(self.phi.expand(n, -1), generator)
         check_label(label, self.classes, n)
         return label
-
-    @staticmethod
-    def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        "One category a row of logits (n, K)."
-        return torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
 
     def extra_repr(self) -> str:
         return f"classes={self.classes}, {super().extra_repr()}"
@@ -238,7 +238,7 @@ class HierarchicalMixture(ClassMixture):
 
     def sample(self, n: int, label: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         y = self.categories(n, label, generator)
-        i = self.draw(self.psi[y], generator)
+        i = draw(self.psi[y], generator)
         return self.all_centres().detach()[y, i] + self.noise(n, generator)
 
     def extra_repr(self) -> str:

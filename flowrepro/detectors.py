@@ -6,11 +6,12 @@ Docs: https://flowrepro.github.io/flowrepro/detectors.html.md"""
 
 # %% auto #0
 __all__ = ['DETECTORS', 'FASTFLOW_PUBLISHED', 'CFLOW_SIZES', 'CLASS_MODES', 'BASES', 'OFFICIAL', 'Standardise', 'norm_layer',
-           'normal_base', 'image_files', 'read_image', 'open_images', 'check_images', 'Detector', 'check_labels',
-           'all_parts', 'calibrate', 'score_parts', 'fit', 'check_trained', 'predict', 'image_id', 'not_trained_on',
-           'weights_of', 'own_classes', 'trained_state', 'save', 'read_saved', 'load', 'load_state', 'FastFlow',
-           'DenseDetector', 'fiber_batches', 'CFlow', 'OverCategories', 'HGADCore', 'HGAD', 'check_official',
-           'to_official', 'from_official']
+           'normal_base', 'image_files', 'read_image', 'open_images', 'check_images', 'Detector', 'prepare',
+           'seen_through', 'check_labels', 'all_parts', 'calibrate', 'score_parts', 'fit', 'check_trained', 'predict',
+           'image_id', 'not_trained_on', 'weights_of', 'own_classes', 'trained_state', 'save', 'read_saved', 'load',
+           'load_state', 'ConvDetector', 'FastFlow', 'DenseDetector', 'fiber_batches', 'CFlowCore', 'CFlow',
+           'OverCategories', 'categories_for', 'HGADCore', 'check_hgad', 'HGAD', 'check_official', 'to_official',
+           'from_official']
 
 # %% ../nbs/07_detectors.ipynb #b1e512b9
 import copy
@@ -118,7 +119,7 @@ def read_image(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
                         "(H, W, 1), (H, W, 3) or (H, W, 4)")
     return open_image(image)
 
-
+# %% ../nbs/07_detectors.ipynb #0fe98473
 def open_images(images: Dataset | Tensor | str | Path | Iterable, transform: Transform) -> Iterable[Tensor]:
     """Single images, uint8 (3, H, W) or float in [0, 1], one after the other.
     From a `Dataset`, a tensor (N, 3, H, W), a folder, or what `read_image` takes, one or several; an array of more
@@ -135,7 +136,7 @@ def open_images(images: Dataset | Tensor | str | Path | Iterable, transform: Tra
     single = not isinstance(images, Iterable) or isinstance(images, np.ndarray) and images.ndim < 4
     return (transform.image(read_image(image)) for image in ([images] if single else images))
 
-
+# %% ../nbs/07_detectors.ipynb #cd8d7221
 def check_images(images: Tensor, size: int) -> Tensor:
     "A batch as it is; DataError for another size, or for floats that do not lie in [0, 1]."
     if images.shape[1:] != (3, size, size):
@@ -174,12 +175,6 @@ class Detector(nn.Module):
         "What each level says of each position."
         raise NotImplementedError(f"{type(self).__name__} defines no parts")
 
-    def prepare(self, bank: FeatureBank) -> None:
-        "Measure what training needs on the features of the training images."
-        if self.config["norm"] == "standard":
-            for norm, (mean, std) in zip(self.norms, channel_stats(bank)):
-                norm.measure(mean.to(self.device), std.to(self.device))
-
     def begin(self, epoch: int, epochs: int) -> None:
         "Called as each epoch of a training begins."
 
@@ -199,13 +194,25 @@ class Detector(nn.Module):
         "The category number of each image, (N,); None for a method that does not use them."
         return None
 
-    def seen_through(self) -> Transform:
-        "How a new image becomes a tensor: as the training images did, without their rotation."
-        return replace(self.transform, rotate=0.0) if self.transform else Transform(self.backbone.size)
-
     @property
     def device(self) -> torch.device:
         return self.calibration.device
+
+# %% ../nbs/07_detectors.ipynb #0e494800
+def prepare(detector: Detector, bank: FeatureBank) -> None:
+    "Measure what training needs on the features of the training images."
+    if detector.config["norm"] == "standard":
+        for norm, (mean, std) in zip(detector.norms, channel_stats(bank)):
+            norm.measure(mean.to(detector.device), std.to(detector.device))
+
+
+def seen_through(detector: Detector) -> Transform:
+    "How a new image becomes a tensor: as the training images did, without their rotation."
+    seen = detector.transform
+    return replace(seen, rotate=0.0) if seen else Transform(detector.backbone.size)
+
+
+Detector.prepare, Detector.seen_through = prepare, seen_through
 
 # %% ../nbs/07_detectors.ipynb #0d3e7b11
 def check_labels(detector: Detector, labels: Tensor | None, bank: FeatureBank) -> None:
@@ -214,7 +221,7 @@ def check_labels(detector: Detector, labels: Tensor | None, bank: FeatureBank) -
         each = len(bank) if len(bank) == len(labels) else len(bank) // bank.copies
         check_label(labels, len(detector.config["categories"]), each)
 
-
+# %% ../nbs/07_detectors.ipynb #a12b4769
 @torch.no_grad()
 def all_parts(detector: Detector, bank: FeatureBank, labels: Tensor | None = None, batch: int = 32) -> list[Parts]:
     "The parts of every image of a bank, level by level."
@@ -224,7 +231,7 @@ def all_parts(detector: Detector, bank: FeatureBank, labels: Tensor | None = Non
     own = lambda i: None if labels is None else labels[i % len(labels)].to(detector.device)  # of copies, the same
     return join([detector.parts(bank[i], own(i)) for i in index])
 
-
+# %% ../nbs/07_detectors.ipynb #a098567a
 @torch.no_grad()
 def calibrate(detector: Detector, bank: FeatureBank, labels: Tensor | None = None) -> None:
     """Put the levels on one scale by their log-likelihoods on training images (`scores.calibration`);
@@ -235,7 +242,7 @@ def calibrate(detector: Detector, bank: FeatureBank, labels: Tensor | None = Non
                            "the training diverged in its last step; try a lower lr, or clip=1.0")
     detector.calibration.copy_(stats)
 
-
+# %% ../nbs/07_detectors.ipynb #5743c4cb
 def score_parts(detector: Detector, parts: list[Parts], score: Score | None = None) -> tuple[Tensor, Tensor]:
     "Anomaly maps (B, size, size) and image scores (B,) of the parts, under the detector's score or another."
     stats = None if detector.calibration.isnan().any() else detector.calibration
@@ -260,7 +267,7 @@ def check_trained(detector: Detector) -> None:
         raise ValueError("this detector has not been trained, and its score needs the calibration: call fit first, "
                          "or load one that was")
 
-
+# %% ../nbs/07_detectors.ipynb #fc64012c
 @torch.no_grad()
 def predict(
     detector: Detector,
@@ -305,7 +312,7 @@ def image_id(path: Path) -> str:
     "What tells an image file from others, wherever it lies: 16 hex digits of the SHA-256 of its bytes."
     return sha256(path)[:16]
 
-
+# %% ../nbs/07_detectors.ipynb #3eb50878
 def not_trained_on(detector: Detector, images: list[Path]) -> list[Path]:
     "Those of some image files that the detector was not trained on; DataError if there are none."
     new = [p for p in images if image_id(p) not in detector.trained_on]
@@ -328,12 +335,12 @@ def own_classes(detector: Detector) -> list[str]:
     made = {n: type(m) for n, m in detector.named_modules() if n.partition(".")[0] != "backbone"}
     return sorted({t.__name__ for t in made.values() if t.__module__.partition(".")[0] not in ("flowrepro", "torch")})
 
-
+# %% ../nbs/07_detectors.ipynb #e10d552c
 def trained_state(detector: Detector) -> dict[str, Tensor]:
     "The tensors of a detector by name, but for its backbone's."
     return {k: v for k, v in detector.state_dict().items() if not k.startswith("backbone.")}
 
-
+# %% ../nbs/07_detectors.ipynb #282b012f
 def save(detector: Detector, path: str | Path) -> None:
     """Write a detector to one safetensors file, in a folder that is made if need be.
     The frozen backbone is named in it, not stored."""
@@ -369,7 +376,7 @@ def read_saved(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
         raise DataError(f"{path} holds no flowrepro detector of a known method ({', '.join(DETECTORS)})")
     return about, state
 
-
+# %% ../nbs/07_detectors.ipynb #1ba7972f
 def load(path: str | Path, weights: str | None = None, kind: type[Detector] = Detector) -> Detector:
     """The detector in a file that `save` wrote.
 
@@ -411,8 +418,21 @@ def load_state(detector: Detector, state: dict[str, Tensor], path: str | Path) -
 DETECTORS: dict[str, type[Detector]] = {}
 Detector.save, Detector.load = save, classmethod(lambda cls, path, weights=None: load(path, weights, cls))
 
+# %% ../nbs/07_detectors.ipynb #92364e8f
+class ConvDetector(Detector):
+    "A detector whose flows see a level's whole map."
+
+    def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        "Latents (B, C, H, W) and local log-determinants (B, H, W) of each level, one level after the other."
+        for x, norm, flow in zip(features, self.norms, self.flows):
+            yield flow(norm(x), local=True)
+
+    def parts(self, features: list[Tensor], labels: Tensor | None = None) -> list[Parts]:
+        return [Parts(base.per_dimension(z), logdet / z.shape[1])
+                for base, (z, logdet) in zip(self.bases, self.latents(features))]
+
 # %% ../nbs/07_detectors.ipynb #3536e47c
-class FastFlow(Detector):
+class FastFlow(ConvDetector):
     "FastFlow (Yu et al. 2021): one convolutional flow a level, trained by maximum likelihood."
 
     method = "fastflow"
@@ -450,15 +470,6 @@ class FastFlow(Detector):
     def losses(self, features: list[Tensor], labels: Tensor | None = None,
                generator: torch.Generator | None = None) -> Iterator[Tensor]:
         yield self.loss(features)
-
-    def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        "Latents (B, C, H, W) and local log-determinants (B, H, W) of each level, one level after the other."
-        for x, norm, flow in zip(features, self.norms, self.flows):
-            yield flow(norm(x), local=True)
-
-    def parts(self, features: list[Tensor], labels: Tensor | None = None) -> list[Parts]:
-        return [Parts(base.per_dimension(z), logdet / z.shape[1])
-                for base, (z, logdet) in zip(self.bases, self.latents(features))]
 
 
 DETECTORS["fastflow"] = FastFlow
@@ -512,8 +523,35 @@ def fiber_batches(rows: int, size: int, generator: torch.Generator | None = None
     "Numbers of shuffled rows, (rows // size, size): a fiber batch a line, what is left over dropped."
     return torch.randperm(rows, generator=generator)[: rows - rows % size].view(-1, size)
 
+# %% ../nbs/07_detectors.ipynb #25206a37
+class CFlowCore(DenseDetector):
+    "CFLOW-AD's loss: a step for each fiber batch of each level."
+
+    def check_batch(self, images: int) -> None:
+        rows = [h * w * images for _, h, w in self.backbone.shapes]
+        if (n := self.config["fibers"]) is not None and n > min(rows):
+            raise ValueError(f"a fiber batch of {n} rows is larger than a batch of {images} images, which has "
+                             f"{min(rows)} rows on level {rows.index(min(rows))}: lower fibers, or raise batch")
+
+    def loss(self, level: int, rows: Tensor, cond: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        "@eq-cflow of rows (..., C) under codes as `Flow` takes them."
+        z, logdet = self.flows[level](rows, cond)
+        return -F.logsigmoid((self.bases[level].log_prob(z) + logdet) / z.shape[-1]).mean()
+
+    def losses(self, features: list[Tensor], labels: Tensor | None = None,
+               generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        self.check_batch(len(features[0]))
+        for l, x in enumerate(features):
+            rows, code, n = self.rows(l, x), self.code(l), self.config["fibers"]
+            if n is None:  # all rows at once: their order is of no account, and images share their codes
+                yield self.loss(l, rows, code)
+                continue
+            for i in fiber_batches(rows.shape[:2].numel(), n, generator).to(x.device):
+                now = self.rows(l, x) if rows.requires_grad else rows  # a trainable norm moves with each step
+                yield self.loss(l, now.flatten(0, 1)[i], (code, i % len(code)))
+
 # %% ../nbs/07_detectors.ipynb #c9dc2107
-class CFlow(DenseDetector):
+class CFlow(CFlowCore):
     "CFLOW-AD (Gudovskiy et al. 2022): a conditional dense flow a level, trained on shuffled fiber batches."
 
     method = "cflow"
@@ -541,29 +579,6 @@ class CFlow(DenseDetector):
                       per=per, scale=scale)
         super().__init__(Backbone(backbone, **self.features) if isinstance(backbone, str) else backbone,
                          score or Score(), config, lambda shape: normal_base(base, shape, -1, per, scale))
-
-    def check_batch(self, images: int) -> None:
-        rows = [h * w * images for _, h, w in self.backbone.shapes]
-        if (n := self.config["fibers"]) is not None and n > min(rows):
-            raise ValueError(f"a fiber batch of {n} rows is larger than a batch of {images} images, which has "
-                             f"{min(rows)} rows on level {rows.index(min(rows))}: lower fibers, or raise batch")
-
-    def loss(self, level: int, rows: Tensor, cond: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        "@eq-cflow of rows (..., C) under codes as `Flow` takes them."
-        z, logdet = self.flows[level](rows, cond)
-        return -F.logsigmoid((self.bases[level].log_prob(z) + logdet) / z.shape[-1]).mean()
-
-    def losses(self, features: list[Tensor], labels: Tensor | None = None,
-               generator: torch.Generator | None = None) -> Iterator[Tensor]:
-        self.check_batch(len(features[0]))
-        for l, x in enumerate(features):
-            rows, code, n = self.rows(l, x), self.code(l), self.config["fibers"]
-            if n is None:  # all rows at once: their order is of no account, and images share their codes
-                yield self.loss(l, rows, code)
-                continue
-            for i in fiber_batches(rows.shape[:2].numel(), n, generator).to(x.device):
-                now = self.rows(l, x) if rows.requires_grad else rows  # a trainable norm moves with each step
-                yield self.loss(l, now.flatten(0, 1)[i], (code, i % len(code)))
 
 
 DETECTORS["cflow"] = CFlow
@@ -615,17 +630,22 @@ class OverCategories(DenseDetector):
             self.adopt(dataset.categories)
         return torch.tensor([self.number_of(r.category) for r in dataset.records])
 
-    def categories_for(self, latents: list[tuple[Tensor, Tensor]], labels: Tensor | None, mode: str) -> Tensor | None:
-        """The category whose likelihood counts, of each image, (B,); None for the marginal over all.
-        ValueError if it must be known and is not."""
-        if mode not in CLASS_MODES:
-            raise ValueError(f"class_mode {mode!r}: one of {', '.join(CLASS_MODES)}")
-        if mode == "known" and labels is None:
-            raise ValueError("class_mode='known': the category of each image must be given (a Dataset, category=..., "
-                             "or labels); without it use class_mode='inferred'")
-        if mode == "inferred-top":
-            return sum(base.class_log_prob(z).sum(1) for base, (z, _) in zip(self.bases, latents)).argmax(-1)
-        return labels if mode == "known" else None
+# %% ../nbs/07_detectors.ipynb #28b2e2ad
+def categories_for(detector: OverCategories, latents: list[tuple[Tensor, Tensor]], labels: Tensor | None,
+                   mode: str) -> Tensor | None:
+    """The category whose likelihood counts, of each image, (B,); None for the marginal over all.
+    ValueError if it must be known and is not."""
+    if mode not in CLASS_MODES:
+        raise ValueError(f"class_mode {mode!r}: one of {', '.join(CLASS_MODES)}")
+    if mode == "known" and labels is None:
+        raise ValueError("class_mode='known': the category of each image must be given (a Dataset, category=..., "
+                         "or labels); without it use class_mode='inferred'")
+    if mode == "inferred-top":
+        return sum(base.class_log_prob(z).sum(1) for base, (z, _) in zip(detector.bases, latents)).argmax(-1)
+    return labels if mode == "known" else None
+
+
+OverCategories.categories_for = categories_for
 
 # %% ../nbs/07_detectors.ipynb #0d3e7b32
 class HGADCore(OverCategories):
@@ -673,6 +693,19 @@ class HGADCore(OverCategories):
             out.append(Parts(*(t.unflatten(-1, x.shape[2:]) for t in said)))
         return out
 
+# %% ../nbs/07_detectors.ipynb #41bbe2fe
+def check_hgad(config: dict) -> None:
+    "ValueError for a setting of `HGAD` that it cannot have."
+    for name, allowed in (("base", BASES), ("class_mode", CLASS_MODES)):
+        if config[name] not in allowed:
+            raise ValueError(f"{name} {config[name]!r}: one of {', '.join(allowed)}")
+    stage_one, smoothing, rate = (config[n] for n in ("stage_one", "smoothing", "centre_rate"))
+    weights = tuple(config[n] for n in ("lambda1", "lambda2", "lambda_e"))
+    if not (0 <= stage_one <= 1 and 0 <= smoothing < 1 and rate > 0
+            and all(0 <= w < float("inf") for w in weights)):
+        raise ValueError(f"stage_one {stage_one} in [0, 1], smoothing {smoothing} in [0, 1), "
+                         f"centre_rate {rate} positive, weights {weights} finite and not negative")
+
 # %% ../nbs/07_detectors.ipynb #ad36542b
 class HGAD(HGADCore):
     "HGAD (Yao et al. 2024): a conditional dense flow a level for all categories, against a hierarchical mixture."
@@ -703,20 +736,13 @@ class HGAD(HGADCore):
         norm: str = "standard",
         score: Score | None = None,  # default: pixels by likelihood, images by product; public: PUBLISHED["hgad"]
     ):
-        for name, given, allowed in (("base", base, BASES), ("class_mode", class_mode, CLASS_MODES)):
-            if given not in allowed:
-                raise ValueError(f"{name} {given!r}: one of {', '.join(allowed)}")
-        weights = (lambda1, lambda2, lambda_e)
-        if not (0 <= stage_one <= 1 and 0 <= smoothing < 1 and centre_rate > 0
-                and all(0 <= w < float("inf") for w in weights)):
-            raise ValueError(f"stage_one {stage_one} in [0, 1], smoothing {smoothing} in [0, 1), "
-                             f"centre_rate {centre_rate} positive, weights {weights} finite and not negative")
-        if isinstance(backbone, str):
-            backbone = Backbone(backbone, **self.features)
         config = dict(categories=None, steps=steps, code=code, centres=centres, spread=spread, base=base,
                       lambda1=lambda1, lambda2=lambda2, lambda_e=lambda_e, smoothing=smoothing,
                       stage_one=stage_one, joint=joint, centre_rate=centre_rate, class_mode=class_mode, clamp=clamp,
                       soft=soft, rule=rule, norm=norm)
+        check_hgad(config)
+        if isinstance(backbone, str):
+            backbone = Backbone(backbone, **self.features)
         self.mixture, self.intra = base in ("hierarchical", "classes"), base == "hierarchical"
         super().__init__(backbone, score or (Score(image_criterion="product") if self.mixture else Score()), config,
                          lambda shape: nn.Identity())
@@ -751,7 +777,7 @@ def to_official(detector: HGAD) -> dict:
              for theirs, ours in OFFICIAL.items()}
     return {"nfs": [to_freia(flow) for flow in detector.flows], **lists}
 
-
+# %% ../nbs/07_detectors.ipynb #7775a86d
 def from_official(detector: HGAD, state: dict) -> HGAD:
     "Load a checkpoint of HGAD's public code in place; DataError naming what does not fit, with both sizes."
     check_official(detector)

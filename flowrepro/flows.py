@@ -24,7 +24,7 @@ def slope(clamp: float, rule: str) -> float:
     "What the network's output is multiplied by inside the tanh of `log_scale`."
     return 0.1 if rule == "published" else 0.1 / clamp
 
-
+# %% ../nbs/03_flows.ipynb #ea10d933
 def log_scale(
     a: Tensor,  # the network's raw output for the scale, any shape
     clamp: float,  # c: the log-scale stays in (-c, c)
@@ -45,12 +45,12 @@ def once(backward: Callable) -> Callable:
             return backward(ctx, *grads)
     return first_order
 
-
+# %% ../nbs/03_flows.ipynb #5c8617ad
 def rows(t: Tensor) -> Tensor:
     "All axes but the last as one."
     return t.reshape(-1, t.shape[-1])
 
-
+# %% ../nbs/03_flows.ipynb #f82c4ac5
 def summed(t: Tensor, shape: torch.Size) -> Tensor:
     "`t` summed over what was broadcast to it from `shape`."
     if t.shape[-len(shape):] != shape or not 1 < t.numel() // math.prod(shape) <= 64:
@@ -58,7 +58,7 @@ def summed(t: Tensor, shape: torch.Size) -> Tensor:
     t = t.reshape(-1, math.prod(shape))
     return (t.T @ t.new_ones(len(t))).view(shape)  # of few rows faster than a sum, twice as fast in bfloat16
 
-
+# %% ../nbs/03_flows.ipynb #ef0f9156
 class Layers(torch.autograd.Function):
     """W₂·relu(W₁·[x, c] + h) + b₂ over the last axis, in autocast's precision;
     c may be None, h may be shared by the leading axes."""
@@ -132,7 +132,7 @@ def positional_code(channels: int, height: int, width: int) -> Tensor:
     columns, rows = waves(width)[:, None, :], waves(height)[:, :, None]
     return torch.cat([columns.expand(half, height, width), rows.expand(half, height, width)])
 
-
+# %% ../nbs/03_flows.ipynb #1ef7696a
 def code_rows(channels: int, grid: tuple[int, int]) -> Tensor:
     "The position code of every position of a grid (H, W), as rows (H·W, P)."
     return positional_code(channels, *grid).flatten(1).T.contiguous()
@@ -225,12 +225,12 @@ class Rotation(torch.autograd.Function):
             dy = grad @ (perm * g)
             return dy, rows(dy * y).sum(0) / g, rows(grad).sum(0) @ perm, None
 
-
+# %% ../nbs/03_flows.ipynb #9d1d6029
 def inverse_of(perm: Tensor) -> Tensor:
     "The permutation that undoes another, (C,)."
     return torch.empty_like(perm).scatter_(0, perm, torch.arange(len(perm), device=perm.device))
 
-
+# %% ../nbs/03_flows.ipynb #c6f76176
 class Shuffle(torch.autograd.Function):
     """P(g·y + o) over axis `dim`, P the shuffle that takes channel perm[k] for channel k;
     g and o shaped to broadcast against y from `dim` on."""
@@ -368,7 +368,7 @@ def conv_flow(
     hidden = max(1, int((channels - channels // 2) * ratio))
     return Flow(Step(channels, hidden, kernels[i % len(kernels)], clamp=clamp, **kwargs) for i in range(steps))
 
-
+# %% ../nbs/03_flows.ipynb #0abeb801
 def dense_flow(
     channels: int,  # D
     steps: int = 8,  # CFLOW-AD 8, HGAD 12

@@ -78,7 +78,7 @@ def hgad_terms(
         terms |= {"L_in": -loglik.mean() / D, "L_z": -F.logsigmoid(loglik / D - LOG_2PI / 2).mean()}
     return terms
 
-
+# %% ../nbs/06_hgad.ipynb #ff242c26
 def hgad_loss(
     terms: dict[str, Tensor],
     lambda1: float = 1.0,  # weight of L_g
