@@ -410,6 +410,12 @@ def test_predict_with_a_threshold(model, parts_folder, tmp_path, capsys):
         assert code == 2 and words in err and not (tmp_path / "other/scores.csv").exists()
 
 
+@pytest.mark.parametrize("flags, words", [(["--fpr", "0.3"], "with --good"), (["--good", ""], "missing")], ids=str)
+def test_predict_with_half_of_a_threshold(flags, words, model, parts_folder, tmp_path, capsys):
+    code, _, err = run(capsys, "predict", model, parts_folder, *flags, "--device", "cpu", "--out", tmp_path / "heat")
+    assert code == 2 and words in err and not (tmp_path / "heat/scores.csv").exists()
+
+
 def test_predict_one_image(model, parts_folder, tmp_path, capsys):
     code, out, _ = run(capsys, "predict", model, parts_folder / "spot/00.bmp", "--device", "cpu", "--out",
                        tmp_path / "heat")
