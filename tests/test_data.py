@@ -381,6 +381,17 @@ def test_rotation_tag_is_told(tmp_path):
     assert sum("EXIF rotation" in str(w.message) for w in told) == 1
 
 
+@pytest.mark.parametrize("name, told", [("a.tif", 1), ("a.webp", 1), ("a.png", 1), ("a.mpo", 0), ("one.tif", 0)])
+def test_a_file_of_several_images(tmp_path, recwarn, name, told):
+    "Only the first is read, and that is said; who gives an open one chose it."
+    first, other = Image.new("RGB", (12, 8), (200, 0, 0)), Image.new("RGB", (12, 8))
+    first.save(tmp_path/name, **({} if name == "one.tif" else dict(save_all=True, append_images=[other])))
+    assert open_image(tmp_path/name).getpixel((3, 3))[0] > 190
+    assert sum("only the first is read" in str(w.message) for w in recwarn) == told
+    with Image.open(tmp_path/name) as im: open_image(im)
+    assert sum("only the first is read" in str(w.message) for w in recwarn) == told
+
+
 def test_very_large_image(tmp_path, monkeypatch):
     Image.new("RGB", (40, 40)).save(tmp_path/"line.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
@@ -448,6 +459,12 @@ def test_mask_modes(tmp_path, mode):
     im.save(tmp_path/"m.png")
     m = np.asarray(D.open_mask(tmp_path/"m.png")) > 0
     assert m.sum() == 1 and m[2, 3]
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
+def test_masks_whose_black_is_not_zero(tmp_path, mode):
+    a = np.zeros((6, 8), np.uint8); a[2, 3] = 255
+    Image.fromarray(a).convert("RGB").convert(mode).save(tmp_path/"m.tif")
+    assert np.array_equal(np.asarray(D.open_mask(tmp_path/"m.tif")), a)
 
 @pytest.mark.parametrize("shape", [(50, 101), (101, 50), (64, 64), (33, 47)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "lanczos"])
