@@ -261,7 +261,7 @@ def aupro(
     if _one_class(as_bool(masks, "masks"), 'aupro', 'pixels', ('normal', 'defect')): return float('nan')
     fpr, pro = pro_curve(maps, masks)
     at = np.searchsorted(fpr, limit)                       # first point at or right of the limit
-    end = pro[at] if fpr[at] == limit else np.interp(limit, fpr[at-1:at+1], pro[at-1:at+1])
+    end = np.interp(limit, fpr[at-1:at+1], pro[at-1:at+1])
     return float(np.trapezoid(np.append(pro[:at], end), np.append(fpr[:at], limit))/limit)
 
 # %% ../nbs/09_metrics.ipynb #ca7de352
