@@ -368,7 +368,7 @@ def join(
     p, n, q, tied = p[k], n[k], q[k], tied[k]
     pos = p > 0
     first = np.flatnonzero(np.append(True, pos[1:] | pos[:-1]))
-    return Bins(p[first], np.add.reduceat(n, first), q[first], tied[first] | ~pos[first])
+    return Bins(p[first], np.add.reduceat(n, first), q[first], tied[first])
 
 # %% ../nbs/09_metrics.ipynb #7a915636
 def refine(
