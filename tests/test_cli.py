@@ -100,7 +100,7 @@ def test_every_flag_says_its_default():
     ("data check x --dataset visa", dict(crop=False)),
     ("fit x", dict(method="fastflow", altub=False, category="all", dataset="folder", size=256, policy="squash",
                    backbone="tf_efficientnet_lite0", epochs=30, seed=0, device="auto", out="model.safetensors")),
-    ("predict m x", dict(good=None, fpr=0.05, device="auto", out="predictions")),
+    ("predict m x", dict(good=None, fpr=None, device="auto", out="predictions")),
 ], ids=lambda v: v if isinstance(v, str) else "")
 def test_what_a_command_does_without_flags(command, expected):
     "Is what the guides and earlier results were made by, so that a change of it shows here."
