@@ -259,19 +259,22 @@ def cmd_predict(args: argparse.Namespace) -> int:
     from flowrepro.reports import overlay
     from flowrepro.runs import device_here
 
+    if args.good is None and args.fpr is not None:
+        raise ValueError(f"--fpr {args.fpr:g} is a share of good images: give a folder of them with --good")
+    fpr = 0.05 if args.fpr is None else args.fpr
     detector = Detector.load(args.model, args.weights).to(device_here(args.device))
     files, out = image_files(args.images), Path(args.out)
     top = Path(args.images) if Path(args.images).is_dir() else Path(args.images).parent
     if out.resolve() == top.resolve():
         raise ValueError(f"--out {out}: heat maps would lie among the images; give them a folder of their own")
     open_out(out)
-    limit = threshold_from(detector, args.good, args.fpr) if args.good else None
+    limit = None if args.good is None else threshold_from(detector, args.good, fpr)
     seen, maps, scores, problems = seen_and_scored(detector, files, "scores")
     table = pd.DataFrame({"image": list(map(str, seen)), "score": scores}).sort_values("score", ascending=False)
     if limit is not None:
         table["anomalous"] = table["score"] > limit
         print(f"{table['anomalous'].sum()} of {len(seen)} images above {limit:.4g}, which a good one exceeds with a "
-              f"probability of at most {args.fpr:g}")
+              f"probability of at most {fpr:g}")
     table.to_csv(out / "scores.csv", index=False, errors="surrogateescape")  # names of other encodings
     print(f"{len(seen)} images scored: {(out / 'scores.csv').resolve()}")
     low, high = np.percentile(maps, [50, 99.8])
@@ -437,7 +440,7 @@ def add_own_images(commands) -> None:
     p.add_argument("images", help="an image or a folder of images")
     p.add_argument("--good", default=None, help="folder of good images: those not trained on "
                                                 "say from which score on an image is anomalous")
-    p.add_argument("--fpr", type=float, default=0.05, help="share of false alarms to bear, with --good (default 0.05, "
+    p.add_argument("--fpr", type=float, default=None, help="share of false alarms to bear, with --good (default 0.05, "
                                                            "which takes 19 images)")
     add_weights(p), add_device(p)
     p.add_argument("--out", default="predictions", help="folder for scores.csv and the heat maps")

@@ -67,6 +67,7 @@ def _decode(path: Path | Image.Image, keep: str = "") -> Image.Image:
         with nullcontext(opened) if opened else Image.open(path) as im:
             # Pillow makes 8 bits of 16 in color
             deep = im.mode[0] in "IF" or im.format in ("PNG", "TIFF") and ";16" in str(im.tile)
+            several = not opened and im.format != "MPO" and getattr(im, "n_frames", 1) > 1  # MPO: a photo and previews
             if not deep or im.mode[0] in keep: im.load()
             turned = not (deep or keep) and _turned(im)
     except FileNotFoundError:
@@ -78,6 +79,9 @@ def _decode(path: Path | Image.Image, keep: str = "") -> Image.Image:
                         "restore this file from the original archive") from e
     if deep and im.mode[0] not in keep:
         raise DataError(f"{path}: {im.mode} image with more than 8 bits per channel; convert it to 8 bits per channel")
+    if several:
+        warnings.warn(f"{Path(path).parent}: of a file that holds several images, only the first is read; "
+                      "save each to a file of its own", stacklevel=3)
     if turned:
         where = f"{Path(path).parent}: an image's" if not opened else "an image's"
         warnings.warn(f"{where} EXIF rotation is not applied, since masks are of the pixels as stored; "
@@ -96,6 +100,7 @@ def open_mask(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     im = _decode(path, keep="IF")
     if size is not None and im.size != tuple(size):
         raise DataError(_size_message(path, im.size, size))
+    if im.mode in ("CMYK", "YCbCr"): im = im.convert("RGB")  # whose black is not 0
     a = np.asarray(im)
     if im.mode == "P" and any(im.getpalette("RGB")[:3]):  # index 0 is no black: black, where there is any, is no defect
         color = np.asarray(im.convert("RGB")).any(-1)

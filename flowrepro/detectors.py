@@ -425,7 +425,7 @@ class ConvDetector(Detector):
     def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         "Latents (B, C, H, W) and local log-determinants (B, H, W) of each level, one level after the other."
         for x, norm, flow in zip(features, self.norms, self.flows):
-            yield flow(norm(x), local=True)
+            yield flow(norm(x.to(self.calibration.dtype)), local=True)
 
     def parts(self, features: list[Tensor], labels: Tensor | None = None) -> list[Parts]:
         return [Parts(base.per_dimension(z), logdet / z.shape[1])
@@ -463,7 +463,7 @@ class FastFlow(ConvDetector):
         "@eq-fastflow, with the base's log-density in the place of −‖z‖²/2."
         total = 0.0
         for x, norm, flow, base in zip(features, self.norms, self.flows, self.bases):
-            z, logdet = flow(norm(x))
+            z, logdet = flow(norm(x.to(self.calibration.dtype)))
             total = total - (z.shape[1] * base.per_dimension(z).flatten(1).sum(1) + logdet).mean()
         return total
 
@@ -507,7 +507,7 @@ class DenseDetector(Detector):
                              "give images of the size it was made for")
         if not is_exporting() and not len(x):
             raise ValueError("no images: an empty batch has no features")
-        return self.norms[level](x).flatten(2).transpose(1, 2).contiguous()
+        return self.norms[level](x.to(self.calibration.dtype)).flatten(2).transpose(1, 2).contiguous()
 
     def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         "Latent rows (B, H·W, C) and log-determinants (B, H·W) of each level, one level after the other."

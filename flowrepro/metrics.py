@@ -261,7 +261,7 @@ def aupro(
     if _one_class(as_bool(masks, "masks"), 'aupro', 'pixels', ('normal', 'defect')): return float('nan')
     fpr, pro = pro_curve(maps, masks)
     at = np.searchsorted(fpr, limit)                       # first point at or right of the limit
-    end = pro[at] if fpr[at] == limit else np.interp(limit, fpr[at-1:at+1], pro[at-1:at+1])
+    end = np.interp(limit, fpr[at-1:at+1], pro[at-1:at+1])
     return float(np.trapezoid(np.append(pro[:at], end), np.append(fpr[:at], limit))/limit)
 
 # %% ../nbs/09_metrics.ipynb #ca7de352
@@ -368,7 +368,7 @@ def join(
     p, n, q, tied = p[k], n[k], q[k], tied[k]
     pos = p > 0
     first = np.flatnonzero(np.append(True, pos[1:] | pos[:-1]))
-    return Bins(p[first], np.add.reduceat(n, first), q[first], tied[first] | ~pos[first])
+    return Bins(p[first], np.add.reduceat(n, first), q[first], tied[first])
 
 # %% ../nbs/09_metrics.ipynb #7a915636
 def refine(

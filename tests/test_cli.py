@@ -100,7 +100,7 @@ def test_every_flag_says_its_default():
     ("data check x --dataset visa", dict(crop=False)),
     ("fit x", dict(method="fastflow", altub=False, category="all", dataset="folder", size=256, policy="squash",
                    backbone="tf_efficientnet_lite0", epochs=30, seed=0, device="auto", out="model.safetensors")),
-    ("predict m x", dict(good=None, fpr=0.05, device="auto", out="predictions")),
+    ("predict m x", dict(good=None, fpr=None, device="auto", out="predictions")),
 ], ids=lambda v: v if isinstance(v, str) else "")
 def test_what_a_command_does_without_flags(command, expected):
     "Is what the guides and earlier results were made by, so that a change of it shows here."
@@ -408,6 +408,12 @@ def test_predict_with_a_threshold(model, parts_folder, tmp_path, capsys):
         code, _, err = run(capsys, "predict", model, parts_folder, "--good", few, "--device", "cpu", "--out",
                            tmp_path / "other")
         assert code == 2 and words in err and not (tmp_path / "other/scores.csv").exists()
+
+
+@pytest.mark.parametrize("flags, words", [(["--fpr", "0.3"], "with --good"), (["--good", ""], "missing")], ids=str)
+def test_predict_with_half_of_a_threshold(flags, words, model, parts_folder, tmp_path, capsys):
+    code, _, err = run(capsys, "predict", model, parts_folder, *flags, "--device", "cpu", "--out", tmp_path / "heat")
+    assert code == 2 and words in err and not (tmp_path / "heat/scores.csv").exists()
 
 
 def test_predict_one_image(model, parts_folder, tmp_path, capsys):

@@ -308,6 +308,7 @@ def broken(tmp_path, change):
     (lambda d: (d/"train/good/1.heic").touch(), ("1.heic", "not an image format")),
     (lambda d: put(d/"test/bent/001.bmp"), ("same name", "rename")),
     (lambda d: put(d/"ground_truth/bent/001.jpg"), ("001.jpg", "JPEG", "PNG")),
+    (lambda d: put(d/"ground_truth/bent/001.JPG"), ("001.JPG", "JPEG")),
     (lambda d: put(d/"ground_truth/dent/000_mask.png", mode="L"), ("dent", "restore")),
     (lambda d: (d/"test/bent/001.png").write_bytes(b"no image"), ("001.png", "not a readable image")),
 ])
@@ -381,6 +382,17 @@ def test_rotation_tag_is_told(tmp_path):
     assert sum("EXIF rotation" in str(w.message) for w in told) == 1
 
 
+@pytest.mark.parametrize("name, told", [("a.tif", 1), ("a.webp", 1), ("a.png", 1), ("a.mpo", 0), ("one.tif", 0)])
+def test_a_file_of_several_images(tmp_path, recwarn, name, told):
+    "Only the first is read, and that is said; who gives an open one chose it."
+    first, other = Image.new("RGB", (12, 8), (200, 0, 0)), Image.new("RGB", (12, 8))
+    first.save(tmp_path/name, **({} if name == "one.tif" else dict(save_all=True, append_images=[other])))
+    assert open_image(tmp_path/name).getpixel((3, 3))[0] > 190
+    assert sum("only the first is read" in str(w.message) for w in recwarn) == told
+    with Image.open(tmp_path/name) as im: open_image(im)
+    assert sum("only the first is read" in str(w.message) for w in recwarn) == told
+
+
 def test_very_large_image(tmp_path, monkeypatch):
     Image.new("RGB", (40, 40)).save(tmp_path/"line.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
@@ -449,7 +461,13 @@ def test_mask_modes(tmp_path, mode):
     m = np.asarray(D.open_mask(tmp_path/"m.png")) > 0
     assert m.sum() == 1 and m[2, 3]
 
-@pytest.mark.parametrize("shape", [(50, 101), (101, 50), (64, 64), (33, 47)])
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
+def test_masks_whose_black_is_not_zero(tmp_path, mode):
+    a = np.zeros((6, 8), np.uint8); a[2, 3] = 255
+    Image.fromarray(a).convert("RGB").convert(mode).save(tmp_path/"m.tif")
+    assert np.array_equal(np.asarray(D.open_mask(tmp_path/"m.tif")), a)
+
+@pytest.mark.parametrize("shape", [(50, 101), (101, 50), (64, 64), (33, 47), (32, 35)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "lanczos"])
 def test_crop_equals_torchvision(shape, interpolation):
     from torchvision import transforms as T
@@ -775,3 +793,33 @@ def test_check_counts_the_validation_images_of_mvtec_3d():
     counts, problems = D.check_records(records, "mvtec3d", [], progress=False)
     assert counts.set_index("split").loc["validation", "official_normal"] == 22
     assert any(p.startswith("bagel validation: 2 normal and 0 anomalous images, officially 22 and 0") for p in problems)
+
+
+@pytest.mark.parametrize("palette", [[0, 0, 0, 0, 0, 0, 255, 0, 0], [255, 255, 255, 255, 0, 0, 0, 0, 255]], ids=["classes", "no black"])
+def test_palette_masks_count_by_index(tmp_path, palette):
+    a = np.zeros((6, 8), np.uint8); a[2, 3], a[4, 5] = 1, 2
+    im = Image.fromarray(a); im.putpalette(palette); im.save(tmp_path/"m.png")
+    assert ((np.asarray(D.open_mask(tmp_path/"m.png")) > 0) == (a > 0)).all()
+
+
+def test_an_image_whose_own_name_ends_as_a_mask(tmp_path):
+    image, mask = put(tmp_path/"bent/a_mask.png"), put(tmp_path/"masks/a_mask.png", spot=(1, 1), mode="L", value=0)
+    assert D.pair_masks([image], tmp_path/"masks") == {image: mask}
+
+
+def test_mask_of_another_size_is_a_problem_of_its_record(tmp_path):
+    record = Record(put(tmp_path/"a.png"), 1, put(tmp_path/"m.png", (8, 9), 0, (1, 1), "L"), "nut", "bent", "test")
+    assert ["8×9" in p for p in D.inspect_record(record)] == [True]
+
+
+def test_contact_sheet_is_evenly_chosen_and_outlined_where_the_defect_is(toy):
+    from matplotlib import pyplot as plt
+    whole = load("toy", toy, "weave", Transform(64, mask_size=16))[1]
+    fig = D.contact_sheet(whole, n=2)
+    good, shown = [i for i, r in enumerate(whole.records) if not r.label], [ax for ax in fig.axes if ax.images]
+    for ax, i in zip(shown, (good[0], good[len(good)//2])):
+        assert np.array_equal(ax.images[0].get_array(), whole[i].image.permute(1, 2, 0).numpy())
+    (y, x), line = np.nonzero(whole[next(i for i, r in enumerate(whole.records) if r.label)].mask.numpy()), shown[2].collections
+    corners = np.concatenate([p.vertices for p in line[0].get_paths()])
+    assert np.allclose([*corners.min(0), *corners.max(0)], [4*x.min(), 4*y.min(), 4*x.max() + 4, 4*y.max() + 4])
+    plt.close(fig)

@@ -98,6 +98,21 @@ def test_unknown_norm(stand_in):
         FastFlow(stand_in([(4, 2, 2)]), norm="batch")
 
 
+@pytest.mark.parametrize("norm", ["standard", "layer", "layer-fixed", "none"])
+@pytest.mark.parametrize("method, settings", [(FastFlow, {}), (CFlow, dict(code=8)), (HGAD, dict(code=8, centres=2))],
+                         ids=lambda v: getattr(v, "method", ""))
+def test_double_precision_by_default(method, settings, norm, tiny_backbone, parts_folder):
+    "A program's own default type is the flow's, whatever stands before it; the backbone's features are float32."
+    train, _ = load("folder", parts_folder, transform=Transform(32))
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = method(tiny_backbone(), steps=1, norm=norm, **settings).fit(train, epochs=1, batch=10, progress=False)
+        maps, scores = model.predict(train)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert maps.dtype == scores.dtype == torch.float64 and maps.isfinite().all()
+
+
 # -- loss and parts ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("norm", ["standard", "layer", "layer-fixed", "none"])

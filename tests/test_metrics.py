@@ -119,6 +119,10 @@ def test_differences_below_float32_are_seen():
     assert evaluate(maps, m, bounds=True, tol=1)['pixel_auroc_bound'] == 0.5
 
 
+def test_integers_keep_their_precision():
+    assert auroc(np.array([2**24, 2**24 + 1], np.int32), [0, 1]) == 1.0
+
+
 def test_zeros_of_both_signs_are_tied():
     g = np.random.default_rng(0); m = masks_of(g)
     z = np.where(m, 0.0, -0.0).astype(np.float32)
@@ -422,7 +426,7 @@ def test_extra_memory_is_small():
 
 # -- a threshold from good images --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("n, fpr", [(19, 0.05), (20, 0.05), (99, 0.01), (9, 0.1), (10, 0.5), (57, 0.23)])
+@pytest.mark.parametrize("n, fpr", [(19, 0.05), (20, 0.05), (99, 0.01), (9, 0.1), (10, 0.5), (57, 0.23), (99, 0.45)])
 def test_threshold_holds_its_promise(n, fpr):
     """By exchangeability, exactly: among n + 1 distinct scores, each one left out in turn, at most a share `fpr` lies
     above the threshold of the others; one rank higher it would be too many."""
