@@ -138,6 +138,10 @@ def check_role(entry, preset: str, where: str) -> None:
     demand(is_list(entry), where, entry, "a list such as [toy/weave], or {data: [toy/weave], preset: demo}")
     for data in entry:
         check_data(data, where)
+    for data in entry:
+        names, _, category = data.rpartition("/")
+        one = [d for d in entry if d.rpartition("/")[0] == names and d != data]
+        demand(category != "all" or not one, where, entry, f"{data} alone, or its rows are mixed with others")
 
 # %% ../nbs/11a_matrix.ipynb #32e17661
 def check_data(data: str, where: str) -> None:

@@ -147,6 +147,8 @@ MISSPELT = {
              "unified: 'vsa' is unknown; did you mean 'visa'"),
     "category": (put("presets", "demo", "second", value=["toy/blt"]), "second: 'blt' is unknown; did you mean 'bolt'"),
     "union": (put("presets", "real", "unified", value=["mvtec+visa/each"]), "unified: must be mvtec.visa/all"),
+    "all beside one": (put("presets", "demo", "first", value=["toy/weave", "toy/all"]),
+                       "first: must be toy/all alone, or its rows are mixed with others"),
     "part twice": (put("presets", "real", "unified", value=["mvtec+mvtec/all"]), "unified: must be each data set once"),
     "pattern's kind": (put("presets", "smoke", "overrides", value={1: {"epochs": 2}}),
                        "smoke: overrides: must be names of variants"),
