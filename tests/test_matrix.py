@@ -52,6 +52,14 @@ def test_union_root(tmp_path):
     assert not job.missing
 
 
+def test_union_root_with_a_comma(tmp_path):
+    "The parts of a union are parted by commas: another path is named, not taken for a data set."
+    for name in ("mvtec", "visa"):
+        (tmp_path / "a,b" / name).mkdir(parents=True)
+    with pytest.raises(DataError, match="a,b/mvtec: a union .* rename the folder"):
+        jobs_of(M, "real", find_roots(tmp_path / "a,b"), ["T9"])
+
+
 def test_data_are_read_once(monkeypatch):
     "However many tables and seeds need its categories."
     read = []

@@ -647,6 +647,15 @@ def test_table_on_the_terminal(tmp_path):
     assert R.glance(tmp_path, ["T4"]) == ""
 
 
+def test_tables_of_a_notebook_that_failed_are_old(tmp_path):
+    "Those that an earlier call has left are not shown as made by this one."
+    plan = {"out": str(tmp_path), "notebooks": {"hgad_tables": {"parameters": {"only": "T5,F4"}},
+                                                "ablations": {"parameters": {"only": "T7"}}}}
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks/ablations.done").touch()
+    assert R.wanted_tables(plan) == ["T7"]
+
+
 def test_what_failed(tmp_path):
     "Each run that began and has no result, how many did not begin, each notebook that was not done."
     for name in "abcdefg":
