@@ -816,6 +816,14 @@ def test_seeds_of_one_setting(root):
     assert [r["config"]["seed"] for r in of_other_seeds(root / "fastflow-toy-weave-demo-0")] == [0, 1]
 
 
+def test_another_setting_is_no_other_seed(root):
+    "A run beside it of another backbone or preset is none of its seeds."
+    for seed, more in enumerate(({}, dict(backbone="wide_resnet50_2"), dict(preset="smoke"), {})):
+        write_run(root, "fastflow", seed=seed, **more)
+    own = of_other_seeds(root / run_folder("fastflow", "toy", "weave", "demo", 0))
+    assert [r["config"]["seed"] for r in own] == [0, 3]
+
+
 def test_notes_say_on_what_it_was_measured(root):
     "Official only if every run is; else a part, or no data of the papers."
     note = lambda runs: comparisons.measured_on(runs, MATRIX)[0]
