@@ -422,7 +422,8 @@ def stability_row(own: pd.DataFrame) -> dict[str, str]:
         if len(r):
             texts = [percent(r["last"].mean(skipna=False)), percent(r["best"].mean(skipna=False)),
                      points((r["best"] - r["last"]).mean(skipna=False), 2),
-                     percent(r["wobble"].mean()), percent(r["last"].std()) if len(r) > 1 else NOTHING]
+                     percent(r["wobble"].mean(skipna=False)),
+                     percent(r["last"].std(skipna=False)) if len(r) > 1 else NOTHING]
         cells |= under(metric, ("last", "best on test", "best − last", "± evaluations", "± seeds"), texts)
     return cells
 
@@ -486,11 +487,11 @@ FORMS = {"likelihood": "likelihood", "entropy": "entropy", "product": "likelihoo
 
 def form_rows(runs: list[dict]) -> list[dict]:
     "A row for each data set and form of the score of HGAD's runs: the mean over categories in the last epoch."
-    frames, rows = [], []
+    frames, rows, whole = [], [], lambda v: v.mean(skipna=False)
     for run in runs:
         path = Path(run["path"]) / "score_forms.csv"
         if variant_of(run) == "hgad" and path.exists():
-            means = pd.read_csv(path).groupby("score", sort=False)[list(HEADLINE)].mean().reset_index()
+            means = pd.read_csv(path).groupby("score", sort=False)[list(HEADLINE)].agg(whole).reset_index()
             frames.append(means.assign(data=data_name(sets_of(run["config"])), seed=run["config"]["seed"]))
     for (data, form), own in pd.concat(frames).groupby(["data", "score"], sort=False) if frames else ():
         if form in FORMS:
@@ -544,7 +545,7 @@ def method_rows(f: Findings) -> list[dict]:
             own = only(means, data=data, mode=mode)
             if len(own):
                 about = {"data": data, "setting": f"unified; class {mode}", "method": "HGAD, measured here",
-                         "backbone": own["backbone"].iloc[0], "epoch": PROTOCOLS["last"]}
+                         "backbone": " or ".join(own["backbone"].unique()), "epoch": PROTOCOLS["last"]}
                 rows.append(about | {METRICS[m]: spread(by_seed(own, "last", m)) for m in HEADLINE}
                             | {"source": NOTHING})
     return rows + anchor_rows(f.sources)

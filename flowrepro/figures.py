@@ -233,12 +233,13 @@ def panels_of(runs: list[dict], most: int = 4) -> dict[str, list[dict]]:
 
 
 def curves(runs: list[dict], metric: str) -> pd.DataFrame:
-    """A metric in [0, 1] at the evaluated epochs (rows), one column a seed;
-    the mean over the categories where there are several."""
+    """A metric in [0, 1] at the evaluated epochs (rows), one column a seed that has it;
+    the mean over the categories where there are several, at epochs that all have."""
     columns = {
         (r["config"]["seed"], r["config"]["category"]): r["file"].dropna(subset=[metric]).set_index("epoch")[metric]
         for r in runs}
-    return pd.DataFrame(columns).T.groupby(level=0).mean().T.sort_index()
+    whole = pd.DataFrame(columns).T.groupby(level=0).agg(lambda v: v.mean(skipna=False))
+    return whole.T.sort_index().dropna(axis=1, how="all")
 
 # %% ../nbs/12c_figures.ipynb #abcc7577
 def draw_curves(ax: Axes, frame: pd.DataFrame, look: dict, gid: str) -> None:
@@ -862,12 +863,13 @@ def moving_centres(runs: list[dict], matrix: dict) -> tuple[Drawing, str]:
     xy, share = pca(np.concatenate([m.reshape(-1, m.shape[-1]) for m in mus]))
     planes = [part.reshape(*m.shape[:2], 2)
               for m, part in zip(mus, np.split(xy, np.cumsum([m.shape[0] * m.shape[1] for m in mus])[:-1]))]
-    factor, names = magnify(planes), [str(c) for c in next(iter(shown.values()))["file"]["classes"]]
-    looks, columns = look_of(names), min(6, len(names) + 2)
-    fig = canvas(0.5 + 2.1 * len(shown) + 0.15 * (-(-(len(names) + 4) // columns)))
+    names = [list(map(str, r["file"]["classes"])) for r in shown.values()]
+    factor, looks = magnify(planes), look_of({c for own in names for c in own})
+    columns = min(6, len(looks) + 2)
+    fig = canvas(0.5 + 2.1 * len(shown) + 0.15 * (-(-(len(looks) + 4) // columns)))
     axes = fig.subplots(len(shown), 2, squeeze=False, sharex="col", sharey="col", width_ratios=[1.15, 1])
-    for (left, right), (variant, own), plane in zip(axes, groups.items(), planes):
-        draw_paths(left, plane, looks, factor)
+    for (left, right), (variant, own), plane, classes in zip(axes, groups.items(), planes, names):
+        draw_paths(left, plane, {c: looks[c] for c in classes}, factor)
         draw_distances(right, own)
         left.set(ylabel=f"component 2 ({share[1]:.0%})")
         right.set(ylabel="distance of two centres")

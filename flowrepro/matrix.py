@@ -138,6 +138,10 @@ def check_role(entry, preset: str, where: str) -> None:
     demand(is_list(entry), where, entry, "a list such as [toy/weave], or {data: [toy/weave], preset: demo}")
     for data in entry:
         check_data(data, where)
+    for data in entry:
+        names, _, category = data.rpartition("/")
+        one = [d for d in entry if d.rpartition("/")[0] == names and d != data]
+        demand(category != "all" or not one, where, entry, f"{data} alone, or its rows are mixed with others")
 
 # %% ../nbs/11a_matrix.ipynb #32e17661
 def check_data(data: str, where: str) -> None:
@@ -204,10 +208,14 @@ def categories_of(sets: list[str], category: str, roots: dict) -> list[str]:
 
 # %% ../nbs/11a_matrix.ipynb #16a57c18
 def data_of(sets: list[str], roots: dict) -> tuple[str, str | None, list[str]]:
-    "Data set, its root and the missing parts of one or several data sets; several make a union."
+    """Data set, its root and the missing parts of one or several data sets; several make a union.
+    DataError for a comma in the path of a part, as one parts them."""
     missing = [s for s in sets if s not in roots]
     if len(sets) == 1:
         return sets[0], roots.get(sets[0]), missing
+    for root in (str(roots.get(s)) for s in sets):
+        if "," in root:
+            raise DataError(f"{root}: a union of data sets cannot have a comma in a path; rename the folder or link it")
     return "union", ",".join(f"{s}={roots.get(s) or ''}" for s in sets), missing
 
 

@@ -47,8 +47,10 @@ def shown_categories(result: dict) -> list[str]:
 
 
 def mean_std(values: pd.Series) -> str:
-    "Mean ± standard deviation of fractions over seeds; without ± for one seed, '–' where there is no number."
-    mean, deviation = values.astype(float).mean(), values.astype(float).std()
+    """Mean ± standard deviation of fractions over seeds, which are the index; without ± for one seed, '–' where there
+    is no number. A seed that was run twice counts once, with its mean."""
+    by_seed = values.astype(float).groupby(level=0).mean()
+    mean, deviation = by_seed.mean(), by_seed.std()
     return "–" if pd.isna(mean) else f"{mean:.3f}" if pd.isna(deviation) else f"{mean:.3f} ± {deviation:.3f}"
 
 
@@ -80,7 +82,8 @@ def read_run(folder: Path) -> dict:
 def read_runs(folder: str | Path) -> list[dict]:
     "Every complete run below a folder, by path; a run without metrics.json is not complete and left out."
     folder = Path(folder)  # `**` does not enter links, `*` does
-    return [read_run(p.parent) for p in sorted({*folder.rglob("metrics.json"), *folder.glob("*/metrics.json")})]
+    found = {p.resolve(): p for p in (*sorted(folder.glob("*/metrics.json")), *folder.rglob("metrics.json"))}
+    return [read_run(p.parent) for p in sorted(found.values())]  # each once, itself rather than its link
 
 
 def seed_words(runs: Iterable[dict]) -> str:
@@ -113,12 +116,15 @@ def changed_settings(config: dict) -> list[str]:
 
 def data_labels(runs: list[dict]) -> list[str]:
     """What the data of each run are called: the data set; beside other unions, or other folders of one's own,
-    also the parts or the folder."""
+    also the parts or the folder; of one model for all, beside one of more or fewer categories, also how many."""
     configs = [run["config"] for run in runs]
     detail = {"union": lambda c: "+".join(sets_of(c)), "folder": lambda c: str(c["data_root"])}
     told = [(c["dataset"], detail.get(c["dataset"], lambda c: "")(c)) for c in configs]
     count = {dataset: len({own for other, own in told if other == dataset}) for dataset, _ in told}
-    return [f"{dataset} {own}" if count[dataset] > 1 else dataset for dataset, own in told]
+    names = [f"{dataset} {own}" if count[dataset] > 1 else dataset for dataset, own in told]
+    many = [len(run["results"]["last"]) - 1 if run["config"]["category"] == "all" else 0 for run in runs]
+    different = {name for name in names if len({n for own, n in zip(names, many) if n and own == name}) > 1}
+    return [f"{name}, {n} categories" if n and name in different else name for name, n in zip(names, many)]
 
 
 def setting_name(config: dict, several: bool = True) -> str:
@@ -162,7 +168,8 @@ def summary(runs: list[dict]) -> pd.DataFrame:
             rows += [key | {"category": cat, "protocol": name, "seed": c["seed"]}
                      | {METRICS[m]: v for m, v in result[cat].items()} for cat in shown_categories(result)]
     frame = category_means(pd.DataFrame(rows), ["method", "dataset", "preset"], names)
-    grouped = frame.groupby(["method", "dataset", "preset", "category", "protocol"], sort=False)
+    by = ["method", "dataset", "preset", "category", "protocol"]
+    grouped = frame.set_index("seed", drop=False).groupby(by, sort=False)
     text = grouped[names].agg(mean_std)
     text.insert(0, "seeds", grouped["seed"].nunique())
     return text
@@ -180,10 +187,11 @@ def headline(runs: list[dict]) -> pd.DataFrame:
                   "s/epoch": run["timing"]["epoch_s"]}
                  | {m: last[cat][m] for m in metrics} | {f"best {m}": best[cat][m] for m in metrics} for cat in last
                  if cat != "mean"]
-    grouped = pd.DataFrame(rows).groupby(["method", "data", "category"], sort=False)
+    grouped = pd.DataFrame(rows).set_index("seed", drop=False).groupby(["method", "data", "category"], sort=False)
     out = pd.DataFrame({"seeds": grouped["seed"].nunique()})
     for m in metrics:
-        out[METRICS[m]] = grouped[m].agg(mean_std) + grouped[f"best {m}"].mean().map(" ({:.3f})".format)
+        best = grouped[f"best {m}"].agg(mean_std).str.partition(" ")[0]
+        out[METRICS[m]] = grouped[m].agg(mean_std) + " (" + best + ")"
     return out.assign(**{"s/epoch": grouped["s/epoch"].median().round(1)}).reset_index()
 
 # %% ../nbs/12_reports.ipynb #a1f0c3d2
@@ -204,10 +212,12 @@ def unified(runs: list[dict]) -> pd.DataFrame:
                  for mode, r in modes.items() for cat in r]
     out: dict[tuple, dict] = {}
     by = ["method", "category of a test image", "of"]
-    for (method, mode, cat), own in pd.DataFrame(rows).groupby(by, sort=False) if rows else ():
+    frame = pd.DataFrame(rows).set_index("seed", drop=False) if rows else pd.DataFrame(columns=by)
+    for (method, mode, cat), own in frame.groupby(by, sort=False):
         row = out.setdefault((method, mode),
                              {"method": method, "seeds": own["seed"].nunique(), "category of a test image": mode})
-        row[cat] = ", ".join(mean_std(own[m]) if cat == "mean" else f"{own[m].mean():.3f}" for m in HEADLINE)
+        row[cat] = ", ".join(mean_std(own[m]) if cat == "mean" else mean_std(own[m]).partition(" ")[0]
+                             for m in HEADLINE)
     return pd.DataFrame(out.values())
 
 # %% ../nbs/12_reports.ipynb #ov100002

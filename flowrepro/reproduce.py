@@ -549,8 +549,9 @@ def failures(plan: dict) -> list[str]:
 
 # %% ../nbs/12d_reproduce.ipynb #d406daba
 def wanted_tables(plan: dict) -> list[str]:
-    "The tables that a plan makes, in the order of its notebooks."
-    return [o for e in plan["notebooks"].values() for o in e["parameters"]["only"].split(",") if o.startswith("T")]
+    "The tables that the notebooks of a plan have made, in their order; a notebook that failed may have left older ones."
+    made = [e for name, e in plan["notebooks"].items() if (Path(plan["out"]) / f"notebooks/{name}.done").exists()]
+    return [o for e in made for o in e["parameters"]["only"].split(",") if o.startswith("T")]
 
 
 def undrawn(plan: dict) -> None:

@@ -266,6 +266,18 @@ def test_F1_without_a_category_of_one_method(tmp_path):
     assert {name: len(own) for name, own in figures.panels_of(runs).items()} == {"mean of 5 categories": 10}
 
 
+def test_F1_without_a_metric_of_one_run(tmp_path):
+    "A seed without it has no line; a mean over two categories is none where one lacks it."
+    runs = make_runs(tmp_path, "F1", categories=("weave", "bolt"), seeds=(0, 1))
+    for run in runs:
+        if run["config"]["category"] == "bolt" and run["config"]["seed"]:
+            file = run["path"] / "history.csv"
+            pd.read_csv(file).assign(pixel_auroc=np.nan).to_csv(file, index=False)
+    assert artists(FIGURES["F1"](runs, MATRIX, "real"), "fastflow-published-bolt-pixel_auroc-mean")
+    assert list(figures.curves(figures.opened(runs, "history.csv"), "pixel_auroc")) == [0]
+    assert list(figures.curves(figures.opened(runs, "history.csv"), "image_auroc")) == [0, 1]
+
+
 def test_categories_are_text(tmp_path):
     "BTAD's are 01, 02, 03."
     fake_run(tmp_path, "hgad", "all", categories=("01", "02"))
@@ -406,6 +418,14 @@ def test_F7_paths_and_distances(tmp_path):
     pairs = [a for a in artists(figure, "pair-0")]
     np.testing.assert_allclose(pairs[0].get_ydata(), np.linalg.norm(mu[:, 0] - mu[:, 1], axis=-1))
     assert len(artists(figure, "pair-")) == 2 * 6 and pairs[0].get_xdata().tolist() == EPOCHS
+
+
+def test_F7_of_methods_with_other_categories(tmp_path):
+    "Each path is named after its own centre."
+    fake_run(tmp_path, "hgad", "all", categories=("b", "d"))
+    fake_run(tmp_path, "hgad-altub", "all", 1, categories=("a", "b", "c"))
+    drawn = FIGURES["F7"](read_runs(tmp_path), MATRIX, "demo")
+    assert [a.get_gid() for a in artists(drawn, "path-")] == [f"path-{c}" for c in "bdabc"]
 
 
 def test_F7_of_one_category(tmp_path):

@@ -52,6 +52,14 @@ def test_union_root(tmp_path):
     assert not job.missing
 
 
+def test_union_root_with_a_comma(tmp_path):
+    "The parts of a union are parted by commas: another path is named, not taken for a data set."
+    for name in ("mvtec", "visa"):
+        (tmp_path / "a,b" / name).mkdir(parents=True)
+    with pytest.raises(DataError, match="a,b/mvtec: a union .* rename the folder"):
+        jobs_of(M, "real", find_roots(tmp_path / "a,b"), ["T9"])
+
+
 def test_data_are_read_once(monkeypatch):
     "However many tables and seeds need its categories."
     read = []
@@ -147,6 +155,8 @@ MISSPELT = {
              "unified: 'vsa' is unknown; did you mean 'visa'"),
     "category": (put("presets", "demo", "second", value=["toy/blt"]), "second: 'blt' is unknown; did you mean 'bolt'"),
     "union": (put("presets", "real", "unified", value=["mvtec+visa/each"]), "unified: must be mvtec.visa/all"),
+    "all beside one": (put("presets", "demo", "first", value=["toy/weave", "toy/all"]),
+                       "first: must be toy/all alone, or its rows are mixed with others"),
     "part twice": (put("presets", "real", "unified", value=["mvtec+mvtec/all"]), "unified: must be each data set once"),
     "pattern's kind": (put("presets", "smoke", "overrides", value={1: {"epochs": 2}}),
                        "smoke: overrides: must be names of variants"),

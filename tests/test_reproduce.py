@@ -20,7 +20,7 @@ from PIL import Image
 from flowrepro import reproduce as R
 from flowrepro.data import DataError
 from flowrepro.figures import FIGURES
-from flowrepro.matrix import MatrixError, load_matrix
+from flowrepro.matrix import Job, MatrixError, load_matrix
 
 TINY = {"fastflow": {"title": "FastFlow", "method": "fastflow"},
         "fastflow-altub": {"title": "FastFlow + AltUB", "method": "fastflow", "altub": True}}
@@ -645,6 +645,38 @@ def test_table_on_the_terminal(tmp_path):
     assert R.glance(tmp_path, ["T3"]) == ""
     pd.DataFrame(own)[2:].to_csv(tmp_path / "tables/T4.csv", index=False)
     assert R.glance(tmp_path, ["T4"]) == ""
+
+
+@pytest.mark.parametrize("change", [{"split": "train"}, {"label": 0}, {"image": "other"}, {"mask": None}])
+def test_whatever_of_an_image_changes_is_another_plan(tmp_path, monkeypatch, change):
+    "Also a label alone, which VisA has in its split file."
+    for name in ("image", "other", "mask"):
+        (tmp_path / name).touch()
+    plain = dict(split="test", label=1, image="image", mask="mask")
+    where = lambda r: r | {k: tmp_path / r[k] for k in ("image", "mask") if r[k]}
+    plans = []
+    for record in (plain, plain | change):
+        monkeypatch.setattr(R, "read", lambda *_, r=record: [SimpleNamespace(**where(r))])
+        job = Job("fastflow", "demo", 0, dict(dataset="visa", category="fryum"))
+        plans.append(R.images_of([job], {"visa": str(tmp_path)}))
+    assert plans[0] != plans[1]
+
+
+def test_settings_of_a_run_are_in_its_plan(tmp_path):
+    "Where the data lie is no setting."
+    plain = dict(method="fastflow", altub=False, dataset="toy", category="weave", data_root="here", overrides={})
+    own, moved, other = (R.run_entry(Job("fastflow", "demo", 0, plain | change), tmp_path)["settings"]
+                         for change in ({}, {"data_root": "there"}, {"overrides": {"epochs": 2}}))
+    assert own == moved != other
+
+
+def test_tables_of_a_notebook_that_failed_are_old(tmp_path):
+    "Those that an earlier call has left are not shown as made by this one."
+    plan = {"out": str(tmp_path), "notebooks": {"hgad_tables": {"parameters": {"only": "T5,F4"}},
+                                                "ablations": {"parameters": {"only": "T7"}}}}
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks/ablations.done").touch()
+    assert R.wanted_tables(plan) == ["T7"]
 
 
 def test_what_failed(tmp_path):

@@ -108,6 +108,39 @@ def test_linked_runs_are_read(root, tmp_path):
     assert len(read_runs(tmp_path / "linked")) == 1
 
 
+def test_a_run_and_its_link_are_one(root):
+    "The run itself is read, whose folder tells its variant."
+    write_run(root, "fastflow")
+    run = next(root.iterdir())
+    (root / "a-link").symlink_to(run)
+    assert [r["path"] for r in read_runs(root)] == [run]
+
+
+def test_a_seed_that_was_run_twice_is_one_seed(pair):
+    "Two runs of one seed have a mean and no deviation; beside another seed they count once."
+    runs = pair({}, {})
+    for runs, words in ((runs, "0.700"), ([*runs, *pair(dict(seed=1))], "0.800 ± 0.141")):
+        assert set(summary(runs)["image AUROC"]) == {words} and unified(runs)["mean"].iloc[0].startswith(words + ",")
+        assert headline(runs)["image AUROC"].str.startswith(words + " (").all()
+
+
+def test_means_over_more_and_fewer_categories_are_two(pair):
+    "Of one model for all: a mean over three categories is not averaged with one over two."
+    runs = pair(dict(seed=0), dict(seed=1))
+    for results in (runs[1]["results"]["last"], runs[1]["results"]["best"]):
+        results["three"] = results["one"]
+    assert not summary(runs).isin(["0.700 ± 0.283"]).any(axis=None)
+    assert unified(runs)["method"].tolist() == ["FastFlow (toy, 2 categories)", "FastFlow (toy, 3 categories)"]
+
+
+def test_no_number_is_a_dash(pair):
+    runs = pair({}, dict(seed=1))
+    for run in runs:
+        for result in run["results"].values():
+            result |= {c: values | {"pixel_auroc": None} for c, values in result.items()}
+    assert set(headline(runs)["pixel AUROC"]) == {"– (–)"} and unified(runs)["one"].tolist() == ["0.700, –, 0.700"]
+
+
 def test_another_base_is_not_the_published_setting(pair):
     run, _ = pair(dict(method="hgad", preset="paper", overrides={"detector": {"base": "classes"}},
                        settings={"detector": {"base": "classes"}, "backbone": {"name": "b"}}), {})
@@ -126,6 +159,33 @@ def test_stability_over_categories(root):
         path.unlink()
     without = table().loc["mean", "FastFlow, published setting"]
     assert (mean != without).sum() == len(HEADLINE) and without["image AUROC: last"] == "80.00"
+
+
+def test_stability_without_a_number_of_one_seed(root):
+    "No deviation over seeds, or over evaluations, of fewer seeds than the row says."
+    for seed, last in ((0, 0.9), (1, 0.8), (2, None)):
+        write_run(root, "fastflow-published", seed=seed, last=last)
+    (root / "fastflow-published-toy-weave-demo-2/history.csv").unlink()
+    row = TABLES["T3"](read_runs(root), MATRIX, "demo").frame.iloc[0]
+    assert row["seeds"] == "3" and row.filter(regex="image AUROC: (last|±)").eq("n/a").all()
+
+
+def test_forms_of_a_score_need_every_category(root):
+    "A category without a pixel metric leaves no mean over the others."
+    write_run(root, "hgad", category="all")
+    file = next(root.glob("*/score_forms.csv"))
+    forms = pd.read_csv(file)
+    forms.loc[forms["category"] == "bolt", "pixel_auroc"] = np.nan
+    forms.to_csv(file, index=False)
+    for row in comparisons.form_rows(read_runs(root)):
+        assert row["pixel AUROC: last"] == "n/a" and row["image AUROC: last"] != "n/a"
+
+
+def test_anchors_name_every_backbone(root):
+    for seed, name in enumerate(("resnet18", "tf_efficientnet_b6")):
+        write_run(root, "hgad", category="all", seed=seed, backbone=name)
+    frame = TABLES["T9"](read_runs(root), MATRIX, "demo").frame
+    assert frame.loc[0, "backbone"] == "resnet18 or tf_efficientnet_b6"
 
 
 def test_titles_say_the_preset_of_their_runs():
@@ -754,6 +814,14 @@ def test_seeds_of_one_setting(root):
     run["config"] |= {"device": "cuda", "out_dir": "elsewhere"}
     path.write_text(json.dumps(run))
     assert [r["config"]["seed"] for r in of_other_seeds(root / "fastflow-toy-weave-demo-0")] == [0, 1]
+
+
+def test_another_setting_is_no_other_seed(root):
+    "A run beside it of another backbone or preset is none of its seeds."
+    for seed, more in enumerate(({}, dict(backbone="wide_resnet50_2"), dict(preset="smoke"), {})):
+        write_run(root, "fastflow", seed=seed, **more)
+    own = of_other_seeds(root / run_folder("fastflow", "toy", "weave", "demo", 0))
+    assert [r["config"]["seed"] for r in own] == [0, 3]
 
 
 def test_notes_say_on_what_it_was_measured(root):
