@@ -6,9 +6,9 @@ Docs: https://flowrepro.github.io/flowrepro/cli.html.md"""
 
 # %% auto #0
 __all__ = ['DATASETS', 'cmd_run', 'run_each', 'of_the_same_data', 'run_name', 'print_summary', 'print_published', 'cmd_reproduce',
-           'cmd_report', 'cmd_bench', 'cmd_data', 'cmd_fit', 'seen_and_scored', 'threshold_from', 'cmd_predict',
-           'cmd_export', 'Help', 'add', 'add_device', 'add_weights', 'add_source', 'parser', 'add_run', 'add_reproduce',
-           'add_data', 'add_own_images', 'main']
+           'cmd_report', 'cmd_bench', 'cmd_data', 'cmd_fit', 'seen_and_scored', 'threshold_from', 'draw_heat_maps',
+           'cmd_predict', 'cmd_export', 'Help', 'add', 'add_device', 'add_weights', 'add_source', 'parser', 'add_run',
+           'add_reproduce', 'add_data', 'add_own_images', 'main']
 
 # %% ../nbs/13_cli.ipynb #149ba2fc
 import argparse
@@ -92,7 +92,7 @@ def of_the_same_data(folder: Path, data_root: str | None) -> None:
     if before != data_root and (not before or not data_root or Path(before).resolve() != Path(data_root).resolve()):
         raise ValueError(f"{folder}: holds a run on {before}; give another --out, or a --tag to tell the two apart")
 
-
+# %% ../nbs/13_cli.ipynb #fe45be10
 def run_name(args: argparse.Namespace, category: str, seed: int) -> str:
     "The name of a run's folder."
     from flowrepro.matrix import run_folder
@@ -100,14 +100,14 @@ def run_name(args: argparse.Namespace, category: str, seed: int) -> str:
     method = "-".join(filter(None, (args.method, args.altub and "altub", args.tag)))
     return run_folder(method, args.dataset, category, args.preset, seed)
 
-
+# %% ../nbs/13_cli.ipynb #398ada8b
 def print_summary(table) -> None:
     "A summary as text, the metrics that people compare first."
     shown = table[["seeds", "image AUROC", "pixel AUROC", "pixel AP", "AUPRO@0.3"]].reset_index()
     print("\n"
           + shown.drop(columns=[k for k in ("method", "preset") if shown[k].nunique() == 1]).to_string(index=False))
 
-
+# %% ../nbs/13_cli.ipynb #ab6116b5
 def print_published(runs: list[dict]) -> None:
     "What papers report of the method on these data beside the runs, if anything."
     from flowrepro.comparisons import beside_papers
@@ -125,7 +125,7 @@ def cmd_reproduce(args: argparse.Namespace) -> int:
     return reproduce(args.preset, args.data_root, only, args.seeds, args.out, args.jobs, args.cluster, args.dry_run,
                      args.matrix)
 
-
+# %% ../nbs/13_cli.ipynb #9bfdff68
 def cmd_report(args: argparse.Namespace) -> int:
     "Write the HTML report of finished runs."
     from flowrepro.reports import read_runs, report, summary
@@ -135,7 +135,7 @@ def cmd_report(args: argparse.Namespace) -> int:
     print(f"\nreport: {page.resolve()}")
     return 0
 
-
+# %% ../nbs/13_cli.ipynb #28056b24
 def cmd_bench(args: argparse.Namespace) -> int:
     "Measure ratios against the straightforward way."
     from flowrepro.data import open_file
@@ -227,7 +227,7 @@ def seen_and_scored(detector, files: list[Path], what: str) -> tuple[dict, list,
         raise DataError("\n".join(problems) or str(error)) from error
     return seen, maps.numpy(), scores.numpy(), problems
 
-
+# %% ../nbs/13_cli.ipynb #d32dfa86
 def threshold_from(detector, folder: str, fpr: float) -> float:
     """The score that a further good image exceeds with a probability of at most `fpr`,
     by those of a folder that were not trained on."""
@@ -244,19 +244,38 @@ def threshold_from(detector, folder: str, fpr: float) -> float:
         raise DataError(problems[0])
     return fpr_threshold(scores, fpr)
 
+# %% ../nbs/13_cli.ipynb #017c50c9
+def draw_heat_maps(out: Path, top: Path, pictures: dict, maps) -> list[str]:
+    """Lay each map over its picture, {file below `top`: uint8 (H, W, 3)}, in a file of the same place below `out`;
+    one scale for all. Returns what could not be drawn, and why."""
+    import numpy as np
+    from PIL import Image
+    from tqdm.auto import tqdm
+
+    from flowrepro.features import no_bar
+    from flowrepro.reports import overlay
+
+    low, high = np.percentile(maps, [50, 99.8])
+    bar, unplaced = tqdm(pictures.items(), desc="heat maps", unit="image", leave=False, disable=no_bar()), []
+    for (file, picture), heat in zip(bar, maps):
+        drawn = out / file.relative_to(top).with_name(f"{file.name}.png")
+        drawn.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            Image.fromarray(overlay(picture, heat, low, high)).save(drawn)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            unplaced.append(f"no heat map: {file}, as its name is too long")
+    return unplaced
+
 # %% ../nbs/13_cli.ipynb #c9648355
 def cmd_predict(args: argparse.Namespace) -> int:
     """Score images with a saved detector: scores.csv, and each image with its heat map;
     with --good, a threshold as well."""
-    import numpy as np
     import pandas as pd
-    from PIL import Image
-    from tqdm.auto import tqdm
 
     from flowrepro.data import open_out
     from flowrepro.detectors import Detector, image_files
-    from flowrepro.features import no_bar
-    from flowrepro.reports import overlay
     from flowrepro.runs import device_here
 
     if args.good is None and args.fpr is not None:
@@ -277,19 +296,7 @@ def cmd_predict(args: argparse.Namespace) -> int:
               f"probability of at most {fpr:g}")
     table.to_csv(out / "scores.csv", index=False, errors="surrogateescape")  # names of other encodings
     print(f"{len(seen)} images scored: {(out / 'scores.csv').resolve()}")
-    low, high = np.percentile(maps, [50, 99.8])
-    bar = tqdm(seen.items(), desc="heat maps", unit="image", leave=False, disable=no_bar())
-    unplaced = []
-    for (file, picture), heat in zip(bar, maps):
-        drawn = out / file.relative_to(top).with_name(f"{file.name}.png")
-        drawn.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            Image.fromarray(overlay(picture, heat, low, high)).save(drawn)
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
-                raise
-            unplaced.append(f"no heat map: {file}, as its name is too long")
-    told = [f"not scored: {problem}" for problem in problems] + unplaced
+    told = [f"not scored: {problem}" for problem in problems] + draw_heat_maps(out, top, seen, maps)
     print("".join(f"{line}\n" for line in told), end="", file=sys.stderr)
     return 2 if told else 0
 
@@ -322,7 +329,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
         said = plain or not action.option_strings or "default" in action.help
         return action.help if said else f"{action.help} (default %(default)s)"
 
-
+# %% ../nbs/13_cli.ipynb #bc977d3d
 def add(commands, name: str, run, example: str):
     "A subcommand whose help is the docstring of `run`, with an example below it."
     text = " ".join(run.__doc__.split())
@@ -331,18 +338,18 @@ def add(commands, name: str, run, example: str):
     p.set_defaults(command=run)
     return p
 
-
+# %% ../nbs/13_cli.ipynb #4b847d69
 def add_device(p: argparse.ArgumentParser) -> None:
     "The flag that says where to compute."
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
 
-
+# %% ../nbs/13_cli.ipynb #ceee289c
 def add_weights(p: argparse.ArgumentParser) -> None:
     "The flag that gives a trained detector its backbone's weights."
     p.add_argument("--weights", default=None, help="the file of backbone weights that it was trained on, if it was "
                                                    "trained on one")
 
-
+# %% ../nbs/13_cli.ipynb #fb2a6209
 def add_source(p: argparse.ArgumentParser, category: str) -> None:
     "The flags that say which images, which backbone and which device."
     p.add_argument("--method", default="fastflow", help="fastflow, cflow or hgad")
@@ -387,7 +394,7 @@ def add_run(commands) -> None:
     p.add_argument("--out", default="runs", help="folder for the run folders and the report")
     p.add_argument("--resume", action="store_true", help="leave the runs that are finished as they are")
 
-
+# %% ../nbs/13_cli.ipynb #eb83a1cc
 def add_reproduce(commands) -> None:
     "`flowrepro reproduce`."
     p = add(commands, "reproduce", cmd_reproduce, "flowrepro reproduce --preset real --data-root DATA --only T5,F4 "
@@ -405,7 +412,7 @@ def add_reproduce(commands) -> None:
     p.add_argument("--matrix", default=None, help="another matrix file than workflow/experiments.yml")
     p.add_argument("--out", default="runs/reproduce", help="folder for runs, tables, figures and the report")
 
-
+# %% ../nbs/13_cli.ipynb #401fe379
 def add_data(commands) -> None:
     "`flowrepro data toy` and `flowrepro data check`."
     p = add(commands, "data", cmd_data, "flowrepro data toy my_toy\n  flowrepro data check MVTEC --dataset mvtec")

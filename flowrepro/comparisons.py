@@ -37,7 +37,7 @@ def only(frame: pd.DataFrame, **values) -> pd.DataFrame:
         frame = frame[frame[column] == value]
     return frame
 
-
+# %% ../nbs/12b_comparisons.ipynb #f71a2a9c
 @cache
 def every_published() -> pd.DataFrame:
     "All files of published numbers, read once; `digits` is a value as it was published."
@@ -45,7 +45,7 @@ def every_published() -> pd.DataFrame:
     return pd.concat(files, ignore_index=True).assign(digits=lambda f: f["value"],
                                                       value=lambda f: f["value"].astype(float))
 
-
+# %% ../nbs/12b_comparisons.ipynb #5ea98b56
 def published(paper: str | None = None, **filters) -> pd.DataFrame:
     """The published numbers (fractions) of a paper, or of all, that have the given values in the given columns;
     ValueError for an unknown column or paper."""
@@ -124,6 +124,8 @@ BACKBONES = {"resnet18": "ResNet-18", "wide_resnet50_2": "WideResNet-50-2",
              "deit_base_distilled_patch16_384": "DeiT-B-384", "cait_m48_448": "CaiT-M48-448",
              "tf_efficientnet_b6": "EfficientNet-B6", "tf_efficientnet_b5": "EfficientNet-B5",
              "efficientnet_b5": "EfficientNet-B5", "mobilenetv3_large_100": "MobileNetV3-L"}
+
+
 OWN_PAPERS = ("AltUB", "HGAD", "FastFlow", "CFLOW-AD")
 PAPERS = (*OWN_PAPERS, "gathierry", "U-Flow", "anomalib", "ADer")  # then re-runs
 
@@ -132,14 +134,14 @@ def backbone_name(name: str) -> str:
     "What papers call a timm backbone; the timm name itself where no paper uses it."
     return BACKBONES.get(name.split(".")[0], name)
 
-
+# %% ../nbs/12b_comparisons.ipynb #9b679cd5
 def published_as(**filters) -> pd.DataFrame:
     "Published numbers, the protocol split into `epoch` and `setting`; a backbone that is not stated is empty."
     rows = published().rename(columns={"dataset": "data"}).fillna({"backbone": ""})
     rows[["epoch", "setting"]] = rows["protocol"].str.split("; ", n=1, expand=True)
     return only(rows, **filters)
 
-
+# %% ../nbs/12b_comparisons.ipynb #70e17e75
 @dataclass
 class Reference:
     "A published number: fractions of the last epoch and of the best one, equal where the source gives one number."
@@ -251,13 +253,13 @@ class Findings:
     reading: list[str]  # notes on how to read it; grows
     sources: dict[str, str] = field(default_factory=dict)  # of published numbers, text -> letter; grows
 
-
+# %% ../nbs/12b_comparisons.ipynb #8290ca3f
 def letter(sources: dict[str, str], text: str) -> str:
     "The letter of a source, a new one for a new source."
     n, letters = len(sources), "abcdefghijklmnopqrstuvwyz"  # without x: Markdown takes [x] for a checkbox
     return sources.setdefault(text, letters[n % len(letters)] + str(n // len(letters) or ""))
 
-
+# %% ../nbs/12b_comparisons.ipynb #f97d80b3
 def letters_of(sources: dict[str, str]) -> list[str]:
     "A note for each source: what its letter stands for."
     return [f"[{mark}] {text}." for text, mark in sources.items()]
@@ -278,7 +280,7 @@ def measured_on(runs: list[dict], matrix: dict) -> list[str]:
         notes.append(f"Measured on {data} ({real}) with {backbone}, preset {preset}, {seed_words(own)}: {names}.")
     return notes
 
-
+# %% ../nbs/12b_comparisons.ipynb #96f89929
 @dataclass
 class Recipe:
     "A table of the papers; called with runs, it makes the table."
@@ -359,7 +361,7 @@ def titled(matrix: dict, variant: str, mode: str) -> str:
     "What a variant is called in a table, with the way to treat the category of a test image."
     return title_of(matrix, variant) + (f", class {mode}" if mode else "")
 
-
+# %% ../nbs/12b_comparisons.ipynb #882b3779
 def lacking(own: pd.DataFrame, jobs: list[Job], variant: str, data: str, category: str) -> str:
     "What a row says that has no number: missing, or how many of the categories of a mean are there."
     own_jobs = [j.parameters for j in jobs if j.variant == variant and data_name(sets_of(j.parameters)) == data]
@@ -367,7 +369,7 @@ def lacking(own: pd.DataFrame, jobs: list[Job], variant: str, data: str, categor
     have = set(only(own, data=data)["category"]) & wanted
     return f"{len(have)} of {len(wanted)} categories" if category == "mean" and have and have != wanted else MISSING
 
-
+# %% ../nbs/12b_comparisons.ipynb #ebb304f5
 def comparison_rows(f: Findings) -> list[dict]:
     "A row for each data set, category and method of the jobs, and after them for what the papers report on other data."
     unified, seeds = any(j.parameters["category"] == "all" for j in f.jobs), len({j.seed for j in f.jobs})
@@ -427,7 +429,7 @@ def stability_row(own: pd.DataFrame) -> dict[str, str]:
         cells |= under(metric, ("last", "best on test", "best − last", "± evaluations", "± seeds"), texts)
     return cells
 
-
+# %% ../nbs/12b_comparisons.ipynb #938ee2d3
 def stability_rows(f: Findings) -> list[dict]:
     "A row for each data set, category and method: how steady the test scores are during training and over seeds."
     frame, rows = steadiness(f.runs), []
@@ -450,7 +452,7 @@ def paired(own: pd.Series, other: pd.Series) -> str:
         return NOTHING
     return points(step.mean(), 2) + (f" ± {100 * step.std():.2f}" if len(step) > 1 else "")
 
-
+# %% ../nbs/12b_comparisons.ipynb #4b74e2c5
 def changed_row(frame: pd.DataFrame, variant: str, against: str, mode: str) -> dict[str, str]:
     """The cells under each metric of a variant beside those of another one;
     `frame` holds rows of `measured` of one data set and category."""
@@ -463,7 +465,7 @@ def changed_row(frame: pd.DataFrame, variant: str, against: str, mode: str) -> d
         cells |= under(metric, ("last", "best on test", "change"), texts)
     return cells
 
-
+# %% ../nbs/12b_comparisons.ipynb #27b2e834
 def ablation_rows(f: Findings, against: str) -> list[dict]:
     """A row for each data set, variant and class mode, beside the variant called `against`:
     of its category, or of the mean over them."""
@@ -502,7 +504,7 @@ def form_rows(runs: list[dict]) -> list[dict]:
                          "seeds": str(own["seed"].nunique())} | cells)
     return rows
 
-
+# %% ../nbs/12b_comparisons.ipynb #5413ab34
 def component_rows(f: Findings) -> list[dict]:
     "The rows of T7, and in its notes what is known of the paper's own table."
     rows = ablation_rows(f, "hgad-single") + form_rows(f.runs)
@@ -536,7 +538,7 @@ def anchor_rows(sources: dict[str, str]) -> list[dict]:
             | {METRICS[m]: text(getattr(r, m)) for m in HEADLINE}
             | {"source": f"[{letter(sources, f'{r.paper}, {r.table}')}]"} for r in wide.itertuples()]
 
-
+# %% ../nbs/12b_comparisons.ipynb #ab12bfc9
 def method_rows(f: Findings) -> list[dict]:
     "A row for each measured mean of HGAD, and after them one for each published mean."
     rows, means = [], only(f.values, category="mean", protocol=PROTOCOLS["last"])
@@ -613,7 +615,7 @@ def setting_note(runs: list[dict]) -> str:
             + (f"; not the published setting ({other})." if other
                else "; the published setting, as preset paper has it."))
 
-
+# %% ../nbs/12b_comparisons.ipynb #1bd9180d
 def telling(frame: pd.DataFrame) -> pd.DataFrame:
     """The columns that say something:
     of the metrics that are published, or what was measured of all of them, where none is; keys that are not empty."""
@@ -625,7 +627,7 @@ def telling(frame: pd.DataFrame) -> pd.DataFrame:
             keep.append(column)
     return frame[keep]
 
-
+# %% ../nbs/12b_comparisons.ipynb #4af36109
 def beside_papers(runs: list[dict]) -> Table:
     """Runs of one method and setting on one data set, with their deviation over seeds, beside what papers report:
     of the metrics that one reports, or of all, where none does, what was measured."""

@@ -12,7 +12,7 @@ __all__ = ['Fail', 'EXTENSIONS', 'HOLDOUT', 'TOY_VERSION', 'TOY', 'READERS', 'OF
            'read_folder', 'union_roots', 'read_union', 'Dice', 'png', 'grid', 'disc', 'stroke', 'blob', 'walk', 'mix',
            'draw_weave', 'draw_speckle', 'draw_bolt', 'draw_biscuit', 'shoot', 'toy_image', 'make_toy', 'toy_root',
            'read_toy', 'read', 'load', 'contact_sheet', 'cropped_defects', 'official_categories', 'absent_categories',
-           'check', 'check_records', 'inspect_record', 'check_report']
+           'inspect_record', 'check_records', 'check', 'check_report']
 
 # %% ../nbs/00_data.ipynb #e73c4e0d
 import copy, csv, hashlib, json, os, shutil, struct, tempfile, warnings, zlib
@@ -50,16 +50,17 @@ class Record:
     split: str               # "train" or "test"; "validation" of MVTec 3D-AD is checked, not used
 
 # %% ../nbs/00_data.ipynb #2a455f08
-def open_image(path: Path | Image.Image) -> Image.Image:
-    """Decode a file, or an image that Pillow has opened, completely to 8-bit RGB.
-    `DataError` if it is missing, unreadable, truncated, or has more than 8 bits."""
-    im = _decode(path)
-    return im if im.mode == "RGB" else im.convert("RGB")
-
 def _absent(path: Path) -> str:
     "Why nothing is found at `path`, in words."
     return f"a link that leads nowhere ({os.readlink(path)})" if os.path.islink(path) else "missing"
 
+# %% ../nbs/00_data.ipynb #860a049c
+def _turned(im: Image.Image) -> bool:
+    "Does the EXIF tag for it say that the pixels are to be turned or mirrored before they are shown?"
+    try: return im.getexif().get(0x0112) in range(2, 9)
+    except Exception: return False  # a broken tag says nothing
+
+# %% ../nbs/00_data.ipynb #f016a918
 def _decode(path: Path | Image.Image, keep: str = "") -> Image.Image:
     opened = path if isinstance(path, Image.Image) else None
     if opened: path = getattr(opened, "filename", None) or f"PIL image of {opened.width}×{opened.height}"
@@ -88,12 +89,19 @@ def _decode(path: Path | Image.Image, keep: str = "") -> Image.Image:
                       "turn the pixels themselves if other images of these parts have no such tag", stacklevel=3)
     return im
 
-def _turned(im: Image.Image) -> bool:
-    "Does the EXIF tag for it say that the pixels are to be turned or mirrored before they are shown?"
-    try: return im.getexif().get(0x0112) in range(2, 9)
-    except Exception: return False  # a broken tag says nothing
+# %% ../nbs/00_data.ipynb #ed566064
+def open_image(path: Path | Image.Image) -> Image.Image:
+    """Decode a file, or an image that Pillow has opened, completely to 8-bit RGB.
+    `DataError` if it is missing, unreadable, truncated, or has more than 8 bits."""
+    im = _decode(path)
+    return im if im.mode == "RGB" else im.convert("RGB")
 
 # %% ../nbs/00_data.ipynb #62a3befb
+def _size_message(mask: Path, got: tuple, want: tuple) -> str:
+    return (f"{mask}: the mask is {got[0]}×{got[1]} pixels, its image {want[0]}×{want[1]}; "
+            "restore both from the same release of the data set, or resize the mask (nearest)")
+
+# %% ../nbs/00_data.ipynb #14cd67df
 def open_mask(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     """The mask as an 8-bit image of 0 and 255.
     `size` = (width, height) that it must have; `DataError` if it has another."""
@@ -107,10 +115,6 @@ def open_mask(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
         a = a if color.all() else color
     if a.ndim == 3: a = (a[..., :-1] if im.mode in ("LA", "PA", "RGBA") else a).any(-1)
     return Image.fromarray(np.where(a > 0, 255, 0).astype(np.uint8))
-
-def _size_message(mask: Path, got: tuple, want: tuple) -> str:
-    return (f"{mask}: the mask is {got[0]}×{got[1]} pixels, its image {want[0]}×{want[1]}; "
-            "restore both from the same release of the data set, or resize the mask (nearest)")
 
 # %% ../nbs/00_data.ipynb #e7a10002
 def open_out(folder: str | Path) -> Path:
@@ -245,6 +249,14 @@ class Dataset(torch.utils.data.Dataset):
         return out
 
 # %% ../nbs/00_data.ipynb #0b705197
+def _header(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as im: return im.size
+    except FileNotFoundError: raise DataError(f"{path}: the file is {_absent(path)}; restore it") from None
+    except Exception as e:
+        raise DataError(f"{path}: not a readable image ({e}); restore this file from the original archive") from e
+
+# %% ../nbs/00_data.ipynb #62e93d48
 def read_mask(r: Record, t: Transform, size: tuple[int, int] | None = None, angle: float = 0.0) -> torch.Tensor | None:
     "The mask of a record, bool (h, w); zeros for a normal image; None if it is anomalous and has no mask file."
     if r.mask is None:
@@ -256,13 +268,7 @@ def read_mask(r: Record, t: Transform, size: tuple[int, int] | None = None, angl
                         "empty the mask or move the image to its defect")
     return t.mask(m, angle)
 
-def _header(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as im: return im.size
-    except FileNotFoundError: raise DataError(f"{path}: the file is {_absent(path)}; restore it") from None
-    except Exception as e:
-        raise DataError(f"{path}: not a readable image ({e}); restore this file from the original archive") from e
-
+# %% ../nbs/00_data.ipynb #0a28e36e
 def _warn_lost(ds: Dataset, lost: list[Record], side: int) -> None:
     empty = [r for r in lost if not open_mask(r.mask).getbbox()]
     for rs, why in ((empty, "a mask that is empty in its file; restore the mask or correct the label"),
@@ -277,15 +283,22 @@ def _warn_lost(ds: Dataset, lost: list[Record], side: int) -> None:
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 _NOTES = (".txt", ".md", ".csv", ".json", ".yml", ".yaml", ".xml", ".pdf", ".db", ".ini", ".gz", ".xz", ".zip", ".tar")
 
+
 def visible(folder: Path) -> list[Path]:
     "What lies in `folder`, sorted by name, without hidden files and system leftovers; [] if it does not exist."
     if not folder.is_dir(): return []
     return sorted((p for p in folder.iterdir() if p.name[0] != "." and p.name != "__MACOSX"), key=lambda p: p.name)
 
+# %% ../nbs/00_data.ipynb #9ba94dc7
 def is_note(p: Path) -> bool: return p.suffix.lower() in _NOTES
+
 
 def is_image(p: Path) -> bool: return p.suffix.lower() in EXTENSIONS and p.is_file()
 
+# %% ../nbs/00_data.ipynb #0145cbad
+def _dead(p: Path) -> str: return f"{p}: {_absent(p)}; restore its target or remove the link"
+
+# %% ../nbs/00_data.ipynb #0261c96c
 def images_in(folder: Path, fail: Fail = stop) -> list[Path]:
     "The images of `folder`, sorted by name; an empty or missing folder, a subfolder or an unknown file is a problem."
     out = []
@@ -299,6 +312,7 @@ def images_in(folder: Path, fail: Fail = stop) -> list[Path]:
                      else f"{folder}: this folder is {_absent(folder)}; restore it from the original archive")
     return out
 
+# %% ../nbs/00_data.ipynb #8d3c1f66
 def parts_in(folder: Path, fail: Fail = stop) -> list[Path]:
     "The same of a folder of parts, where a mask beside its image is a problem."
     out = images_in(folder, fail)
@@ -308,6 +322,7 @@ def parts_in(folder: Path, fail: Fail = stop) -> list[Path]:
             fail(f"{p}: looks like the mask of an image beside it; move it to the masks, such as masks/{folder.name}")
     return out
 
+# %% ../nbs/00_data.ipynb #15c804ba
 def folders_in(folder: Path, fail: Fail = stop) -> list[Path]:
     "The subfolders of `folder`; an image beside them has no label, which is a problem, and so is a broken link."
     for p in visible(folder):
@@ -317,17 +332,17 @@ def folders_in(folder: Path, fail: Fail = stop) -> list[Path]:
         elif not is_note(p) and not p.exists(): fail(_dead(p))
     return [p for p in visible(folder) if p.is_dir()]
 
+# %% ../nbs/00_data.ipynb #596e2c70
+def _holds_images(folder: Path) -> bool:
+    return any(_holds_images(p) if p.is_dir() else is_image(p) for p in visible(folder))
+
+
 def only_in(folder: Path, names: Iterable[str], fail: Fail = stop) -> None:
     "An image of `folder` outside of its subfolders `names` would be left out, which is a problem."
     for p in folders_in(folder, fail):
         if p.name not in names and _holds_images(p):
             fail(f"{p}: its images are not read, only those in {', '.join(names)} are; "
                  "rename, move or remove this folder")
-
-def _holds_images(folder: Path) -> bool:
-    return any(_holds_images(p) if p.is_dir() else is_image(p) for p in visible(folder))
-
-def _dead(p: Path) -> str: return f"{p}: {_absent(p)}; restore its target or remove the link"
 
 # %% ../nbs/00_data.ipynb #b417b667
 def pair_masks(images: list[Path], folder: Path, fail: Fail = stop, required: bool = True) -> dict[Path, Path]:
@@ -377,6 +392,7 @@ def find_categories(root: Path, dataset: str, looks: Callable[[Path], bool], sha
             raise DataError(f"{root}: one level too high for {dataset}, which expects {shape}; use root {p}")
     raise DataError(f"{root}: no category of {dataset} found, expected {shape}; check the path and --dataset")
 
+# %% ../nbs/00_data.ipynb #20b638ef
 def choose(found: Iterable[str], category, where: str) -> list[str]:
     "The wanted categories: all, one name, or a list of names. `DataError` names those available."
     found = list(found)
@@ -414,6 +430,7 @@ def read_split(folder: Path, category: str, fail: Fail = stop, good: str = "good
             fail(f"{p}: masks of a defect that test/ does not have; restore {folder/'test'/p.name}")
     return out
 
+# %% ../nbs/00_data.ipynb #e4b4c0b9
 def read_mvtec(root: Path, category="all", fail: Fail = stop, dataset: str = "mvtec",
                good: str = "good") -> list[Record]:
     "MVTec AD, and every data set in its layout. With `good='ok'`: BTAD."
@@ -422,6 +439,46 @@ def read_mvtec(root: Path, category="all", fail: Fail = stop, dataset: str = "mv
     folders_in(Path(root), fail)
     names = choose([p.name for p in subs], category, str(root))
     return [r for n in names for r in read_split(Path(root)/n, n, fail, good)]
+
+# %% ../nbs/00_data.ipynb #5be0c7d1
+def _visa_table(root: Path, split: str, fail: Fail) -> tuple[list[dict], list[str]]:
+    path, shape = root/"split_csv"/f"{split}.csv", f"ROOT/CATEGORY/Data/Images and ROOT/split_csv/{split}.csv"
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; give the folder that holds the categories ({shape})")
+    if not path.is_file():
+        full = root.resolve()
+        for p in [*list(full.parents)[:3], *(p for p in visible(root) if p.is_dir())]:
+            if (p/"split_csv").is_dir():
+                raise DataError(f"{root}: one level too {'low' if p in full.parents else 'high'} for visa, "
+                                f"which expects {shape}; use root {p}")
+        if any((p/"train").is_dir() for p in visible(root)):
+            raise DataError(f"{root}: VisA converted to the layout of MVTec AD; read it with dataset mvtec")
+        raise DataError(f"{path}: this file is missing, visa expects {shape}; restore it from the original archive")
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
+        reader = csv.DictReader(f, restval="")
+        rows = [row | {"line": reader.line_num} for row in reader]
+    if not rows or {"object", "split", "label", "image", "mask"} - set(rows[0]):
+        raise DataError(f"{path}: expected columns object,split,label,image,mask; restore it from the original archive")
+    have = [n for n in dict.fromkeys(r["object"] for r in rows) if (root/n).is_dir()]
+    for p in visible(root):
+        if (p/"Data").is_dir() and p.name not in have:
+            fail(f"{p}: images without labels, since {path} has no rows for {p.name}; use the csv of the same release")
+    if not have: raise DataError(f"{root}: none of the categories in {path} is here; restore their folders")
+    return rows, have
+
+# %% ../nbs/00_data.ipynb #e25f655f
+def _visa_unlisted(folder: Path, listed: set, split: str, fail: Fail) -> None:
+    only_in(folder, ("Data",), fail)
+    only_in(folder/"Data", ("Images", "Masks"), fail)
+    for m in (m for f in folders_in(folder/"Data"/"Masks", fail) for m in visible(f)
+              if is_image(m) and m not in listed):
+        fail(f"{m}: a mask without an image, since {split}.csv does not list it; restore the image and its row, "
+             "or remove the mask")
+    for f in folders_in(folder/"Data"/"Images", fail):
+        for p in images_in(f, fail):
+            if p not in listed:
+                fail(f"{p}: an image without a label, since {split}.csv does not list it; "
+                     "use the csv of the same release, or remove the image")
 
 # %% ../nbs/00_data.ipynb #add2c4fb
 def read_visa(root: Path, category="all", fail: Fail = stop, split: str = "1cls") -> list[Record]:
@@ -455,45 +512,8 @@ def read_visa(root: Path, category="all", fail: Fail = stop, split: str = "1cls"
             mask = None
         if mask: _same_size(image, mask, fail)
         out.append(Record(image, label, mask, row["object"], "anomaly" if label else "good", row["split"]))
-    for n in names:
-        only_in(root/n, ("Data",), fail)
-        only_in(root/n/"Data", ("Images", "Masks"), fail)
-        for m in (m for f in folders_in(root/n/"Data"/"Masks", fail) for m in visible(f)
-                  if is_image(m) and m not in listed):
-            fail(f"{m}: a mask without an image, since {split}.csv does not list it; restore the image and its row, "
-                 "or remove the mask")
-        for f in folders_in(root/n/"Data"/"Images", fail):
-            for p in images_in(f, fail):
-                if p not in listed:
-                    fail(f"{p}: an image without a label, since {split}.csv does not list it; "
-                         "use the csv of the same release, or remove the image")
+    for n in names: _visa_unlisted(root/n, listed, split, fail)
     return out
-
-# %% ../nbs/00_data.ipynb #5be0c7d1
-def _visa_table(root: Path, split: str, fail: Fail) -> tuple[list[dict], list[str]]:
-    path, shape = root/"split_csv"/f"{split}.csv", f"ROOT/CATEGORY/Data/Images and ROOT/split_csv/{split}.csv"
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; give the folder that holds the categories ({shape})")
-    if not path.is_file():
-        full = root.resolve()
-        for p in [*list(full.parents)[:3], *(p for p in visible(root) if p.is_dir())]:
-            if (p/"split_csv").is_dir():
-                raise DataError(f"{root}: one level too {'low' if p in full.parents else 'high'} for visa, "
-                                f"which expects {shape}; use root {p}")
-        if any((p/"train").is_dir() for p in visible(root)):
-            raise DataError(f"{root}: VisA converted to the layout of MVTec AD; read it with dataset mvtec")
-        raise DataError(f"{path}: this file is missing, visa expects {shape}; restore it from the original archive")
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
-        reader = csv.DictReader(f, restval="")
-        rows = [row | {"line": reader.line_num} for row in reader]
-    if not rows or {"object", "split", "label", "image", "mask"} - set(rows[0]):
-        raise DataError(f"{path}: expected columns object,split,label,image,mask; restore it from the original archive")
-    have = [n for n in dict.fromkeys(r["object"] for r in rows) if (root/n).is_dir()]
-    for p in visible(root):
-        if (p/"Data").is_dir() and p.name not in have:
-            fail(f"{p}: images without labels, since {path} has no rows for {p.name}; use the csv of the same release")
-    if not have: raise DataError(f"{root}: none of the categories in {path} is here; restore their folders")
-    return rows, have
 
 # %% ../nbs/00_data.ipynb #34198ef4
 def read_mvtec3d(root: Path, category="all", fail: Fail = stop, validation: bool = False) -> list[Record]:
@@ -576,6 +596,7 @@ def union_roots(root) -> dict[str, str | Path | None]:
             raise DataError(f"root {root!r}: unknown data set {n!r} in the union; allowed: {', '.join(allowed)}")
     return parts
 
+# %% ../nbs/00_data.ipynb #7b21b572
 def read_union(root, category="all", fail: Fail = stop) -> list[Record]:
     "Records of all parts; categories named `DATASET/CATEGORY`."
     out = []
@@ -617,10 +638,12 @@ def grid(n: int, k: int = 0, x0: int = 0, y0: int = 0) -> tuple[np.ndarray, np.n
     x, y, c, s, d = x - x0, y - y0, 4096 - k*k, 128*k, 4096 + k*k
     return (c*x + s*y)//d, (c*y - s*x)//d
 
+# %% ../nbs/00_data.ipynb #c122d08f
 def disc(x, y, cx: int, cy: int, r: int) -> np.ndarray:
     "The points within `r` of (cx, cy)."
     return (x - cx)**2 + (y - cy)**2 <= r*r
 
+# %% ../nbs/00_data.ipynb #db8ce103
 def stroke(x, y, points: list[tuple[int, int]], w: int) -> np.ndarray:
     "The points within `w` of a broken line."
     out = np.zeros(x.shape, bool)
@@ -630,12 +653,14 @@ def stroke(x, y, points: list[tuple[int, int]], w: int) -> np.ndarray:
         out |= (dot >= 0) & (dot <= q) & (cross*cross <= w*w*q) | disc(x, y, ax, ay, w) | disc(x, y, bx, by, w)
     return out
 
+# %% ../nbs/00_data.ipynb #9f57077d
 def blob(x, y, dice: Dice, cx: int, cy: int, r: int) -> np.ndarray:
     "An irregular patch: five discs around a center."
     out = disc(x, y, cx, cy, r)
     for _ in range(4): out |= disc(x, y, cx + dice(-r, r), cy + dice(-r, r), dice(r//3, r))
     return out
 
+# %% ../nbs/00_data.ipynb #115ae017
 def walk(dice: Dice, x: int, y: int, step: int, n: int) -> list[tuple[int, int]]:
     "A broken line of `n` pieces that keeps its direction roughly."
     dx, dy = [(3, 1), (1, 3), (-1, 3), (3, -1), (2, 2), (2, -2)][dice(0, 5)]
@@ -644,6 +669,7 @@ def walk(dice: Dice, x: int, y: int, step: int, n: int) -> list[tuple[int, int]]
         out.append((out[-1][0] + dx*step//3 + dice(-step, step)//3, out[-1][1] + dy*step//3 + dice(-step, step)//3))
     return out
 
+# %% ../nbs/00_data.ipynb #854f67b8
 def mix(a: np.ndarray, where: np.ndarray, color, alpha: int) -> None:
     "Blend `color` over the region, `alpha` of 256."
     a[where] = (a[where]*(256 - alpha) + np.asarray(color, np.int64)*alpha) // 256
@@ -759,6 +785,7 @@ TOY_VERSION = 1                                              # a change of any p
 TOY = {"weave": (draw_weave, ("pull", "stain", "misweave")), "speckle": (draw_speckle, ("scratch", "foreign", "bald")),
        "bolt": (draw_bolt, ("scratch", "rust", "nick")), "biscuit": (draw_biscuit, ("crack", "bite", "burn"))}
 
+
 def shoot(a: np.ndarray, dice: Dice) -> np.ndarray:
     "Scene (2n, 2n, 3) to photograph uint8 (n, n, 3)."
     n = len(a)
@@ -768,6 +795,7 @@ def shoot(a: np.ndarray, dice: Dice) -> np.ndarray:
     a = a.reshape(n//2, 2, n//2, 2, 3).sum((1, 3))//4
     return np.clip(a + dice(-3, 3, a.shape) + dice(-3, 3, a.shape), 0, 255).astype(np.uint8)
 
+# %% ../nbs/00_data.ipynb #dc620b71
 def toy_image(category: str, defect: str, index: int, seed: int = 0, size: int = 128,
               split: str = "test") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "image uint8 (size, size, 3), its flawless twin, and the mask bool (size, size) of the pixels in which they differ."
@@ -848,6 +876,7 @@ def read_toy(root: Path | None = None, category="all", fail: Fail = stop) -> lis
 READERS = {"toy": read_toy, "mvtec": read_mvtec, "btad": partial(read_mvtec, dataset="btad", good="ok"),
            "visa": read_visa, "mvtec3d": read_mvtec3d, "union": read_union, "folder": read_folder}
 
+
 def read(dataset: str,             # toy mvtec btad visa mvtec3d union folder
          root=None,                # its folder; union: "mvtec=PATH,visa=PATH" or a dict; toy: None is the cache
          category="all",           # a name, a list of names, or all
@@ -869,6 +898,7 @@ def read(dataset: str,             # toy mvtec btad visa mvtec3d union folder
              "give yourself the right to read it (chmod -R u+rX), or give another root")
         return []
 
+# %% ../nbs/00_data.ipynb #7251c630
 def load(dataset: str, root=None, category="all", transform: Transform = Transform(),
          test: bool = True) -> tuple[Dataset, Dataset]:
     """(train, test). A random rotation applies to the training images alone.
@@ -927,6 +957,7 @@ def _official(text: str) -> dict[str, tuple[int, int, int]]:
     "NAME:train normal/test normal/test anomalous …"
     return {k: tuple(map(int, v.split("/"))) for k, v in (item.split(":") for item in text.split())}
 
+
 OFFICIAL = {
     "mvtec": _official("bottle:209/20/63 cable:224/58/92 capsule:219/23/109 carpet:280/28/89 grid:264/21/57 "
                        "hazelnut:391/40/70 leather:245/32/92 metal_nut:220/22/93 pill:267/26/141 screw:320/41/119 "
@@ -938,26 +969,42 @@ OFFICIAL = {
     "mvtec3d": _official("bagel:244/22/88 cable_gland:223/21/87 carrot:286/27/132 cookie:210/28/103 dowel:288/26/104 "
                          "foam:236/20/80 peach:361/26/106 potato:300/22/92 rope:298/32/69 tire:210/25/87")}
 
+
 VALIDATION = {"mvtec3d": {  # normal images
     "bagel": 22, "cable_gland": 23, "carrot": 29, "cookie": 22, "dowel": 34, "foam": 27, "peach": 42, "potato": 33,
     "rope": 33, "tire": 29}}
 
+# %% ../nbs/00_data.ipynb #82fd5c96
 def official_categories(dataset: str, present: Iterable[str]) -> set[str]:
     """The official categories of a data set, none without official counts;
     of a union those of the data sets that `present` has some of."""
     if dataset != "union": return set(OFFICIAL.get(dataset, ()))
     return {f"{part}/{c}" for part in {p.partition("/")[0] for p in present} for c in OFFICIAL.get(part, ())}
 
+# %% ../nbs/00_data.ipynb #a4bc47cb
 def absent_categories(dataset: str, categories: Iterable[str]) -> list[str]:
     "The official categories of a data set that are not among `categories`, sorted."
     return sorted(official_categories(dataset, have := set(categories)) - have)
 
 # %% ../nbs/00_data.ipynb #11be4134
-def check(root, dataset: str, progress: bool = True) -> tuple[pd.DataFrame, list[str]]:
-    "(counts, problems): images per category and split beside the official numbers (or NaN), and every problem found."
-    problems = []
-    return check_records(read(dataset, root, fail=problems.append), dataset, problems, progress)
+def inspect_record(r: Record) -> list[str]:
+    "Decode image and mask: the problems found."
+    out = []
+    try: size = open_image(r.image).size
+    except DataError as e: out, size = [str(e)], None
+    if r.mask is None: return out
+    try:
+        share = np.asarray(open_mask(r.mask, size)).mean()/255
+        if bool(share) != bool(r.label):
+            out.append(f"{r.mask}: "
+                       + ("marks a defect, but its image is labeled normal" if share
+                          else "is empty, but its image is labeled anomalous") + "; correct the mask or the label")
+        elif share > 0.9:
+            out.append(f"{r.mask}: marks {share:.0%} of its image; what is above 0 is the defect: invert the mask")
+    except DataError as e: out.append(str(e))
+    return out
 
+# %% ../nbs/00_data.ipynb #6e8a4ba1
 def check_records(records: list[Record], dataset: str, problems: list[str],
                   progress: bool = True) -> tuple[pd.DataFrame, list[str]]:
     "The same of records that have been read, with the problems found then."
@@ -981,22 +1028,11 @@ def check_records(records: list[Record], dataset: str, problems: list[str],
     counts = pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(columns[2:], "Int64"))
     return counts, list(dict.fromkeys(problems))
 
-def inspect_record(r: Record) -> list[str]:
-    "Decode image and mask: the problems found."
-    out = []
-    try: size = open_image(r.image).size
-    except DataError as e: out, size = [str(e)], None
-    if r.mask is None: return out
-    try:
-        share = np.asarray(open_mask(r.mask, size)).mean()/255
-        if bool(share) != bool(r.label):
-            out.append(f"{r.mask}: "
-                       + ("marks a defect, but its image is labeled normal" if share
-                          else "is empty, but its image is labeled anomalous") + "; correct the mask or the label")
-        elif share > 0.9:
-            out.append(f"{r.mask}: marks {share:.0%} of its image; what is above 0 is the defect: invert the mask")
-    except DataError as e: out.append(str(e))
-    return out
+# %% ../nbs/00_data.ipynb #053cfd65
+def check(root, dataset: str, progress: bool = True) -> tuple[pd.DataFrame, list[str]]:
+    "(counts, problems): images per category and split beside the official numbers (or NaN), and every problem found."
+    problems = []
+    return check_records(read(dataset, root, fail=problems.append), dataset, problems, progress)
 
 # %% ../nbs/00_data.ipynb #83797f49
 LISTED = 50   # problems that a report lists

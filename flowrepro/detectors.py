@@ -223,13 +223,14 @@ def check_labels(detector: Detector, labels: Tensor | None, bank: FeatureBank) -
 
 # %% ../nbs/07_detectors.ipynb #a12b4769
 @torch.no_grad()
-def all_parts(detector: Detector, bank: FeatureBank, labels: Tensor | None = None, batch: int = 32) -> list[Parts]:
-    "The parts of every image of a bank, level by level."
+def all_parts(detector: Detector, bank: FeatureBank, labels: Tensor | None = None, batch: int = 32,
+              **how) -> list[Parts]:
+    "The parts of every image of a bank, level by level; `how` goes to `parts`."
     check_labels(detector, labels, bank)
     detector.eval()
     index = torch.arange(len(bank)).split(batch)
     own = lambda i: None if labels is None else labels[i % len(labels)].to(detector.device)  # of copies, the same
-    return join([detector.parts(bank[i], own(i)) for i in index])
+    return join([detector.parts(bank[i], own(i), **how) for i in index])
 
 # %% ../nbs/07_detectors.ipynb #a098567a
 @torch.no_grad()

@@ -127,7 +127,7 @@ def export(
         write(program, compared[:2], new, about(detector, category))
         return check_written(run, new, program, compared)
 
-
+# %% ../nbs/10b_export.ipynb #5ef2454e
 def about(detector: Detector, category: str | None) -> dict:
     "What the file says of itself."
     size = detector.backbone.size

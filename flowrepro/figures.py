@@ -39,6 +39,8 @@ WIDE = 6.9  # inches: two columns of a page
 GREY = "0.35"
 LOOKS = [dict(color="C0", ls="-", marker="o", hatch=""), dict(color="C1", ls="--", marker="s", hatch="////"),
          dict(color="C2", ls="-.", marker="^", hatch="...."), dict(color="C3", ls=":", marker="D", hatch="xxxx")]
+
+
 MARKERS = "osD^vP*Xh<>p"
 
 
@@ -58,14 +60,14 @@ def house() -> Iterator[None]:
             "xtick.major.size": 3, "ytick.major.size": 3})
         yield
 
-
+# %% ../nbs/12c_figures.ipynb #c06c9672
 def canvas(height: float, width: float = WIDE) -> Drawing:
     "An empty drawing of some width and height, in inches."
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
-
+# %% ../nbs/12c_figures.ipynb #9227e9a1
 def mark(label: str, **look) -> Drawing:
     "A marker and its words in a legend; with `ls`, a line."
     from matplotlib.lines import Line2D
@@ -192,7 +194,7 @@ def opened(runs: list[dict], file: str) -> list[dict]:
     read = partial(pd.read_csv, dtype={"category": str}) if file.endswith(".csv") else lambda p: dict(np.load(p))
     return [r | {"file": read(Path(r["path"]) / file)} for r in runs if (Path(r["path"]) / file).is_file()]
 
-
+# %% ../nbs/12c_figures.ipynb #43cb923c
 def figure(name: str, question: str, file: str, array: str = "") -> Callable:
     """Register a recipe `(runs, matrix) -> (drawing, what it shows)` as a figure.
     It needs a file of each of its runs, and perhaps an array in it."""
@@ -258,12 +260,12 @@ def draw_curves(ax: Axes, frame: pd.DataFrame, look: dict, gid: str) -> None:
         ax.plot(mean.idxmax(), mean.max(), marker="*", ms=8, mfc="white", mec=look["color"], mew=0.9, ls="", zorder=6,
                 clip_on=False)
 
-
+# %% ../nbs/12c_figures.ipynb #41b16db1
 def gap(frame: pd.DataFrame) -> float:
     "What is left of the best evaluation at the end: last minus best, mean over the seeds."
     return np.nan if frame.empty else float(frame.ffill().iloc[-1].mean() - frame.max().mean())
 
-
+# %% ../nbs/12c_figures.ipynb #dcae747b
 def draw_gaps(ax: Axes, frames: list[pd.DataFrame]) -> None:
     "Mean over the seeds of the best evaluation and of the last, their difference beside them, one column a method."
     for i, (frame, look) in enumerate(zip(frames, cycle(LOOKS))):
@@ -279,7 +281,7 @@ def draw_gaps(ax: Axes, frames: list[pd.DataFrame]) -> None:
     ax.tick_params(labelleft=False)
     ax.grid(False, axis="x")
 
-
+# %% ../nbs/12c_figures.ipynb #11ffcd8a
 def signed(value: float) -> str:
     "Three digits and a true minus sign."
     return "–" if np.isnan(value) else f"{value:.3f}".replace("-", "−")
@@ -321,7 +323,7 @@ def levels_of(arrays: dict) -> list[int]:
     "The levels whose moments a `latents.npz` holds."
     return sorted(int(k[4:]) for k in arrays if k.startswith("mean"))
 
-
+# %% ../nbs/12c_figures.ipynb #667d47d0
 def learned_base(arrays: dict, level: int) -> tuple[np.ndarray, np.ndarray] | None:
     "Mean and variance (C,) of the learned base at the end, positions pooled; None for N(0, I)."
     n, names = arrays[f"mean{level}"].size, (f"trace/{level}.mean", f"trace/{level}.log_scale")
@@ -334,7 +336,7 @@ def learned_base(arrays: dict, level: int) -> tuple[np.ndarray, np.ndarray] | No
     mean, var = m.mean(1), (s**2).mean(1) + m.var(1)
     return np.broadcast_to(mean, n).copy(), np.broadcast_to(var, n).copy()
 
-
+# %% ../nbs/12c_figures.ipynb #e5132e37
 def divergence(mean: np.ndarray, var: np.ndarray, base: tuple | None = None) -> np.ndarray:
     """KL divergence in nats (C,) of Gaussians with these moments from the base, (mean, variance);
     from N(0, 1) without one."""
@@ -394,7 +396,7 @@ def mean_divergence(arrays: dict, learned: bool) -> float:
              for l in levels_of(arrays)]
     return float(np.concatenate(parts).mean())
 
-
+# %% ../nbs/12c_figures.ipynb #580920e3
 def draw_divergence(ax: Axes, groups: dict[str, list[dict]], matrix: dict) -> None:
     "A bar a method and base: the mean over its runs, stated at the right; the runs are dots, their marker by category."
     rows = [(v, learned) for v, own in groups.items() for learned in (False, True)
@@ -496,7 +498,7 @@ def draw_picture(ax: Axes, kind: str, arrays: dict, i: int, x: float, y: float, 
         outline = ax.contour(x + at, y + at, mask, [0.5], colors="white", linewidths=0.7)
         outline.set(path_effects=[withStroke(linewidth=1.6, foreground="black")])
 
-
+# %% ../nbs/12c_figures.ipynb #2a6174db
 def draw_scale(fig: Drawing, height: float) -> None:
     "The colour scale that all maps share, at the foot of a drawing of some height in inches."
     from matplotlib.cm import ScalarMappable
@@ -506,7 +508,7 @@ def draw_scale(fig: Drawing, height: float) -> None:
     bar.set_xticklabels(["median", "99.8th percentile"])
     bar.set_title("anomaly map, among all test maps of the category", fontsize=7, pad=2)
 
-
+# %% ../nbs/12c_figures.ipynb #7ec44510
 def picture_words(runs: list[dict], keys: list[tuple], every: list[tuple]) -> str:
     "What a grid of pictures shows: their number, what was left out, the colour range, the seed."
     drawn, there = (len(dict.fromkeys(k[0] for k in ks)) for ks in (keys, every))
@@ -589,13 +591,13 @@ def separation(table: pd.DataFrame) -> pd.Series:
              if own["label"].nunique() == 2}
     return pd.Series(found, dtype=float).groupby(level=0).mean()
 
-
+# %% ../nbs/12c_figures.ipynb #479690f8
 def score_values(runs: list[dict]) -> pd.DataFrame:
     "Image scores: value, label, category, seed."
     return pd.concat([r["file"][["score", "label", "category"]].assign(seed=r["config"]["seed"])
                       for r in runs]).rename(columns={"score": "value"})
 
-
+# %% ../nbs/12c_figures.ipynb #cbc77ecd
 def likelihood_values(runs: list[dict]) -> pd.DataFrame | None:
     """Log-likelihoods of the sampled positions, negative so that higher is more anomalous:
     value, label, category, seed. None if no run kept its latents."""
@@ -622,7 +624,7 @@ def draw_shares(ax: Axes, table: pd.DataFrame, sign: int = 1) -> None:
     ax.text(at, 0.95, f"{count[0]} normal\n{count[1]} anomalous", transform=ax.transAxes,
             ha="right" if sign > 0 else "left", va="top", fontsize=7)
 
-
+# %% ../nbs/12c_figures.ipynb #ada6aeca
 def draw_categories(ax: Axes, each: dict[str, pd.Series], categories: list[str], matrix: dict) -> None:
     """AUROC of each category, one mark a method, joined by a line;
     an empty place, which says so, for a category that lacks a kind."""
@@ -719,7 +721,7 @@ def anchors(arrays: dict) -> tuple[np.ndarray, list[str]]:
     names = list(dict.fromkeys(map(str, category)))
     return np.stack([normal[category == c].mean(0) for c in names]), names
 
-
+# %% ../nbs/12c_figures.ipynb #af98acfd
 def nearest_own(arrays: dict) -> float:
     "Share of the normal latents whose nearest main centre, or mean of the other latents, is that of their category."
     (main, names), normal = anchors(arrays), ~arrays["defective"]
@@ -730,7 +732,7 @@ def nearest_own(arrays: dict) -> float:
         distance = np.where(own, distance * n / np.maximum(n - 1, 1), distance)
     return float(own[np.arange(len(own)), distance.argmin(1)].mean())
 
-
+# %% ../nbs/12c_figures.ipynb #82108f3d
 def within_span(x: np.ndarray, main: np.ndarray) -> np.ndarray:
     """Coordinates (n, K − 1) of rows within the span of K points, orthonormal, from their mean;
     at least two, the further ones from the rows."""
@@ -748,7 +750,7 @@ def look_of(categories: list[str]) -> dict[str, tuple[str, str]]:
     markers repeat after 12, colours after 10, pairs after 60."""
     return {c: (f"C{i % 10}", MARKERS[i % len(MARKERS)]) for i, c in enumerate(sorted(categories))}
 
-
+# %% ../nbs/12c_figures.ipynb #46dace33
 def draw_latents(ax: Axes, arrays: dict, looks: dict, most: int = 500) -> str:
     """Latents and centres of a run in one plane: normal ones filled, defective ones hollow, centres outlined;
     returns how it was made."""
@@ -829,7 +831,7 @@ def magnify(planes: list[np.ndarray], most: float = 0.3) -> int:
     space = np.linalg.norm(starts.max(0) - starts.min(0))
     return next((f for f in (100, 50, 20, 10, 5, 2) if f * longest <= most * space), 1)
 
-
+# %% ../nbs/12c_figures.ipynb #307a8caf
 def draw_paths(ax: Axes, plane: np.ndarray, looks: dict, factor: int = 1) -> None:
     """Paths (E, K, 2) of the centres, longer by a factor:
     hollow at the start, filled at the end, a dot at each evaluation."""
@@ -841,7 +843,7 @@ def draw_paths(ax: Axes, plane: np.ndarray, looks: dict, factor: int = 1) -> Non
         ax.plot(x[-1], y[-1], marker=marker, ms=6, mfc=color, mec="black", mew=0.7, ls="", zorder=4)
     ax.margins(0.12)
 
-
+# %% ../nbs/12c_figures.ipynb #60703ead
 def draw_distances(ax: Axes, runs: list[dict]) -> None:
     "Every pair of the first run as a thin line, the mean over pairs and runs as a thick one with its markers."
     paths = [centre_paths(r["file"]) for r in runs]

@@ -6,8 +6,8 @@ Docs: https://flowrepro.github.io/flowrepro/matrix.html.md"""
 
 # %% auto #0
 __all__ = ['MATRIX', 'ROLES', 'KEYS', 'REQUIRED', 'FOLDERS', 'COMPARED_WITH', 'DATA_FOLDERS', 'SHOWN', 'MatrixError', 'refuse',
-           'demand', 'one_of', 'check_keys', 'is_text', 'is_list', 'check_variant', 'check_output', 'made_by',
-           'check_preset', 'check_role', 'check_data', 'find_roots', 'Job', 'run_folder', 'role_of', 'categories_of',
+           'demand', 'one_of', 'check_keys', 'is_text', 'is_list', 'check_variant', 'made_by', 'check_output',
+           'check_role', 'check_preset', 'check_data', 'find_roots', 'Job', 'run_folder', 'role_of', 'categories_of',
            'data_of', 'sets_of', 'parameters_of', 'check_variants', 'check_matrix', 'check_once', 'load_matrix',
            'jobs_of', 'variant_of', 'title_of', 'belongs', 'select', 'absent', 'first_seeds', 'chosen', 'command_of',
            'commands']
@@ -46,19 +46,19 @@ def refuse(where: str, given: str, allowed) -> None:
     raise MatrixError(f"{where}: {given!r} is unknown"
                       + (f"; did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(map(str, allowed))}"))
 
-
+# %% ../nbs/11a_matrix.ipynb #8cec848c
 def demand(good: bool, where: str, given, wanted: str) -> None:
     "MatrixError for a value that is not what is wanted."
     if not good:
         raise MatrixError(f"{where}: must be {wanted}, not {given!r}")
 
-
+# %% ../nbs/11a_matrix.ipynb #b9547531
 def one_of(where: str, given, allowed) -> None:
     "`refuse` a word unless it is allowed."
     if given not in list(allowed):
         refuse(where, given, allowed)
 
-
+# %% ../nbs/11a_matrix.ipynb #02be1096
 def check_keys(entry, allowed, required, where: str) -> None:
     "MatrixError unless an entry is a mapping with the keys it may and must have."
     demand(isinstance(entry, dict), where, entry, f"a mapping with {', '.join(required)}")
@@ -68,7 +68,7 @@ def check_keys(entry, allowed, required, where: str) -> None:
         if key not in entry:
             raise MatrixError(f"{where}: {key} is missing")
 
-
+# %% ../nbs/11a_matrix.ipynb #c79b47f2
 def is_text(value) -> bool:
     "Is it a text with more than spaces in it?"
     return isinstance(value, str) and bool(value.strip())
@@ -88,6 +88,16 @@ def check_variant(entry: dict, where: str) -> None:
     demand(isinstance(overrides, dict), f"{where}: overrides", overrides, "a mapping such as {epochs: 5}")
 
 # %% ../nbs/11a_matrix.ipynb #f3c4f3ec
+@cache
+def made_by(notebook: str) -> list[str]:
+    "The outputs that an experiment notebook shows."
+    cells = json.loads((HERE / f"experiments/{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    return re.findall(r'show\("(\w+)"\)', "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"))
+
+# %% ../nbs/11a_matrix.ipynb #0d09c198
+COMPARED_WITH = {"T4": ("fastflow-altub",), "T7": ("hgad-single", "hgad"), "T8": ("hgad",), "T9": ("hgad",)}
+
+
 def check_output(entry: dict, variants: dict, where: str) -> None:
     "MatrixError for a notebook, role or variant that does not exist."
     notebooks = {p.stem for p in (HERE / "experiments").glob("*.ipynb")} - {"run"}
@@ -103,32 +113,7 @@ def check_output(entry: dict, variants: dict, where: str) -> None:
         if variant not in entry["variants"]:
             raise MatrixError(f"{where}: variants: compares with one named {variant!r}; keep it, by that name")
 
-
-COMPARED_WITH = {"T4": ("fastflow-altub",), "T7": ("hgad-single", "hgad"), "T8": ("hgad",), "T9": ("hgad",)}
-
-
-@cache
-def made_by(notebook: str) -> list[str]:
-    "The outputs that an experiment notebook shows."
-    cells = json.loads((HERE / f"experiments/{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
-    return re.findall(r'show\("(\w+)"\)', "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"))
-
-
-def check_preset(entry: dict, name: str, variants: dict, where: str) -> None:
-    "MatrixError for seeds, overrides or data that make no sense."
-    seeds, overrides = entry["seeds"], entry.get("overrides", {})
-    demand(type(seeds) is int and seeds > 0, f"{where}: seeds", seeds, "a whole number from 1")
-    demand(isinstance(overrides, dict), f"{where}: overrides", overrides, "a mapping such as {cflow*: {epochs: 5}}")
-    for names, changed in overrides.items():
-        demand(is_text(names), f"{where}: overrides", names, "names of variants")
-        demand(isinstance(changed, dict), f"{where}: overrides: {names}", changed, "a mapping such as {epochs: 5}")
-        for pattern in names.split():
-            if not fnmatch.filter(variants, pattern):
-                refuse(f"{where}: overrides", pattern, variants)
-    for role in entry.keys() & set(ROLES):
-        check_role(entry[role], name, f"{where}: {role}")
-
-
+# %% ../nbs/11a_matrix.ipynb #1d889f2b
 def check_role(entry, preset: str, where: str) -> None:
     "MatrixError for data of a role that do not exist, or a preset that `flowrepro.runs` does not have."
     if isinstance(entry, dict):
@@ -142,6 +127,21 @@ def check_role(entry, preset: str, where: str) -> None:
         names, _, category = data.rpartition("/")
         one = [d for d in entry if d.rpartition("/")[0] == names and d != data]
         demand(category != "all" or not one, where, entry, f"{data} alone, or its rows are mixed with others")
+
+# %% ../nbs/11a_matrix.ipynb #f369948c
+def check_preset(entry: dict, name: str, variants: dict, where: str) -> None:
+    "MatrixError for seeds, overrides or data that make no sense."
+    seeds, overrides = entry["seeds"], entry.get("overrides", {})
+    demand(type(seeds) is int and seeds > 0, f"{where}: seeds", seeds, "a whole number from 1")
+    demand(isinstance(overrides, dict), f"{where}: overrides", overrides, "a mapping such as {cflow*: {epochs: 5}}")
+    for names, changed in overrides.items():
+        demand(is_text(names), f"{where}: overrides", names, "names of variants")
+        demand(isinstance(changed, dict), f"{where}: overrides: {names}", changed, "a mapping such as {epochs: 5}")
+        for pattern in names.split():
+            if not fnmatch.filter(variants, pattern):
+                refuse(f"{where}: overrides", pattern, variants)
+    for role in entry.keys() & set(ROLES):
+        check_role(entry[role], name, f"{where}: {role}")
 
 # %% ../nbs/11a_matrix.ipynb #32e17661
 def check_data(data: str, where: str) -> None:
@@ -218,14 +218,14 @@ def data_of(sets: list[str], roots: dict) -> tuple[str, str | None, list[str]]:
             raise DataError(f"{root}: a union of data sets cannot have a comma in a path; rename the folder or link it")
     return "union", ",".join(f"{s}={roots.get(s) or ''}" for s in sets), missing
 
-
+# %% ../nbs/11a_matrix.ipynb #cc7a54de
 def sets_of(parameters: dict) -> list[str]:
     "The way back: the data sets of a run, from its parameters or its configuration."
     if parameters["dataset"] != "union":
         return [parameters["dataset"]]
     return [part.split("=")[0].strip() for part in parameters["data_root"].split(",")]
 
-
+# %% ../nbs/11a_matrix.ipynb #85f69720
 def parameters_of(matrix: dict, variant: str, preset: str | None = None) -> dict:
     "Method, AltUB and overrides of a variant; what the preset changes, if one is given, comes last."
     entry, changed = matrix["variants"][variant], {}
@@ -337,12 +337,12 @@ def variant_of(run: dict) -> str:
     end = run_folder("", *(c[k] for k in ("dataset", "category", "preset", "seed")))
     return name.removesuffix(end) if name.endswith(end) else name.partition(f"-{c['dataset']}-")[0]
 
-
+# %% ../nbs/11a_matrix.ipynb #7ab1b806
 def title_of(matrix: dict, variant: str) -> str:
     "What a variant is called."
     return matrix["variants"][variant]["title"]
 
-
+# %% ../nbs/11a_matrix.ipynb #89847e00
 def belongs(run: dict, matrix: dict, preset: str, output: str) -> bool:
     "Does a run belong to an output of the matrix at a preset?"
     data, own = role_of(matrix, preset, matrix["outputs"][output]["role"])
@@ -351,7 +351,7 @@ def belongs(run: dict, matrix: dict, preset: str, output: str) -> bool:
                 for names, name in data)
     return plays and c["preset"] == own and variant_of(run) in matrix["outputs"][output]["variants"]
 
-
+# %% ../nbs/11a_matrix.ipynb #5fe8d8c3
 def select(runs: list[dict], matrix: dict, preset: str, output: str) -> list[dict]:
     "The runs of an output, in the order of its variants."
     own = [r for r in runs if belongs(r, matrix, preset, output)]
@@ -361,14 +361,14 @@ def select(runs: list[dict], matrix: dict, preset: str, output: str) -> list[dic
             raise MatrixError(f"{seen[path.name]} and {path} are the same run: give the folder that holds one of them")
     return sorted(own, key=lambda r: matrix["outputs"][output]["variants"].index(variant_of(r)))
 
-
+# %% ../nbs/11a_matrix.ipynb #c2155818
 def absent(jobs: list[Job], runs: list[dict]) -> list[Job]:
     "The jobs without a run."
     have = {run_folder(variant_of(r), *(r["config"][k] for k in ("dataset", "category", "preset", "seed")))
             for r in runs}
     return [j for j in jobs if j.name not in have]
 
-
+# %% ../nbs/11a_matrix.ipynb #6a1a841c
 def first_seeds(matrix: dict, preset: str, runs: list[dict], seeds: int = 0) -> tuple[dict, list[dict]]:
     "A matrix and runs with the first so many seeds alone; with 0, as they are. MatrixError for an unknown preset."
     one_of("preset", preset, matrix["presets"])

@@ -45,7 +45,7 @@ def shown_categories(result: dict) -> list[str]:
     "The categories of a result, {category: {metric: fraction}}, and 'mean' where it is over several."
     return [c for c in result if c != "mean" or len(result) > 2]
 
-
+# %% ../nbs/12_reports.ipynb #210e5ec4
 def mean_std(values: pd.Series) -> str:
     """Mean ± standard deviation of fractions over seeds, which are the index; without ± for one seed, '–' where there
     is no number. A seed that was run twice counts once, with its mean."""
@@ -53,7 +53,7 @@ def mean_std(values: pd.Series) -> str:
     mean, deviation = by_seed.mean(), by_seed.std()
     return "–" if pd.isna(mean) else f"{mean:.3f}" if pd.isna(deviation) else f"{mean:.3f} ± {deviation:.3f}"
 
-
+# %% ../nbs/12_reports.ipynb #5e54f740
 def metrics_table(metrics: dict) -> pd.DataFrame:
     "Last epoch beside *best on test*, per category and mean, from the content of a `metrics.json`."
     results = metrics["results"]
@@ -78,20 +78,20 @@ def read_run(folder: Path) -> dict:
                          "is made anew, or give another folder") from error
     return content | {"path": folder}
 
-
+# %% ../nbs/12_reports.ipynb #171308f5
 def read_runs(folder: str | Path) -> list[dict]:
     "Every complete run below a folder, by path; a run without metrics.json is not complete and left out."
     folder = Path(folder)  # `**` does not enter links, `*` does
     found = {p.resolve(): p for p in (*sorted(folder.glob("*/metrics.json")), *folder.rglob("metrics.json"))}
     return [read_run(p.parent) for p in sorted(found.values())]  # each once, itself rather than its link
 
-
+# %% ../nbs/12_reports.ipynb #13ac7cbf
 def seed_words(runs: Iterable[dict]) -> str:
     "The seeds of runs, each once, in words: 'seed 0', or 'seeds 0, 1'."
     seeds = sorted({run["config"]["seed"] for run in runs})
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
-
+# %% ../nbs/12_reports.ipynb #bbd837db
 def method_name(config: dict) -> str:
     "What a run's method is called in tables, from its configuration."
     base = config["settings"]["detector"].get("base")
@@ -113,7 +113,7 @@ def changed_settings(config: dict) -> list[str]:
     # HGAD's base is in its name
     return [f"{k} {v}" for k, v in changed.items() if (config["method"], k) != ("hgad", "base")]
 
-
+# %% ../nbs/12_reports.ipynb #b15bbb44
 def data_labels(runs: list[dict]) -> list[str]:
     """What the data of each run are called: the data set; beside other unions, or other folders of one's own,
     also the parts or the folder; of one model for all, beside one of more or fewer categories, also how many."""
@@ -126,7 +126,7 @@ def data_labels(runs: list[dict]) -> list[str]:
     different = {name for name in names if len({n for own, n in zip(names, many) if n and own == name}) > 1}
     return [f"{name}, {n} categories" if n and name in different else name for name, n in zip(names, many)]
 
-
+# %% ../nbs/12_reports.ipynb #8ec70553
 def setting_name(config: dict, several: bool = True) -> str:
     "The method of a run, if one model is for all categories (`several` says so), and what it changes from its preset."
     one = (", one model for all" if several and config["category"] == "all" and "unified" not in method_name(config)
@@ -142,7 +142,7 @@ def whole_means(rows: pd.DataFrame, by: list[str], values: list[str], n: int, **
         n=("category", "nunique"), **{k: (k, lambda v: v.mean(skipna=False)) for k in values}, **others)
     return means[means["n"] == n].drop(columns="n")
 
-
+# %% ../nbs/12_reports.ipynb #cc12349c
 def category_means(rows: pd.DataFrame, by: list[str], metrics: list[str]) -> pd.DataFrame:
     """`rows` of category, seed and metrics; after each group, the means over its categories for seeds that have all.
     None for a single category, or for one model of several, which has its mean."""
@@ -155,7 +155,7 @@ def category_means(rows: pd.DataFrame, by: list[str], metrics: list[str]) -> pd.
             parts.append(means.assign(category=f"mean of {len(names)}", **dict(zip(by, key))))
     return pd.concat(parts, ignore_index=True)
 
-
+# %% ../nbs/12_reports.ipynb #81322b68
 def summary(runs: list[dict]) -> pd.DataFrame:
     """One row per setting, data set and category, or their mean, and protocol:
     mean over the seeds, and ± their standard deviation where there are several."""
@@ -314,7 +314,7 @@ def loss_words(config: dict) -> tuple[str, str]:
     return ("−log-likelihood (nats a dimension)" if single else "weighted sum of HGAD's terms",
             "sum over levels" if detector["joint"] else "mean over levels")
 
-
+# %% ../nbs/12_reports.ipynb #3740ccb2
 def plot_history(run: Run):
     "Loss over epochs, and the test metrics at the evaluated ones; returns the figure."
     import matplotlib.pyplot as plt
@@ -346,10 +346,10 @@ def plot_scores(table: pd.DataFrame):
         own = table[table["category"] == category]
         bins = np.histogram_bin_edges(own["score"], 24)
         for label, name, color, hatch in ((0, "normal", "C0", ""), (1, "anomalous", "C1", "///")):
-            ax.hist(own.loc[own["label"] == label, "score"], bins, alpha=0.6, label=name, color=color, hatch=hatch,
-                    edgecolor="white")
+            ax.hist(own.loc[own["label"] == label, "score"], bins, histtype="stepfilled", alpha=0.6, label=name,
+                    color=color, hatch=hatch, edgecolor="white")
         ax.set(title=category, xlabel="image score", ylabel="images")
-        ax.locator_params(axis="x", nbins=5)
+        ax.locator_params(axis="x", nbins=4)
     axes[0][0].legend(frameon=False, fontsize=8)
     return fig
 
@@ -384,7 +384,7 @@ def gallery(run: Run, n: int = 3):
     table = score_table(run)
     limit = thresholds(table)
     chosen = [(group, k, i) for group, rows in hardest(table, n).items() for k, i in enumerate(rows)]
-    low, high = np.percentile(run.maps, 50), np.percentile(run.maps, 99.8)
+    low, high = np.percentile(run.maps, (50, 99.8))
     fig, axes = plt.subplots(3, len(chosen), figsize=(1.25 * len(chosen), 4.1), constrained_layout=True, squeeze=False)
     for column, (group, k, i) in zip(axes.T, chosen):
         sample = run.test_set[i]
@@ -440,13 +440,13 @@ def figure_tag(path: Path, alt: str = "") -> str:
     return (f'<img alt="{html.escape(alt or path.stem)}" '
             f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">')
 
-
+# %% ../nbs/12_reports.ipynb #4547285f
 def link(file: Path, root: Path, text: str) -> str:
     "The HTML of a link from a page in `root` to a file below it; the text alone if there is no such file."
     shown = html.escape(text)
     return f'<a href="{quote(bytes(file.relative_to(root)))}">{shown}</a>' if file.exists() else shown
 
-
+# %% ../nbs/12_reports.ipynb #7fd57ee6
 def run_section(run: dict, root: Path) -> str:
     "The HTML of one run: its line of settings, figures, and the executed notebook."
     c, t, e, path = run["config"], run["timing"], run["environment"], Path(run["path"])
@@ -469,7 +469,7 @@ def caption_html(text: str) -> str:
     return "".join(f"<pre>{html.escape(p, quote=False)}</pre>" if k % 2 else f"<p class='note'>{line(p.strip())}</p>"
                    for k, p in enumerate(parts) if p.strip())
 
-
+# %% ../nbs/12_reports.ipynb #12aecc3e
 def figure_section(stem: Path) -> str:
     """The HTML of a figure of the papers, from its path without ending: title, drawing and caption;
     where it is not drawn, the caption says what is missing."""
@@ -479,7 +479,7 @@ def figure_section(stem: Path) -> str:
     return (f"<section id={stem.name}><h3>{stem.name}</h3>" + (figure_tag(drawing, title) if drawing.exists() else "")
             + (caption_html(caption) if caption else "") + "</section>")
 
-
+# %% ../nbs/12_reports.ipynb #aa36c125
 def outputs_section(root: Path) -> str:
     "The HTML of all tables and figures below a folder, captions included; empty if there are none."
     tables = [f"<section id={p.stem}>{p.read_text(encoding='utf-8')}</section>"

@@ -10,7 +10,7 @@ __all__ = ['RUN_MODULES', 'OUTPUT_MODULES', 'OVERHEAD', 'PRELOADED', 'RESERVE', 
            'past_seconds', 'known_seconds', 'said', 'one_gpu', 'execute', 'forked', 'register_here', 'end', 'warm_jobs',
            'profile_of', 'at_once', 'can_submit', 'snakemake_command', 'to_do', 'reason', 'Watch', 'room', 'drive',
            'some_run', 'describe', 'missing_data', 'other_revisions', 'failures', 'wanted_tables', 'undrawn',
-           'all_there', 'glance', 'reproduce', 'only_one', 'terminable', 'work']
+           'all_there', 'glance', 'what_to_do', 'reproduce', 'only_one', 'terminable', 'work']
 
 # %% ../nbs/12d_reproduce.ipynb #06bfb1d3
 import contextlib
@@ -45,6 +45,8 @@ from .tables import METRICS
 # %% ../nbs/12d_reproduce.ipynb #c2ebc707
 RUN_MODULES = ("data", "backbones", "features", "flows", "bases", "detectors", "scores", "metrics", "training",
                "diagnostics", "runs")
+
+
 OUTPUT_MODULES = ("matrix", "tables", "reports")  # and figures or comparisons
 
 
@@ -53,7 +55,7 @@ def run_inputs(job: Job) -> list[str]:
     modules = [*RUN_MODULES, *["altub"] * job.parameters["altub"], *["hgad"] * (job.parameters["method"] == "hgad")]
     return [str(HERE / "experiments/run.ipynb"), *(str(HERE / f"{m}.py") for m in modules)]
 
-
+# %% ../nbs/12d_reproduce.ipynb #bcf2d799
 def output_inputs(notebook: str, matrix: Path | None = None) -> list[str]:
     "The files that a notebook of tables or figures depends on, beside its runs."
     own = "figures" if notebook.endswith("figures") else "comparisons"
@@ -61,7 +63,7 @@ def output_inputs(notebook: str, matrix: Path | None = None) -> list[str]:
     return [str(HERE / f"experiments/{notebook}.ipynb"), str(matrix or MATRIX),
             *(str(HERE / f"{m}.py") for m in (*OUTPUT_MODULES, own)), *published]
 
-
+# %% ../nbs/12d_reproduce.ipynb #9dcc3a07
 def images_of(jobs: list[Job], roots: dict[str, str | None]) -> dict[str, str]:
     """By a job's name, SHA-256 over the names, labels and sizes of its images and masks; toy is drawn by the code.
     DataError for a category that the data set does not have."""
@@ -109,7 +111,7 @@ def lacking(matrix: dict, preset: str, wanted: list[str], roots: dict) -> dict[s
              and roots.get(s)}
     return {s: gone for s in sorted(whole) if (gone := absent_categories(s, (r.category for r in read(s, roots[s]))))}
 
-
+# %% ../nbs/12d_reproduce.ipynb #8011f3fc
 def make_plan(
     preset: str,
     data_root: str | Path | None = None,  # folder that holds the data sets
@@ -171,7 +173,7 @@ def length(config: dict) -> str:
     given.get("features", {}).pop("cache", None)
     return json.dumps({group: values for group, values in given.items() if values != {}}, sort_keys=True)
 
-
+# %% ../nbs/12d_reproduce.ipynb #66e8ceea
 def like(name: str, config: dict) -> list[tuple[str, str]]:
     """Keys of the runs that take about as long as one, the closest first: (folder name without the seed, length), and
     ('method preset all' or 'method preset one', length), one model for all categories or for one."""
@@ -179,7 +181,7 @@ def like(name: str, config: dict) -> list[tuple[str, str]]:
     own = length(config)
     return [(name.rpartition("-")[0], own), (kind, own)]
 
-
+# %% ../nbs/12d_reproduce.ipynb #666c785b
 def past_seconds(folders: list[Path], device: str = "cpu") -> dict[tuple[str, str], float]:
     """Seconds of finished runs on a kind of device, by both keys of `like`:
     under the first the fewest, which other work disturbed least, under the second the median."""
@@ -192,7 +194,7 @@ def past_seconds(folders: list[Path], device: str = "cpu") -> dict[tuple[str, st
                 out.setdefault(key, []).append(seconds)
     return {key: (median if " " in key[0] else min)(seconds) for key, seconds in out.items()}
 
-
+# %% ../nbs/12d_reproduce.ipynb #36780cd6
 def known_seconds(names: list[str], plan: dict, past: dict[tuple[str, str], float]) -> dict[str, float]:
     "Seconds of planned runs by past timings; a run without any is left out."
     found = {name: [past[key] for key in like(name, plan["runs"][name]["parameters"]) if key in past] for name in names}
@@ -299,7 +301,7 @@ def end(job) -> None:
         with contextlib.suppress(ProcessLookupError):
             kill(job.pid, signal.SIGKILL)
 
-
+# %% ../nbs/12d_reproduce.ipynb #1a59ae12
 @contextlib.contextmanager
 def warm_jobs(threads: int) -> Iterator[dict]:
     "Serve jobs by forking; the environment that tells `workflow/job.py` where."
@@ -352,7 +354,7 @@ def profile_of(cluster: str | None) -> Path:
         refuse("cluster", cluster, sorted(p.name for p in profiles.iterdir() if p.name != "local"))
     return profiles / (cluster or "local")
 
-
+# %% ../nbs/12d_reproduce.ipynb #e5d3d417
 def at_once(jobs: int | None, cluster: str | None) -> int:
     "How many runs go at a time: as told, or as the cluster's profile says, or one a GPU, or one a CPU core."
     import yaml
@@ -363,7 +365,7 @@ def at_once(jobs: int | None, cluster: str | None) -> int:
     profile = yaml.safe_load((profile_of(cluster) / "config.yaml").read_text())
     return jobs or profile.get("jobs", here)
 
-
+# %% ../nbs/12d_reproduce.ipynb #36c1ab79
 def can_submit(cluster: str | None) -> None:
     "OSError if jobs are for Slurm and this machine has no command that takes them."
     slurm = cluster and "executor: slurm" in (profile_of(cluster) / "config.yaml").read_text()
@@ -371,7 +373,7 @@ def can_submit(cluster: str | None) -> None:
         raise OSError(f"cluster {cluster}: there is no sbatch on this machine; "
                       "give the command on one that submits jobs, or leave out --cluster")
 
-
+# %% ../nbs/12d_reproduce.ipynb #ca2c72f4
 def snakemake_command(plan_file: Path, target: str, cluster: str | None, jobs: int) -> list[str]:
     "The call that does what a target still needs."
     profile = profile_of(cluster)
@@ -402,7 +404,7 @@ def reason(error: Path) -> str:
         return "it was not run; see snakemake.log"
     return (error.read_text().strip() or "it left no word").splitlines()[0][:300]
 
-
+# %% ../nbs/12d_reproduce.ipynb #4d0182ae
 class Watch:
     "Says which runs have finished or failed since it was last asked."
 
@@ -505,7 +507,7 @@ def describe(plan: dict, todo: list[str], seconds: dict[str, float], jobs: int) 
         lines.append(f"to do: {len(todo)}, {jobs} at a time; {known}")
     return "\n".join(lines + missing_data(plan))
 
-
+# %% ../nbs/12d_reproduce.ipynb #dd5e2228
 def missing_data(plan: dict) -> list[str]:
     """A line for each data set that was not found, or not with all of its categories:
     how many runs need it, and what to do."""
@@ -515,7 +517,7 @@ def missing_data(plan: dict) -> list[str]:
             *(f"missing data: {', '.join(gone)} of {name}, so nothing there is of all {len(OFFICIAL[name])} "
               "categories; restore them from the original archive" for name, gone in plan["lacking"].items())]
 
-
+# %% ../nbs/12d_reproduce.ipynb #97258b4f
 def other_revisions(plan: dict, names: list[str]) -> str:
     "A word on those of some finished runs that another revision of the code made; empty if there are none."
     now, found = revision(), {}
@@ -549,11 +551,11 @@ def failures(plan: dict) -> list[str]:
 
 # %% ../nbs/12d_reproduce.ipynb #d406daba
 def wanted_tables(plan: dict) -> list[str]:
-    "The tables that the notebooks of a plan have made, in their order; a notebook that failed may have left older ones."
+    "The tables that the notebooks of a plan have made, in their order; one that failed may have left older ones."
     made = [e for name, e in plan["notebooks"].items() if (Path(plan["out"]) / f"notebooks/{name}.done").exists()]
     return [o for e in made for o in e["parameters"]["only"].split(",") if o.startswith("T")]
 
-
+# %% ../nbs/12d_reproduce.ipynb #94c6c2b6
 def undrawn(plan: dict) -> None:
     "Have the notebooks drawn again whose tables or figures have been removed."
     out = Path(plan["out"])
@@ -561,7 +563,7 @@ def undrawn(plan: dict) -> None:
         if not all(all_there(out, o) for o in entry["parameters"]["only"].split(",")):
             (out / f"notebooks/{name}.done").unlink(missing_ok=True)
 
-
+# %% ../nbs/12d_reproduce.ipynb #7dd807f3
 def all_there(out: Path, output: str) -> bool:
     "Are all files of a table or figure there? Of a figure without runs it is the caption alone, which says so."
     if output.startswith("T"):
@@ -570,7 +572,7 @@ def all_there(out: Path, output: str) -> bool:
     return caption.exists() and (all(path.exists() for path in drawn)
                                  or "** Not drawn at preset " in caption.read_text(encoding="utf-8"))
 
-
+# %% ../nbs/12d_reproduce.ipynb #39970983
 def glance(out: Path, tables: list[str]) -> str:
     """The first table that a call has made, without the columns that say less; empty if there is none.
     A published number only where the measured one compares with it."""
@@ -585,6 +587,20 @@ def glance(out: Path, tables: list[str]) -> str:
     measured = table[~table.filter(regex=": last$").isin(["not run", "missing"]).any(axis=1)][shown]
     return (f"{path.stem}, percent, last epoch ({len(tables)} table{'s' * (len(tables) != 1)} in {path.parent}, "
             f"figures in {out / 'figures'}):\n{measured.to_string(index=False)}\n" if len(measured) else "")
+
+# %% ../nbs/12d_reproduce.ipynb #5a50397c
+def what_to_do(plan: dict, plan_file: Path, jobs: int) -> tuple[list[str], dict[str, float], list[str]]:
+    "Say what a plan does: the runs to do, their seconds, and those of other settings, which are replaced."
+    out = plan_file.parent
+    strange = [n for n, e in plan["runs"].items() if made_otherwise(out / n, e["parameters"])]
+    told = to_do(plan, plan_file, jobs)
+    todo = [n for n in plan["runs"] if n in told or n in strange]
+    past = past_seconds([out, Path("results")], "cuda" if plan["gpu"] else "cpu")
+    seconds = known_seconds(todo, plan, past)
+    others = other_revisions(plan, [n for n in plan["runs"] if n not in todo])
+    replaced = f"runs of other settings, which are replaced: {', '.join(strange)}" if strange else ""
+    print("\n".join(filter(None, [describe(plan, todo, seconds, jobs), others, replaced])), flush=True)
+    return todo, seconds, strange
 
 # %% ../nbs/12d_reproduce.ipynb #792dc382
 def reproduce(
@@ -614,14 +630,7 @@ def reproduce(
     with only_one(out) as lock:
         read_runs(out)  # what is no run is refused before any work
         plan_file.write_text(json.dumps(plan, indent=1))
-        strange = [n for n, e in plan["runs"].items() if made_otherwise(out / n, e["parameters"])]
-        told = to_do(plan, plan_file, jobs)
-        todo = [n for n in plan["runs"] if n in told or n in strange]
-        past = past_seconds([out, Path("results")], "cuda" if plan["gpu"] else "cpu")
-        seconds = known_seconds(todo, plan, past)
-        others = other_revisions(plan, [n for n in plan["runs"] if n not in todo])
-        replaced = f"runs of other settings, which are replaced: {', '.join(strange)}" if strange else ""
-        print("\n".join(filter(None, [describe(plan, todo, seconds, jobs), others, replaced])), flush=True)
+        todo, seconds, strange = what_to_do(plan, plan_file, jobs)
         if dry_run:
             print("\n".join(f"  {n}" for n in todo))
             return 0

@@ -6,13 +6,13 @@ Docs: https://flowrepro.github.io/flowrepro/runs.html.md"""
 
 # %% auto #0
 __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES', 'PLAIN', 'HERE', 'TRAINED_BY', 'MADE',
-           'defaults_of', 'settings_of', 'ConfigError', 'config_errors', 'resolve', 'as_plain', 'parse_overrides',
+           'ConfigError', 'config_errors', 'defaults_of', 'settings_of', 'resolve', 'as_plain', 'parse_overrides',
            'Config', 'given_parameters', 'check_choices', 'device_here', 'check_detector', 'check_kind',
            'check_settings', 'configure', 'wherever', 'made_otherwise', 'published_for', 'write_json', 'revision',
            'processor', 'environment', 'peak_memory', 'masks_by_category', 'evaluate_parts', 'mean_results',
-           'backbone_of', 'best_results', 'Run', 'evaluation_epochs', 'training_code', 'train_or_resume', 'open_folder',
-           'contents', 'timing', 'score_table', 'by_class_mode', 'write_results', 'score_forms', 'execute_notebook',
-           'run_notebook']
+           'backbone_of', 'best_results', 'Run', 'bank', 'results', 'evaluation_epochs', 'training_code',
+           'train_or_resume', 'open_folder', 'contents', 'timing', 'score_table', 'by_class_mode', 'write_results',
+           'score_forms', 'execute_notebook', 'run_notebook']
 
 # %% ../nbs/11_runs.ipynb #c6d1b3a8
 import contextlib
@@ -45,7 +45,7 @@ from .detectors import CFLOW_SIZES, CLASS_MODES, DETECTORS, FASTFLOW_PUBLISHED, 
 from .diagnostics import base_state, base_trace, latents_file, pictures_file
 from .features import FeatureBank, files_hash, write_atomic
 from .metrics import evaluate
-from .scores import PUBLISHED, Parts, Score, score_batch
+from .scores import PUBLISHED, Parts, Score, calibration, score_batch
 from .training import OtherTraining, Schedule, check_training, fit
 
 # %% ../nbs/11_runs.ipynb #afb0c1f8
@@ -113,16 +113,31 @@ PRESETS["hgad"] = {
 # %% ../nbs/11_runs.ipynb #5713786a
 PARAMETERS = dict(method="fastflow", altub=False, dataset="toy", data_root=None, category="weave", backbone="auto",
                   weights="auto", preset="smoke", seed=0, device="auto", out_dir="runs/run", overrides="{}")
+
+
 CHOICES = dict(method=tuple(DETECTORS), dataset=tuple(READERS), preset=("smoke", "demo", "real", "paper"),
                device=("auto", "cpu", "cuda"), altub=(False, True))
 
+# %% ../nbs/11_runs.ipynb #05e273ba
+class ConfigError(ValueError):
+    "A parameter that does not exist or has an impossible value; the message names the allowed ones."
 
+# %% ../nbs/11_runs.ipynb #478d1238
+@contextlib.contextmanager
+def config_errors() -> Iterator[None]:
+    "What refuses a value within is a ConfigError."
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ConfigError(str(error)) from error
+
+# %% ../nbs/11_runs.ipynb #290ef8b2
 def defaults_of(method: str) -> dict:
     "A method's own settings and their defaults, as its class states them."
     arguments = inspect.signature(DETECTORS[method].__init__).parameters
     return {k: p.default for k, p in arguments.items() if k not in ("self", "backbone", "categories", "score")}
 
-
+# %% ../nbs/11_runs.ipynb #381ec551
 def settings_of(method: str) -> dict[str, dict]:
     "What overrides may name for a method: group -> {key: default}."
     return {
@@ -135,19 +150,6 @@ def settings_of(method: str) -> dict[str, dict]:
         # copies: fixed rotated variants of each image, with transform.rotate; an epoch takes one of them
         "features": dict(where="auto", dtype="float32", cache=None, copies=1),
     }
-
-
-class ConfigError(ValueError):
-    "A parameter that does not exist or has an impossible value; the message names the allowed ones."
-
-
-@contextlib.contextmanager
-def config_errors() -> Iterator[None]:
-    "What refuses a value within is a ConfigError."
-    try:
-        yield
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ConfigError(str(error)) from error
 
 # %% ../nbs/11_runs.ipynb #4d3d6418
 def resolve(key: str, settings: dict[str, dict]) -> tuple[str, str]:
@@ -168,7 +170,7 @@ def as_plain(value):
     "A path as text, a NumPy number as one of Python; anything else as it is."
     return str(value) if isinstance(value, Path) else value.item() if isinstance(value, np.generic) else value
 
-
+# %% ../nbs/11_runs.ipynb #2907434c
 def parse_overrides(overrides: str | dict, settings: dict[str, dict]) -> dict:
     """Overrides as {group: {name: value}} plus 'evaluations'; a JSON text or a dict, nested or dotted.
     ConfigError names an unknown key."""
@@ -233,7 +235,7 @@ def given_parameters(namespace: dict) -> dict:
         raise ConfigError(f"unknown parameter {name!r}: the parameters are {', '.join(PARAMETERS)}")
     return {k: as_plain(v) for k, v in given.items()}
 
-
+# %% ../nbs/11_runs.ipynb #d47cbaee
 def check_choices(p: dict) -> None:
     "ConfigError for a parameter value that is not among the allowed ones, or of the wrong type."
     for name, allowed in CHOICES.items():
@@ -247,7 +249,7 @@ def check_choices(p: dict) -> None:
     if p["dataset"] != "toy" and not p["data_root"]:
         raise ConfigError(f"dataset={p['dataset']!r} needs data_root: the folder that holds the data set")
 
-
+# %% ../nbs/11_runs.ipynb #7e51060f
 def device_here(name: str) -> str:
     "The device that 'auto' means here; ConfigError for a GPU where there is none."
     if name == "cuda" and not torch.cuda.is_available():
@@ -276,7 +278,7 @@ def check_kind(name: str, value, default) -> None:
     if not right or any(isinstance(v, float) and not np.isfinite(v) for v in numbers):
         raise ConfigError(f"override {name} {value!r}: must be {kinds[type(default)]}")
 
-
+# %% ../nbs/11_runs.ipynb #cb88ce5b
 def check_settings(settings: dict, p: dict, overrides: dict) -> None:
     """ConfigError for a setting that makes no sense by itself or beside another;
     what depends on the backbone is found when the run is made."""
@@ -348,7 +350,7 @@ def wherever(config: dict) -> dict:
         own["settings"]["features"].pop(place, None)
     return own
 
-
+# %% ../nbs/11_runs.ipynb #0b291a23
 def made_otherwise(folder: str | Path, parameters: dict) -> bool:
     "Does a folder hold a finished run of another method, backbone or settings? Where features are kept is none."
     def told(config: dict) -> dict:
@@ -361,7 +363,7 @@ def made_otherwise(folder: str | Path, parameters: dict) -> bool:
         return False
     return made != told(asdict(configure(parameters)))
 
-
+# %% ../nbs/11_runs.ipynb #85b34cdd
 def published_for(p: dict) -> dict[str, dict]:
     """Settings that depend on the backbone or the category:
     FastFlow's published ones of a backbone, CFLOW-AD's input size of a category."""
@@ -387,7 +389,7 @@ def write_json(path: Path, value: dict) -> None:
 # %% ../nbs/11_runs.ipynb #d4be77e2
 HERE = Path(flowrepro.__file__).parent
 
-
+# %% ../nbs/11_runs.ipynb #e1aeaf7d
 def revision() -> str | None:
     """The git revision of the code, with '+' if tracked files were changed;
     None where the package is not in a checkout of its own."""
@@ -400,7 +402,7 @@ def revision() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
 
-
+# %% ../nbs/11_runs.ipynb #8f62222b
 def processor() -> str:
     "The CPU's name; its architecture where the system does not tell."
     try:
@@ -409,7 +411,7 @@ def processor() -> str:
         lines = []
     return next((l.partition(":")[2].strip() for l in lines if l.startswith("model name")), platform.machine())
 
-
+# %% ../nbs/11_runs.ipynb #5d39dff4
 def environment(device: str = "cpu") -> dict:
     "Versions, code revision, hardware and date, to stand beside every result."
     packages = {n: version(n) for n in ("flowrepro", "torch", "torchvision", "timm", "numpy", "pandas", "scipy")}
@@ -434,7 +436,7 @@ def masks_by_category(dataset: Dataset) -> dict[str, np.ndarray | None]:
     own = {c: dataset.filter(category=c) for c in dataset.categories}
     return {c: d.masks() if d.has_masks else None for c, d in own.items()}
 
-
+# %% ../nbs/11_runs.ipynb #4695f2f4
 def evaluate_parts(
     parts: list[Parts],  # of every test image
     dataset: Dataset,  # the test images
@@ -453,7 +455,7 @@ def evaluate_parts(
         results[category] = evaluate(maps[rows], own_masks, images[rows], dataset.labels[rows])
     return results | {"mean": mean_results(results)}, maps, images
 
-
+# %% ../nbs/11_runs.ipynb #08f003f9
 def mean_results(results: dict) -> dict:
     "The mean over categories of each metric."
     return {m: float(np.mean([r[m] for r in results.values()])) for m in next(iter(results.values()))}
@@ -497,11 +499,6 @@ class Run:
         self.size = s["transform"]["mask_size"] or s["transform"]["size"]  # of maps and masks
         self.out = open_folder(config)
 
-    def bank(self, dataset: Dataset) -> FeatureBank:
-        "Features of a data set, held as the settings say; only randomly transformed images have several copies."
-        held = self.config.settings["features"] | ({} if dataset.transform.random else {"copies": 1})
-        return FeatureBank(dataset, self.backbone, **held, device=self.config.device, progress=self.progress)
-
     def train(self) -> "Run":
         "Features once, the training, an evaluation after each of the scheduled epochs and after the last."
         self.masks = masks_by_category(self.test_set)  # first, as what is wrong with one is found soon
@@ -523,18 +520,27 @@ class Run:
         return results["mean"] | {"results": results, "base": base_state(self.detector),
                                   "evaluating": time.perf_counter() - began}
 
-    def results(self, score: Score | None = None,
-                parts: list[Parts] | None = None) -> tuple[dict, np.ndarray, np.ndarray]:
-        "`evaluate_parts` of the test images under a score; the detector's own unless told otherwise."
-        return evaluate_parts(parts or self.parts, self.test_set, score or self.detector.score,
-                              self.detector.calibration, self.size, self.masks)
+# %% ../nbs/11_runs.ipynb #d9fb50dc
+def bank(run: Run, dataset: Dataset) -> FeatureBank:
+    "Features of a data set, held as the settings say; only randomly transformed images have several copies."
+    held = run.config.settings["features"] | ({} if dataset.transform.random else {"copies": 1})
+    return FeatureBank(dataset, run.backbone, **held, device=run.config.device, progress=run.progress)
+
+
+def results(run: Run, score: Score | None = None) -> tuple[dict, np.ndarray, np.ndarray]:
+    "`evaluate_parts` of the test images in the last epoch, under the detector's own score or another."
+    return evaluate_parts(run.parts, run.test_set, score or run.detector.score, run.detector.calibration, run.size,
+                          run.masks)
+
+
+Run.bank, Run.results = bank, results
 
 # %% ../nbs/11_runs.ipynb #3771587f
 def evaluation_epochs(epochs: int, evaluations: int) -> tuple[int, ...]:
     "The epochs after which a run is evaluated: evenly spread, the last among them."
     return tuple(sorted({max(1, round(epochs * (i + 1) / evaluations)) for i in range(evaluations)}))
 
-
+# %% ../nbs/11_runs.ipynb #b1f9f60a
 # modules that decide a training and its evaluations
 TRAINED_BY = ("altub", "bases", "detectors", "features", "flows", "hgad", "metrics", "scores", "training")
 
@@ -543,7 +549,7 @@ def training_code() -> str:
     "SHA-256 of the modules that decide how a training goes on and what its history says."
     return files_hash(HERE / f"{name}.py" for name in TRAINED_BY)
 
-
+# %% ../nbs/11_runs.ipynb #34ef4c99
 def train_or_resume(run: Run) -> list[dict]:
     "The history of the training, from the run's checkpoint on if that is of the same images and by the same code."
     path, source = run.out / "checkpoint.pt", {"features": run.train_bank.key, "code": training_code()}
@@ -557,7 +563,7 @@ def train_or_resume(run: Run) -> list[dict]:
         path.unlink()
         return go()
 
-
+# %% ../nbs/11_runs.ipynb #28410811
 MADE = ("checkpoint.pt", "history.csv", "scores.csv", "score_forms.csv", "model.safetensors", "latents.npz",
         "pictures.npz")  # by a run, beside its metrics.json and its pictures
 
@@ -597,7 +603,7 @@ def contents(run: Run) -> str:
                      "there; image metrics can")
     return "\n".join(lines)
 
-
+# %% ../nbs/11_runs.ipynb #8cb29540
 def timing(run: Run) -> dict:
     """Seconds of each stage;
     an epoch with the bank, and what it would take with the backbone run in every epoch (null if the features were
@@ -609,7 +615,7 @@ def timing(run: Run) -> dict:
             "epoch_without_bank_s": epoch + fill / run.train_bank.copies if fill else None,  # which sees one copy
             **peak_memory(run.config.device)}
 
-
+# %% ../nbs/11_runs.ipynb #86b8ca5d
 def score_table(run: Run) -> pd.DataFrame:
     "A row per test image: path, category, defect, label, score of the last epoch."
     rows = [(str(r.image), r.category, r.defect, r.label) for r in run.test_set.records]
@@ -619,20 +625,14 @@ def score_table(run: Run) -> pd.DataFrame:
 def by_class_mode(run: Run) -> dict[str, dict]:
     """Results of the last epoch for each way to treat the category of a test image;
     empty for a method without categories."""
-    config, out = run.detector.config, {}
     if not run.detector.labelled or not run.detector.mixture:
-        return out
-    chosen, before = config["class_mode"], run.detector.calibration.clone()
-    for mode in CLASS_MODES:
-        config["class_mode"] = mode
-        if mode == chosen:
-            out[mode] = run.history[-1]["results"]  # evaluated already
-        else:
-            run.detector.calibrate(run.train_bank, run.labels)
-            out[mode] = run.results(parts=run.detector.all_parts(run.test_bank, run.test_labels))[0]
-    config["class_mode"] = chosen
-    run.detector.calibration.copy_(before)
-    return out
+        return {}
+    def results(mode: str) -> dict:
+        train = run.detector.all_parts(run.train_bank, run.labels, class_mode=mode)
+        test = run.detector.all_parts(run.test_bank, run.test_labels, class_mode=mode)
+        return evaluate_parts(test, run.test_set, run.detector.score, calibration(train), run.size, run.masks)[0]
+    known = {run.detector.config["class_mode"]: run.history[-1]["results"]}  # evaluated already
+    return {mode: known.get(mode) or results(mode) for mode in CLASS_MODES}
 
 # %% ../nbs/11_runs.ipynb #194fbda0
 def write_results(run: Run) -> dict:
@@ -701,7 +701,7 @@ def execute_notebook(name: str, executed: Path, parameters: dict, engine: str | 
         raise OSError(error.errno, "disk full; free some, or give another folder", str(executed)) from error
     return executed
 
-
+# %% ../nbs/11_runs.ipynb #20804506
 def run_notebook(parameters: dict, progress: bool = False, engine: str | None = None) -> Path:
     """Execute the run notebook in `out_dir`, by papermill's engine of a name or its own;
     ConfigError before any work, else errors as `execute_notebook`."""

@@ -36,12 +36,12 @@ def percent(value: float, deviation: float | None = None) -> str:
         return "n/a"
     return f"{100 * value:.2f}" + ("" if deviation is None or np.isnan(deviation) else f" ± {100 * deviation:.2f}")
 
-
+# %% ../nbs/11b_tables.ipynb #fa4b0471
 def as_published(digits: str) -> str:
     "A published fraction as percent, with the digits it was published with."
     return f"{Decimal(digits).scaleb(2):f}"
 
-
+# %% ../nbs/11b_tables.ipynb #c4acfc82
 def points(value: float, digits: int = 1) -> str:
     "A difference of fractions as percentage points with its sign; 'n/a' for NaN."
     if value is None or np.isnan(value):
@@ -49,7 +49,7 @@ def points(value: float, digits: int = 1) -> str:
     text = f"{abs(100 * value):.{digits}f}"
     return text if not float(text) else ("+" if value > 0 else "−") + text
 
-
+# %% ../nbs/11b_tables.ipynb #e0cacd83
 def spread(by_seed: pd.Series) -> str:
     "Mean ± standard deviation over the seeds of a series of fractions, as percent."
     return percent(by_seed.mean(skipna=False), by_seed.std() if len(by_seed) > 1 else None)
@@ -92,7 +92,7 @@ def quiet(table: Table) -> list[list[str]]:
         above = cells[: table.keys]
     return rows
 
-
+# %% ../nbs/11b_tables.ipynb #292d1b89
 def headings(columns) -> list[tuple[str, int]]:
     "The upper line of a heading as (text, how many columns it spans); text is empty over a column without one."
     out = []
@@ -101,7 +101,7 @@ def headings(columns) -> list[tuple[str, int]]:
         out += [(upper, n)] if upper else [("", 1)] * n
     return out
 
-
+# %% ../nbs/11b_tables.ipynb #4724874a
 def under(metric: str, names: tuple[str, ...], texts: Sequence[str]) -> dict[str, str]:
     "The cells of a row under a metric, by the names of their columns."
     return {f"{METRICS[metric]}: {name}": text for name, text in zip(names, texts)}
@@ -115,13 +115,13 @@ def numbers_in(cell: str) -> list[tuple[str, str, str]]:
     return [(name, m[1], m[2] or "") for name, m in zip(("last", "best on test") if len(parts) == 2 else ("",), found)
             if m]
 
-
+# %% ../nbs/11b_tables.ipynb #8fce1cfb
 def source_of(cell: str, notes: list[str]) -> str:
     "What the letter at the end of a cell stands for, from the notes of its table; empty without a letter."
     mark = re.search(r"\[\w+\]$", cell)
     return next((note.partition("] ")[2] for note in notes if mark and note.startswith(mark[0])), "")
 
-
+# %% ../nbs/11b_tables.ipynb #7a2f8c3a
 def plain_values(table: Table) -> pd.DataFrame:
     "Every number of a table in a row of its own, all of them text; cells without one are left out."
     told = [k for k in table.frame if k.partition(": ")[0] in METRICS.values()]

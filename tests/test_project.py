@@ -92,7 +92,7 @@ def test_notebook_form(path):
     settings (the docs drop the rest)."""
     for cell in cells(path, "code"):
         lines = [line for line in cell["source"].splitlines() if line.strip()]
-        assert len(lines) <= 48, f"a cell of {len(lines)} lines, beginning {lines[0]!r}"
+        assert len(lines) <= 43, f"a cell of {len(lines)} lines, beginning {lines[0]!r}"
         wide = [line for line in lines if len(line) > 120 and not line.startswith("#|")]
         assert not wide, f"more than 120 characters: {wide[0]!r}"
         assert not [o for o in cell["outputs"] if o.get("name") == "stderr"], (
