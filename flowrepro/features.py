@@ -66,9 +66,6 @@ def split_levels(flat: torch.Tensor, n: int, shapes: list[tuple[int, int, int]])
     sizes = [n*int(np.prod(s)) for s in shapes]
     return [part.view(n, *s) for part, s in zip(flat.split(sizes), shapes)]
 
-# %% ../nbs/02_features.ipynb #8eccffc7
-SHARE = 0.5                                                           # of free memory that `auto` lets a bank take
-
 # %% ../nbs/02_features.ipynb #23067fd8
 def group_free(own: Path = Path("/proc/self/cgroup"), top: Path = Path("/sys/fs/cgroup")) -> list[int]:
     """Bytes that the control groups of this process, such as that of a Slurm job, and those around them still allow;
@@ -98,6 +95,8 @@ def free_ram() -> int:
     return max(min([free, *group_free()]), 0)
 
 # %% ../nbs/02_features.ipynb #d37e5fa2
+SHARE = 0.5                                                           # of free memory that `auto` lets a bank take
+
 def choose_place(nbytes: int, where: str, device: torch.device) -> str:
     "`device`, `ram` or `disk`. `MemoryError` if a place chosen by name is too small."
     if where not in ("auto", "device", "ram", "disk"):

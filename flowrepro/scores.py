@@ -70,8 +70,8 @@ def logdet_share(stats: Tensor) -> Tensor:
     return (j / a.clamp_min(1e-12) - 2).clamp(0, 1)
 
 # %% ../nbs/08_scores.ipynb #53f62313
-def check_score(s: "Score") -> None:
-    "ValueError naming a field that makes no sense, by itself or beside another."
+def check_score(s) -> None:
+    "ValueError naming a field of a `Score` that makes no sense, by itself or beside another."
     criteria = ("likelihood", "entropy", "product")
     for field, allowed in (("levels", ("linear", "probability")), ("normalise", ("train", "paper", "none")),
                            ("image", ("max", "top")), ("criterion", criteria), ("image_criterion", criteria)):

@@ -27,8 +27,8 @@ from .detectors import Detector, check_labels, image_id, load_state, trained_sta
 from .features import FeatureBank, check_transform, no_bar, taking_place
 
 # %% ../nbs/10_training.ipynb #b7890896
-def check_schedule(s: "Schedule") -> None:
-    "ValueError naming a field that makes no sense."
+def check_schedule(s) -> None:
+    "ValueError naming a field of a `Schedule` that makes no sense."
     for field, allowed in (("decay", ("cosine", "constant")), ("precision", ("float32", "bfloat16"))):
         if getattr(s, field) not in allowed:
             raise ValueError(f"{field} {getattr(s, field)!r}: one of {', '.join(allowed)}")
