@@ -192,8 +192,8 @@ def cmd_fit(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     kind = DETECTORS[args.method]
     learnable = {"base": "diagonal"} if args.altub and args.method != "hgad" else {}
-    detector = kind(Backbone(args.backbone, **kind.features, size=args.size, weights=args.weights),
-                    **learnable).to(device)
+    named = {} if args.backbone == "auto" else {"name": args.backbone}
+    detector = kind(Backbone(**named, **kind.features, size=args.size, weights=args.weights), **learnable).to(device)
     open_file(args.out)
     detector.fit(train, epochs=args.epochs, seed=args.seed, altub=AltUB() if args.altub else None)
     detector.save(args.out)
@@ -365,7 +365,8 @@ def add_source(p: argparse.ArgumentParser, category: str) -> None:
     p.add_argument("--method", default="fastflow", help="fastflow, cflow or hgad")
     p.add_argument("--altub", action="store_true", help="alternate with updates of the base distribution")
     p.add_argument("--category", default=category, help="a category, or 'all' for one unified model")
-    p.add_argument("--backbone", default="auto", help="a timm name, or with run auto, the preset's")
+    p.add_argument("--backbone", default="auto", help="a timm name; auto: the preset's, and with fit "
+                                                            "tf_efficientnet_lite0")
     p.add_argument("--weights", default="auto", help="auto, packaged, random, or a file")
     add_device(p)
 
@@ -444,7 +445,6 @@ def add_own_images(commands) -> None:
     p.add_argument("data_root", help="folder with good/ and perhaps others (every fifth good image is kept for "
                                      "testing), with train/good (all are trained on), or a data set's root")
     add_source(p, "all")
-    p.set_defaults(backbone="tf_efficientnet_lite0")
     p.add_argument("--dataset", default="folder", help=f"layout of the folder: {DATASETS}")
     p.add_argument("--size", type=int, default=256, help="pixels that images are resized to")
     p.add_argument("--policy", default="squash", choices=("squash", "crop"),

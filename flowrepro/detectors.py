@@ -99,9 +99,11 @@ def image_files(images: str | Path | Iterable) -> list[Path]:
     own = [p for p in below if not written.intersection(p.parents)
            and not any(part[0] == "." or part == "__MACOSX" for part in p.relative_to(images).parts)]
     found = list(filter(is_image, own))
+    other = [p for p in own if not (is_image(p) or is_note(p) or p.is_dir() and not p.is_symlink())]
     if not found:
-        raise DataError(f"{images}: no image in this folder; give a folder with png, jpg, bmp or tif files")
-    if other := [p for p in own if not (is_image(p) or is_note(p) or p.is_dir() and not p.is_symlink())]:
+        raise DataError(f"{images}: no image in this folder{f', only {other[0].name}' if other else ''}; "
+                        "give a folder with png, jpg, bmp or tif files (links to folders are not followed)")
+    if other:
         warnings.warn(f"{images}: {len(other)} left out, of another format or linked, {other[0]} first; "
                       f"what is read: {' '.join(EXTENSIONS)}", stacklevel=2)
     return found

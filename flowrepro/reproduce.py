@@ -448,8 +448,9 @@ def room(out: Path) -> None:
     free = shutil.disk_usage(out).free
     if free < RESERVE:
         raise OSError(errno.ENOSPC, f"disk full: {free / 2**20:.0f} MiB free, {RESERVE / 2**20:.0f} are kept in "
-                                    "reserve; free some or give another --out; "
-                                    "finished runs stay, and the same command goes on from there", str(out))
+                                    f"reserve; free some (what lies in {out}/features is computed again when it is "
+                                    "needed) or give another --out; finished runs stay, and the same command goes on "
+                                    "from there", str(out))
 
 # %% ../nbs/12d_reproduce.ipynb #58fdc0b0
 def drive(command: list[str], environment: dict, watch: Watch | None, log: Path, lock: int) -> int:

@@ -343,8 +343,10 @@ def test_no_rotation_but_in_training(trained):
 def test_predict_bad_input(trained, tiny_backbone, tmp_path, images):
     "Each says what to do."
     (tmp_path / "empty").mkdir()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/parts").symlink_to(tmp_path / "empty", target_is_directory=True)
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    for given, words in ((tmp_path / "empty", "no image in this folder"),
+    for given, words in ((tmp_path / "empty", "no image in this folder; "), (tmp_path / "linked", "only parts; "),
                          (tmp_path / "broken.png", "cannot be decoded"), (tmp_path / "none.png", "missing")):
         with pytest.raises(DataError, match=words) as error:
             trained.predict(given)
