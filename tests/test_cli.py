@@ -99,7 +99,7 @@ def test_every_flag_says_its_default():
     ("bench", dict(repeats=5, device="cpu", out=None)), ("data toy x", dict(seed=0)),
     ("data check x --dataset visa", dict(crop=False)),
     ("fit x", dict(method="fastflow", altub=False, category="all", dataset="folder", size=256, policy="squash",
-                   backbone="tf_efficientnet_lite0", epochs=30, seed=0, device="auto", out="model.safetensors")),
+                   backbone="auto", epochs=30, seed=0, device="auto", out="model.safetensors")),
     ("predict m x", dict(good=None, fpr=None, device="auto", out="predictions")),
 ], ids=lambda v: v if isinstance(v, str) else "")
 def test_what_a_command_does_without_flags(command, expected):
@@ -328,7 +328,9 @@ def test_fit_says_where(parts_folder, tmp_path, capsys):
     assert code == 0
     assert f"fastflow trained on 10 images: {tmp_path / 'm.safetensors'}" in out
     kept = load("folder", parts_folder, transform=Transform(64))[1].filter(label=0)
-    highest = Detector.load(tmp_path / "m.safetensors", weights="random").predict(kept)[1].max()
+    detector = Detector.load(tmp_path / "m.safetensors", weights="random")
+    highest = detector.predict(kept)[1].max()
+    assert detector.backbone.name == "tf_efficientnet_lite0"  # auto
     assert f"2 good images kept back score {highest:.4g} at most; " in out and "probability of at most 33%" in out
 
 
