@@ -918,6 +918,7 @@ def test_unified_has_a_row_for_each_way_to_treat_the_category(pair):
     (run,) = pair({})
     run["results"]["last_by_class_mode"] = {mode: {c: dict.fromkeys(METRICS, v) for c in ("one", "two", "mean")}
                                             for mode, v in (("known", 0.8), ("inferred", 0.9))}
+    assert headline([run])["data"].unique().tolist() == ["toy"]  # how many is said beside another number only
     table = unified([run]).set_index("category of a test image")
     assert table["one"].to_dict() == {"known": ", ".join(["0.800"] * 3), "inferred": ", ".join(["0.900"] * 3)}
 
