@@ -802,6 +802,17 @@ def test_losses_of_too_few_rows(stand_in, fibers, images, words):
         list(model.losses([torch.randn(images, 8, 4, 4), torch.randn(images, 8, 2, 2)]))
 
 
+def test_rows_of_a_fiber_batch_keep_their_codes(stand_in):
+    "All rows of two images in one fiber batch have the loss of all rows in their order."
+    model, x = CFlow(stand_in([(8, 4, 4)]), steps=2, code=4, fibers=32), [torch.randn(2, 8, 4, 4)]
+    for p in model.flows.parameters():
+        nn.init.normal_(p, std=0.3)
+    (shuffled,) = model.losses(x)
+    model.config["fibers"] = None
+    (in_order,) = model.losses(x)
+    torch.testing.assert_close(shuffled, in_order)
+
+
 def test_a_saved_detector_is_as_readable_as_other_files(stand_in, tmp_path):
     "By the umask, not by its owner alone."
     (other := tmp_path / "other").touch()

@@ -215,12 +215,35 @@ def test_faults_of_a_site_are_found(tmp_path):
     assert docs.broken_links(tmp_path) == ["bad.html: empty/"]
 
 
+def test_every_kind_of_link_and_load(tmp_path):
+    "Names are as they are in the address and in HTML; a script's text links to nothing; a picture can be missing."
+    (tmp_path / "a b&c.html").write_text('<p id="ü">')
+    (tmp_path / "page.html").write_text('<a href="a%20b&amp;c.html#%C3%BC">x</a><script>"<a href=\'none\'>"; '
+                                        '\'<a href="none">\'</script><img alt="x" src="none.png">')
+    assert docs.broken_links(tmp_path) == ["page.html: none.png"] and docs.remote_assets(tmp_path) == []
+    loads = ('<object data="https://x.org/a"></object>', '<link rel="icon" href="https://x.org/a">',
+             '<script type="module">import { a } from "https://x.org/a"</script>')
+    for text in loads:
+        (tmp_path / "page.html").write_text(text)
+        assert docs.remote_assets(tmp_path) == ["page.html: https://x.org/a"]
+
+
+def test_a_picture_is_told_by_its_caption():
+    "Below it, or in the words of the figure that code shows; one that has a text keeps it."
+    page = ('<head></head><p><img src="a.png"></p><figcaption>Of <b>$a_i$</b></figcaption><img src="b.png" alt="B">'
+            '<div><img src="c.png"></div><div><p><strong>F1. C</strong></p></div><img src="d.png">')
+    text = docs.finish("p.html", page, "https://x.org/", set())
+    alts = re.findall(r'src="(.)\.png" alt="(.*?)">', text)
+    assert alts[1:] == [("b", "B"), ("c", "F1. C"), ("d", "what the code above draws")]
+    assert alts[0][0] == "a" and alts[0][1].startswith("Of") and "<figcaption>Of <b><math" in text
+
+
 def test_formulas():
     "Formulas become MathML; what the converter cannot read is an error that names the page."
     assert "<mtable" in docs.mathml("p", r"\begin{aligned} z &= x \\ y &= 2 \end{aligned}", True)
     numbered = docs.mathml("p", r"x_i\label{eq-one:3}", True)
     assert 'id="eq-one"' in numbered and "(3)" in numbered and "<msub>" in numbered
-    for tex in r"\nosuchcommand{x}", r"a \\ b", r"\left( a":
+    for tex in r"\nosuchcommand{x}", r"a \\ b", r"\left( a", "a & b":
         with pytest.raises(docs.DocsError, match="p: .*formula"):
             docs.mathml("p", tex, False)
 
@@ -232,6 +255,7 @@ def test_finished_page():
             'href="https://x.org/z">3</a>'
             '<span class="math inline">\\(a &lt; b\\)</span>')
     text = docs.finish("sub/p.html", page, "https://x.org/y/", {"#cls", "#cls.own"})
+    assert 'display="inline"' in text
     assert "katex" not in text and "<math" in text and 'href="https://x.org/z"' in text
     assert text.count('rel="icon"') == 1  # without one a browser asks for a file that is not there
     assert 'href="../a.html#cls">1' in text and 'href="../a.html#cls.own">2' in text
@@ -254,6 +278,27 @@ def test_cross_references():
         docs.cross_reference("p", [{"cell_type": "markdown", "source": "See @eq-none."}])
     with pytest.raises(docs.DocsError, match="used twice"):
         docs.cross_reference("p", [{"cell_type": "markdown", "source": "$$x$$ {#eq-a}\n\n$$x$$ {#eq-a}"}])
+
+
+def test_references_of_code_and_docstrings():
+    "A table that code makes has its number; a docstring refers as text does; a formula in code is none."
+    cells = [{"cell_type": "code", "source": "#| label: tbl-t\n#| tbl-cap: Seconds\nt", "outputs": [
+        {"data": {"text/markdown": ["@tbl-t, a.@tbl-t\n", "a:NoneType=None"]}}]},
+        {"cell_type": "markdown", "source": "```\n$$x$$ {#eq-a}\n```\n"}]
+    docs.cross_reference("p", cells)
+    assert '#| tbl-cap: "Table 1: Seconds"' in cells[0]["source"] and "{#eq-a}" in cells[1]["source"]
+    assert cells[0]["outputs"][0]["data"]["text/markdown"] == "[Table 1](#tbl-t), a.@tbl-t\na=None"
+    assert docs.signatures("f(**options\n)->list: # more") == "f(**options # more\n)->list:"
+
+
+def test_exported_cells_and_imports_run_alone(monkeypatch):
+    "An example is never run, even if it imports something."
+    monkeypatch.setattr("nbdev.processors._do_eval", lambda cell: True)
+    docs.run_no_examples()
+    cell = lambda source, **directives: SimpleNamespace(cell_type="code", source=source, directives_=directives,
+                                                        parsed_=lambda: docs.ast.parse(source).body)
+    cells = [cell("x = 1", export=[]), cell("import a\nfrom b import c"), cell("show_doc(f)"), cell("import a\na.f()")]
+    assert list(map(sys.modules["nbdev.processors"]._do_eval, cells)) == [True, True, True, False]
 
 
 def test_bars_stand_in_pairs():
@@ -300,8 +345,10 @@ def test_sidebar_shows_the_page_it_stands_beside(site, browser, serve):
 def test_the_staging_names_every_page_with_a_lost_reference(tmp_path, monkeypatch):
     "Each page's error is kept with the page's name, and pages take the names that nbdev gives them."
     (tmp_path / "made").mkdir()
-    settings = {"project": {}, "format": {"html": {}}, "website": {"site-url": "https://x.org/"}}
-    for name, text in ("nbdev.yml", settings), ("_quarto.yml", {"website": {"sidebar": ["00_a.ipynb", "01_b.ipynb"]}}):
+    settings = {"project": {}, "format": {"html": {"html-math-method": "katex"}},
+                "website": {"site-url": "https://x.org/", "title": "another"}}
+    own = {"website": {"title": "own", "sidebar": ["00_a.ipynb", "01_b.ipynb"]}}
+    for name, text in ("nbdev.yml", settings), ("_quarto.yml", own):
         (tmp_path / "made" / name).write_text(json.dumps(text))
     for name in "a", "b", "c":
         cells = [nbformat.v4.new_raw_cell(f"---\noutput-file: {name}.html\n---"),
@@ -314,7 +361,8 @@ def test_the_staging_names_every_page_with_a_lost_reference(tmp_path, monkeypatc
     assert [re.match(r"0\d_\w\.ipynb: @?eq-none refers to no label", p) is not None for p in problems] == [True, True]
     assert sorted(p.name for p in (tmp_path / "out").glob("*.ipynb")) == ["a.ipynb", "b.ipynb", "c.ipynb"]
     assert "[b](b.ipynb)" in json.loads((tmp_path / "out/a.ipynb").read_text())["cells"][1]["source"]
-    assert "01_b" not in (tmp_path / "out/_quarto.yml").read_text()
+    config = (tmp_path / "out/_quarto.yml").read_text()
+    assert "01_b" not in config and "katex" not in config and "title: own" in config  # _quarto.yml has the last word
 
 
 @pytest.mark.parametrize("page, warnings, found, words", [

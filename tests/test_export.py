@@ -159,6 +159,15 @@ def test_four_images_are_compared(given, compared, trained, tmp_path, monkeypatc
     assert export(trained["fastflow"], tmp_path / "m.pt2", noise(given), "bolt") == 0 and seen == [compared, 1]
 
 
+def test_whole_numbers_are_compared_as_the_detector_sees_them(trained, tmp_path, monkeypatch):
+    program, seen = module.Program(trained["fastflow"]), []
+    monkeypatch.setitem(module.FORMATS, ".pt2", (lambda program, images, path, about: path.write_bytes(b""),
+                                                 lambda path, x: seen.append(x) or program(x), ()))
+    images = (255 * noise(2)).to(torch.uint8)
+    export(trained["fastflow"], tmp_path / "m.pt2", images)
+    assert torch.equal(seen[0], images / 255)
+
+
 def test_what_a_file_says_of_itself(trained):
     "Version, weights and how its images are made, so that it can be used without the detector."
     detector = trained["fastflow"]

@@ -1,5 +1,6 @@
 """The figures of the papers: what is drawn against the data of fake runs, the files
 written, the captions, runs that are missing."""
+import base64
 import json
 import subprocess
 import sys
@@ -376,9 +377,10 @@ def test_F4_tells_how_many(tmp_path):
     assert sorted(points.values()) == [[False] * 4, [False, True, False, False]]
 
 
-def test_base_log_prob_has_the_trained_weights():
+@pytest.mark.parametrize("k", [2, 3])
+def test_base_log_prob_has_the_trained_weights(k):
     "Of the categories and of the centres inside them; the same as the base's own density, a channel."
-    mixture, z = HierarchicalMixture(3, 5, 4, generator=torch.Generator().manual_seed(0)).double(), torch.randn(50, 5)
+    mixture, z = HierarchicalMixture(k, 5, 4, generator=torch.Generator().manual_seed(0)).double(), torch.randn(50, 5)
     with torch.no_grad():
         mixture.phi.normal_(), mixture.psi.normal_(0, 3)
     arrays = {"z": z.numpy(), "centres": mixture.all_centres().detach().numpy(), "level": np.array(1),
@@ -400,6 +402,7 @@ def test_F5_draws_every_latent_and_centre(tmp_path):
         assert [len(a.get_offsets()) for a in artists(figure, f"main-{category}")] == [1, 1]
     assert sorted(len(a.get_offsets()) for a in artists(figure, "inner-")) == [0] * 4 + [2] * 4
     assert "HGAD: 100% nearest to their own centre" in texts(figure) and "t-SNE, perplexity" in figure.caption
+    assert "the span of the 4 main centres (3 dimensions)" in figure.caption
 
 
 def test_F5_without_scikit_learn(tmp_path, monkeypatch):
@@ -470,6 +473,7 @@ def test_F7_needs_centres(tmp_path):
     np.savez(path, **{k: v for k, v in np.load(path).items() if k != "classes"})
     figure = FIGURES["F7"](read_runs(tmp_path), MATRIX, "demo")
     assert "hold no latents.npz with classes: hgad-altub-toy-all-demo-0" in figure.caption
+    assert "Missing here" not in figure.caption  # it was run
     assert len(artists(figure, "path-")) == len(TOYS)
 
 
@@ -504,8 +508,12 @@ def test_report_shows_captions_and_what_is_missing(tmp_path):
     "Bold and code are rendered; a figure that is not drawn keeps its place, with its caption and the commands."
     FIGURES["F1"](make_runs(tmp_path / "runs", "F1"), MATRIX, "demo").save(tmp_path / "figures")
     FIGURES["F2"]([], MATRIX, "real").save(tmp_path / "figures")
+    (tmp_path / "tables").mkdir()
+    for name in ("T1", "T2"):
+        (tmp_path / f"tables/{name}.html").write_text(f"table {name}")
     page = outputs_section(tmp_path)
-    assert page.count("<img") == 1
+    assert page.count("<img") == 1 and "table T1" in page and "table T2" in page
+    assert base64.b64encode((tmp_path / "figures/F1.png").read_bytes()).decode() in page
     assert "<b>F1. Does the last epoch keep what the best one had?</b>" in page
     assert "**" not in page
     assert "```" not in page
@@ -594,6 +602,19 @@ def test_about_says_the_preset_of_the_runs():
     assert missing and {j.seed for j in missing} == {1}
 
 
+def test_a_setting_that_differs_is_told_of_each_method():
+    titles = [MATRIX["variants"][v]["title"] for v in ("cflow", "hgad")]
+    words = figures.agree([bare("cflow"), bare("hgad"), bare("hgad", 1)], MATRIX, lambda c: f"seed {c['seed']}")
+    assert words == f"seed 0 ({', '.join(titles)}); seed 1 ({titles[1]})"
+
+
+def test_lines_of_categories_reach_from_the_lowest_to_the_highest():
+    ax = figures.canvas(2).subplots()
+    each = {"cflow": pd.Series({"a": 0.6, "b": 0.9}), "hgad": pd.Series({"a": 0.8, "b": 0.7})}
+    figures.draw_categories(ax, each, ["a", "b"], MATRIX)
+    assert [line[:, 1].tolist() for line in ax.collections[0].get_segments()] == [[0.6, 0.8], [0.7, 0.9]]
+
+
 def test_divergence_from_a_learned_base():
     assert figures.divergence(1.0, 2.0, (0.5, 4.0)) == pytest.approx(0.5 * (np.log(2) + 2.25 / 4 - 1))
 
@@ -601,9 +622,9 @@ def test_divergence_from_a_learned_base():
 def test_ridges_are_of_normal_latents():
     "The channels closest to N(0, 1), in the middle and furthest, from below; both bases with their own width."
     draw = np.random.default_rng(0)
-    z = np.concatenate([draw.standard_normal((400, 3)) * 0.5 + [3, 0, 1], np.full((400, 3), -4.4)])
-    arrays = {"level": np.array(0), "z": z, "defective": np.arange(800) >= 400, "mean0": np.zeros(3),
-              "trace/0.mean": np.zeros((1, 3)), "trace/0.log_scale": np.full((1, 3), np.log(0.5))}
+    z = np.concatenate([draw.standard_normal((400, 5)) * 0.5 + [3, 0, 1, 0.4, 2], np.full((400, 5), -4.4)])
+    arrays = {"level": np.array(0), "z": z, "defective": np.arange(800) >= 400, "mean0": np.zeros(5),
+              "trace/0.mean": np.zeros((1, 5)), "trace/0.log_scale": np.full((1, 5), np.log(0.5))}
     ax = figures.canvas(2).subplots()
     figures.draw_ridges(ax, arrays)
     for patch, centre in zip(ax.patches, (0, 1, 3)):
@@ -677,7 +698,8 @@ def test_F6_maps_stand_below_their_method(tmp_path):
 def test_separation_is_a_mean_over_seeds():
     "Scores of two seeds are not ranked with each other."
     table = pd.DataFrame({"category": "a", "seed": [0, 0, 1, 1, 2, 2], "label": [0, 1] * 3, "value": [0, 1, 10, 20, 9, 8]})
-    assert figures.separation(table)["a"] == pytest.approx(2 / 3)
+    table = pd.concat([table, table[table["label"] == 0].assign(category="b")])
+    assert figures.separation(table).to_dict() == {"a": pytest.approx(2 / 3)}  # b has one kind only
 
 
 def test_shares_of_normal_and_anomalous():

@@ -808,11 +808,19 @@ def test_position_codes_come_in_fours(code, stand_in):
     (dict(stage_one=1.5), "stage_one 1.5"), (dict(stage_one=-0.1), "stage_one -0.1"),
     (dict(smoothing=1.0), "smoothing 1.0"), (dict(smoothing=-0.1), "smoothing -0.1"),
     (dict(centre_rate=0.0), "centre_rate 0.0"), (dict(lambda2=-1.0), "not negative"),
-    (dict(lambda_e=-1.0), "not negative"), (dict(centres=0), "centres 0: a whole number from 1"),
+    (dict(lambda_e=-1.0), "not negative"), (dict(lambda1=float("inf")), "finite"),
+    (dict(centres=0), "centres 0: a whole number from 1"),
     (dict(norm="batch"), "'batch': one of"), (dict(clamp=0.0), "clamp 0.0 must be positive")], ids=str)
 def test_settings_that_make_no_sense(settings, words, stand_in):
     with pytest.raises(ValueError, match=words):
         HGAD(stand_in(SHAPES), CATEGORIES, **dict(steps=1, code=4) | settings)
+
+
+def test_settings_at_the_limits(stand_in):
+    "No smoothing, no second stage, and terms that do not count."
+    own = dict(smoothing=0.0, stage_one=1.0, lambda1=0.0, lambda2=0.0, lambda_e=0.0)
+    model = HGAD(stand_in(SHAPES), CATEGORIES, steps=1, code=4, **own)
+    assert {k: model.config[k] for k in own} == own
 
 
 def test_defaults(stand_in):

@@ -265,6 +265,12 @@ def test_command_of_is_what_configure_takes():
     assert given["out_dir"] == f"runs/{job.name}" and MATRIX.exists()
 
 
+def test_chosen_in_the_order_of_the_matrix():
+    "Small letters, spaces and a comma too many are no fault; no name stands for all."
+    assert chosen(" f3,f1,, ", M, "altub_figures") == ["F1", "F3"]
+    assert chosen("", M, "altub_figures") == ["F1", "F2", "F3"]
+
+
 def test_chosen_refuses_what_is_not_its_own():
     with pytest.raises(MatrixError, match="F4"):
         chosen("F4", M, "altub_figures")
@@ -298,16 +304,23 @@ def test_matrix_of_another_encoding(tmp_path):
         load_matrix(tmp_path / "m.yml")
 
 
+def test_a_name_that_is_there_twice_is_told_with_its_line():
+    with pytest.raises(MatrixError, match="'a' is there twice, again in line 3"):
+        check_once(yaml.compose("a: 1\nb: 2\na: 3\n"), "m")
+
+
 def test_two_merges():
     "Lose nothing."
     check_once(yaml.compose("a: &a {x: 1}\nb: &b {y: 2}\nc:\n  <<: *a\n  <<: *b\n", Loader=yaml.SafeLoader), "m")
 
 
-def test_matrix_whose_table_lacks_its_reference(tmp_path):
+@pytest.mark.parametrize("table, variant", [("T4", "fastflow-altub"), ("T7", "hgad-single"), ("T7", "hgad"),
+                                            ("T8", "hgad")])
+def test_matrix_whose_table_lacks_its_reference(table, variant, tmp_path):
     m = yaml.safe_load(MATRIX.read_text())
-    m["outputs"]["T4"]["variants"].remove("fastflow-altub")
+    m["outputs"][table]["variants"].remove(variant)
     (tmp_path / "m.yml").write_text(yaml.safe_dump(m, sort_keys=False))
-    with pytest.raises(MatrixError, match="fastflow-altub"):
+    with pytest.raises(MatrixError, match=f"{table}: variants: compares with one named '{variant}'"):
         load_matrix(tmp_path / "m.yml")
 
 

@@ -1140,21 +1140,26 @@ def test_pictures_are_of_their_images(toy, tmp_path):
     assert sorted(diagnostics.picture_rows(data, each=9)) == sorted(rows)  # none twice where there are no more
 
 
-def test_gallery_shows_each_image_with_its_own_map(done):
-    "In the order of the hardest; the sign of the title says on which side of the threshold the score is."
+def test_gallery_shows_each_image_with_its_own_map(done, unified):
+    """In the order of the hardest, beside the threshold of its category, whose side the sign tells;
+    one scale for all maps."""
     import matplotlib.pyplot as plt
 
     from flowrepro.reports import gallery, hardest, thresholds
 
-    table = runs.score_table(done)
-    rows, limit = [i for own in hardest(table, 2).values() for i in own], thresholds(table)
-    figure = gallery(done, 2)
-    images, _, maps = np.array(figure.axes).reshape(3, len(rows))
-    for i, image, drawn in zip(rows, images, maps):
-        assert np.array_equal(image.images[0].get_array(), done.test_set[i].image.permute(1, 2, 0))
-        assert np.array_equal(drawn.images[0].get_array(), done.maps[i])
-        assert ("≥" in drawn.get_title()) == (done.scores[i] >= limit[i]) != ("<" in drawn.get_title())
-    plt.close(figure)
+    for run in (done, unified):
+        table = runs.score_table(run)
+        rows, limit = [i for own in hardest(table, 2).values() for i in own], thresholds(table)
+        figure = gallery(run, 2)
+        for i, image, mask, drawn in zip(rows, *np.array(figure.axes).reshape(3, len(rows))):
+            sample = run.test_set[i]
+            assert np.array_equal(image.images[0].get_array(), sample.image.permute(1, 2, 0))
+            assert all(np.array_equal(shown.get_array(), sample.mask) for shown in mask.images)
+            assert np.array_equal(drawn.images[0].get_array(), run.maps[i])
+            assert drawn.images[0].get_clim() == pytest.approx(np.percentile(run.maps, (50, 99.8)))
+            sign = "≥" if run.scores[i] >= limit[i] else "<"
+            assert drawn.get_title() == f"{run.scores[i]:.4g} {sign} {limit[i]:.4g}"
+        plt.close(figure)
 
 
 # -- what stands beside a result -----------------------------------------------------------------------------------

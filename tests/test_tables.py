@@ -21,8 +21,9 @@ from flowrepro.matrix import (
 )
 from flowrepro.reports import (
     category_means, changed_settings, headline, last_epochs, method_name, metrics_table, output_maker, overlay,
-    read_runs, setting_name, summary, unified
+    plot_history, plot_overview, plot_scores, read_runs, run_section, runs_section, setting_name, summary, unified
 )
+from flowrepro.runs import configure
 from flowrepro.tables import (
     HEADLINE, METRICS, Table, as_html, as_latex, as_markdown, as_published, numbers_in, percent, plain_values, points,
     quiet
@@ -905,6 +906,23 @@ def test_seconds_of_an_epoch_are_the_median(pair):
     assert headline(runs)["s/epoch"].unique().tolist() == [3.0]
 
 
+def test_headline_has_the_last_epoch_and_the_best_in_brackets(pair):
+    runs = pair({}, {"seed": 1})
+    for run in runs:
+        run["results"] |= {"best": {c: {m: v + 0.05 for m, v in r.items()} for c, r in run["results"]["last"].items()}}
+    for metric in ("image AUROC", "pixel AUROC", "pixel AP", METRICS["aupro_30"]):
+        assert set(headline(runs)[metric]) == {"0.700 ± 0.283 (0.750)"}
+
+
+def test_unified_has_a_row_for_each_way_to_treat_the_category(pair):
+    (run,) = pair({})
+    run["results"]["last_by_class_mode"] = {mode: {c: dict.fromkeys(METRICS, v) for c in ("one", "two", "mean")}
+                                            for mode, v in (("known", 0.8), ("inferred", 0.9))}
+    assert headline([run])["data"].unique().tolist() == ["toy"]  # how many is said beside another number only
+    table = unified([run]).set_index("category of a test image")
+    assert table["one"].to_dict() == {"known": ", ".join(["0.800"] * 3), "inferred": ", ".join(["0.900"] * 3)}
+
+
 def test_where_features_are_kept_changes_nothing(pair):
     overrides = {"features": {"where": "ram", "cache": "x", "copies": 2}, "evaluations": 3}
     assert changed_settings(pair({"overrides": overrides})[0]["config"]) == ["copies 2", "evaluations 3"]
@@ -928,3 +946,42 @@ def test_heat_over_an_image():
     brightest = np.array([0.988362, 0.998364, 0.644924]) * 255  # of inferno
     assert (drawn[0, 2] == (brightest / 2 + 101 / 2).round()).all()
     assert (overlay(image, np.zeros((1, 4)), 0.0, 0.0) == image).all()
+
+
+def test_overview_draws_each_seed_and_the_mean():
+    "And a number from elsewhere, in the row of its data and method."
+    row = lambda seed, value: {"data": "toy weave", "method": "HGAD", "seed": seed} | dict.fromkeys(HEADLINE, value)
+    figure = plot_overview(pd.DataFrame([row(0, 0.5), row(1, 0.8), row(2, 0.8)]), pd.DataFrame([row(0, 0.9)]), "paper")
+    for ax in figure.axes:
+        drawn = {line.get_label(): list(line.get_xdata()) for line in ax.lines if 1 in line.get_ydata()}
+        assert drawn == {"a seed": [0.5, 0.8, 0.8], "mean over seeds": [pytest.approx(0.7)], "paper": [0.9]}
+
+
+def test_histories_and_scores_are_drawn_as_they_are():
+    from types import SimpleNamespace
+
+    history = [{"epoch": 1, "loss": 3.0}, {"epoch": 2, "loss": 2.0, "image_auroc": 0.7, "pixel_auroc": 0.9}]
+    config = configure(dict(method="fastflow", dataset="toy", category="weave", preset="smoke"))
+    left, right = plot_history(SimpleNamespace(history=history, config=config)).axes
+    assert [list(v) for v in left.lines[0].get_data()] == [[1, 2], [3, 2]]
+    assert {line.get_label(): [list(v) for v in line.get_data()] for line in right.lines} == {
+        "image AUROC": [[2], [0.7]], "pixel AUROC": [[2], [0.9]]}
+    (ax,) = plot_scores(pd.DataFrame({"category": "a", "label": [0] * 4 + [1] * 2, "score": [0] * 4 + [5] * 2})).axes
+    bars = {patch.get_label(): patch.get_xy() for patch in ax.patches}
+    assert {name: (xy[:, 1].max(), xy[xy[:, 1].argmax(), 0] > 4) for name, xy in bars.items()} == {
+        "normal": (4, False), "anomalous": (2, True)}
+
+
+def test_what_a_report_says_of_a_run(tmp_path):
+    "Times under their names; a link as an address, where the file is."
+    settings = {"backbone": {"name": "b"}, "schedule": {"epochs": 7}, "detector": {}}
+    run = {"path": tmp_path / "a b", "timing": {"train_s": 12.3, "epoch_s": 0.45, "ram_mib": 678.0},
+           "config": dict(method="cflow", altub=False, dataset="toy", category="weave", preset="demo", seed=0,
+                          overrides={}, backbone="auto", weights="auto", settings=settings),
+           "environment": {"torch": "2", "device": "cpu", "cpus": 3, "revision": None}}
+    assert ("b, 7 epochs; 12 s training, 0.45 s an epoch, 678 MiB; torch 2, cpu (3 CPUs), revision unknown"
+            in run_section(run, tmp_path))
+    cells = ["a b", "settings", "CFLOW-AD", "b", "7", "12.3", "0.45", "678", "cpu (3 CPUs)", "2", "unknown"]
+    assert re.findall("<td>(.*?)</td>", runs_section([run], tmp_path)) == cells
+    (tmp_path / "a b").mkdir(), (tmp_path / "a b/run.ipynb").touch()
+    assert '<a href="a%20b/run.ipynb">a b</a>' in runs_section([run], tmp_path)

@@ -334,10 +334,11 @@ def test_no_score_from_an_interrupted_training(tiny_backbone, toy, monkeypatch):
         model.predict(test)
 
 
-def test_images_of_another_size_than_the_backbone(tiny_backbone, toy):
+@pytest.mark.parametrize("size", [31, 33])
+def test_images_of_another_size_than_the_backbone(size, tiny_backbone, toy):
     "Refused even where the features come out as large; `predict` would take no image afterwards."
-    train, _ = load("toy", toy, "bolt", Transform(31))
-    with pytest.raises(ValueError, match=r"images of side 31, a backbone for 32: load them with Transform\(32\)"):
+    train, _ = load("toy", toy, "bolt", Transform(size))
+    with pytest.raises(ValueError, match=rf"images of side {size}, a backbone for 32: load them with Transform\(32\)"):
         FastFlow(tiny_backbone(), steps=1).fit(train, epochs=1, progress=False)
 
 
@@ -908,6 +909,7 @@ def test_default_schedule_is_fixed():
 def test_schedules_at_the_limits():
     "A rise through the whole training is one; a memory that never fades is none."
     assert Schedule(epochs=3, warmup=3, lr=1.0, decay="constant").rate(0.5) == pytest.approx(0.55)
+    assert Schedule(floor=1.0, weight_decay=0.0, lr=1.0).rate(0.9) == 1
     for betas in ((1.0, 0.9), (0.9, 1.0)):
         with pytest.raises(ValueError, match="betas"):
             Schedule(betas=betas)
