@@ -8,7 +8,7 @@ Docs: https://flowrepro.github.io/flowrepro/cli.html.md"""
 __all__ = ['DATASETS', 'cmd_run', 'run_each', 'absolute_root', 'of_the_same_data', 'run_name', 'print_summary', 'print_published',
            'cmd_reproduce', 'cmd_report', 'cmd_bench', 'cmd_data', 'cmd_fit', 'seen_and_scored', 'threshold_from',
            'draw_heat_maps', 'cmd_predict', 'cmd_export', 'Help', 'add', 'add_device', 'add_weights', 'add_source',
-           'parser', 'add_run', 'add_reproduce', 'add_data', 'add_own_images', 'main']
+           'add_run', 'add_reproduce', 'add_data', 'add_own_images', 'parser', 'main']
 
 # %% ../nbs/13_cli.ipynb #149ba2fc
 import argparse
@@ -370,26 +370,6 @@ def add_source(p: argparse.ArgumentParser, category: str) -> None:
     p.add_argument("--weights", default="auto", help="auto, packaged, random, or a file")
     add_device(p)
 
-# %% ../nbs/13_cli.ipynb #424cf24b
-def parser() -> argparse.ArgumentParser:
-    "The whole command line."
-    from flowrepro import __version__
-
-    top = argparse.ArgumentParser("flowrepro", description="Normalizing-flow anomaly detection, reproduced.")
-    top.add_argument("--version", action="version", version=f"flowrepro {__version__}")
-    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    add_run(commands), add_reproduce(commands), add_own_images(commands), add_data(commands)
-    p = add(commands, "report", cmd_report, "flowrepro report runs/demo")
-    p.add_argument("folder", help="folder with finished runs")
-    p = add(commands, "bench", cmd_bench, "flowrepro bench --only fastflow metrics")
-    p.add_argument("--only", nargs="*", default=None, help="some of: fastflow cflow hgad_loss hgad_step "
-                                                           "extraction epoch metrics")
-    p.add_argument("--threads", type=int, default=2, help="of torch")
-    p.add_argument("--repeats", type=int, default=5, help="rounds")
-    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
-    p.add_argument("--out", default=None, help="JSON file for the results")
-    return top
-
 # %% ../nbs/13_cli.ipynb #d961506b
 def add_run(commands) -> None:
     "`flowrepro run`."
@@ -467,6 +447,26 @@ def add_own_images(commands) -> None:
     p.add_argument("--out", required=True, help="a file that ends in .onnx, or in .pt2 (torch.export)")
     p.add_argument("--category", default=None, help="of all images, for an HGAD that must be told")
     add_weights(p)
+
+# %% ../nbs/13_cli.ipynb #424cf24b
+def parser() -> argparse.ArgumentParser:
+    "The whole command line."
+    from flowrepro import __version__
+
+    top = argparse.ArgumentParser("flowrepro", description="Normalizing-flow anomaly detection, reproduced.")
+    top.add_argument("--version", action="version", version=f"flowrepro {__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    add_run(commands), add_reproduce(commands), add_own_images(commands), add_data(commands)
+    p = add(commands, "report", cmd_report, "flowrepro report runs/demo")
+    p.add_argument("folder", help="folder with finished runs")
+    p = add(commands, "bench", cmd_bench, "flowrepro bench --only fastflow metrics")
+    p.add_argument("--only", nargs="*", default=None, help="some of: fastflow cflow hgad_loss hgad_step "
+                                                           "extraction epoch metrics")
+    p.add_argument("--threads", type=int, default=2, help="of torch")
+    p.add_argument("--repeats", type=int, default=5, help="rounds")
+    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
+    p.add_argument("--out", default=None, help="JSON file for the results")
+    return top
 
 # %% ../nbs/13_cli.ipynb #864ff409
 def main(arguments: list[str] | None = None) -> int:

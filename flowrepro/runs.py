@@ -8,7 +8,7 @@ Docs: https://flowrepro.github.io/flowrepro/runs.html.md"""
 __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES', 'PLAIN', 'HERE', 'TRAINED_BY', 'MADE',
            'ConfigError', 'config_errors', 'defaults_of', 'settings_of', 'resolve', 'as_plain', 'parse_overrides',
            'Config', 'given_parameters', 'check_choices', 'device_here', 'check_detector', 'check_kind',
-           'check_settings', 'configure', 'wherever', 'made_otherwise', 'published_for', 'write_json', 'revision',
+           'check_settings', 'published_for', 'configure', 'wherever', 'made_otherwise', 'write_json', 'revision',
            'processor', 'environment', 'peak_memory', 'masks_by_category', 'evaluate_parts', 'mean_results',
            'backbone_of', 'best_results', 'Run', 'bank', 'results', 'evaluation_epochs', 'training_code',
            'train_or_resume', 'open_folder', 'contents', 'timing', 'score_table', 'by_class_mode', 'write_results',
@@ -310,6 +310,23 @@ def check_settings(settings: dict, p: dict, overrides: dict) -> None:
         for name in overrides.get(group, {}).keys() & values.keys():
             check_kind(f"{group}.{name}", overrides[group][name], values[name])
 
+# %% ../nbs/11_runs.ipynb #85b34cdd
+def published_for(p: dict) -> dict[str, dict]:
+    """Settings that depend on the backbone or the category:
+    FastFlow's published ones of a backbone, CFLOW-AD's input size of a category."""
+    out: dict[str, dict] = {}
+    if (name := p["backbone"]) != "auto":
+        out["backbone"] = {"name": name}
+        with config_errors():
+            name = full_name(name)
+    if p["preset"] == "paper" and p["method"] == "fastflow" and name in FASTFLOW_PUBLISHED:
+        known = dict(FASTFLOW_PUBLISHED[name])
+        out["backbone"]["levels"] = known.pop("levels")
+        out |= {"transform": {"size": known.pop("size")}, "detector": known}
+    if p["preset"] == "paper" and p["method"] == "cflow" and p["dataset"] == "mvtec":
+        out["transform"] = {"size": CFLOW_SIZES.get(p["category"], 256)}
+    return out
+
 # %% ../nbs/11_runs.ipynb #5b22e64e
 def configure(parameters: dict | None = None, **more) -> Config:
     """The checked `Config` of some parameters (missing ones take the defaults):
@@ -362,23 +379,6 @@ def made_otherwise(folder: str | Path, parameters: dict) -> bool:
     except (OSError, ValueError, KeyError, TypeError):  # none yet, or none of this version
         return False
     return made != told(asdict(configure(parameters)))
-
-# %% ../nbs/11_runs.ipynb #85b34cdd
-def published_for(p: dict) -> dict[str, dict]:
-    """Settings that depend on the backbone or the category:
-    FastFlow's published ones of a backbone, CFLOW-AD's input size of a category."""
-    out: dict[str, dict] = {}
-    if (name := p["backbone"]) != "auto":
-        out["backbone"] = {"name": name}
-        with config_errors():
-            name = full_name(name)
-    if p["preset"] == "paper" and p["method"] == "fastflow" and name in FASTFLOW_PUBLISHED:
-        known = dict(FASTFLOW_PUBLISHED[name])
-        out["backbone"]["levels"] = known.pop("levels")
-        out |= {"transform": {"size": known.pop("size")}, "detector": known}
-    if p["preset"] == "paper" and p["method"] == "cflow" and p["dataset"] == "mvtec":
-        out["transform"] = {"size": CFLOW_SIZES.get(p["category"], 256)}
-    return out
 
 # %% ../nbs/11_runs.ipynb #09cf6c32
 def write_json(path: Path, value: dict) -> None:
