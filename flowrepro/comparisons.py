@@ -124,8 +124,6 @@ BACKBONES = {"resnet18": "ResNet-18", "wide_resnet50_2": "WideResNet-50-2",
              "deit_base_distilled_patch16_384": "DeiT-B-384", "cait_m48_448": "CaiT-M48-448",
              "tf_efficientnet_b6": "EfficientNet-B6", "tf_efficientnet_b5": "EfficientNet-B5",
              "efficientnet_b5": "EfficientNet-B5", "mobilenetv3_large_100": "MobileNetV3-L"}
-
-
 OWN_PAPERS = ("AltUB", "HGAD", "FastFlow", "CFLOW-AD")
 PAPERS = (*OWN_PAPERS, "gathierry", "U-Flow", "anomalib", "ADer")  # then re-runs
 

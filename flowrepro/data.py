@@ -968,8 +968,6 @@ OFFICIAL = {
                       "pcb4:904/101/100 pipe_fryum:450/50/100"),
     "mvtec3d": _official("bagel:244/22/88 cable_gland:223/21/87 carrot:286/27/132 cookie:210/28/103 dowel:288/26/104 "
                          "foam:236/20/80 peach:361/26/106 potato:300/22/92 rope:298/32/69 tire:210/25/87")}
-
-
 VALIDATION = {"mvtec3d": {  # normal images
     "bagel": 22, "cable_gland": 23, "carrot": 29, "cookie": 22, "dowel": 34, "foam": 27, "peach": 42, "potato": 33,
     "rope": 33, "tire": 29}}

@@ -6,7 +6,7 @@ Docs: https://flowrepro.github.io/flowrepro/detectors.html.md"""
 
 # %% auto #0
 __all__ = ['DETECTORS', 'FASTFLOW_PUBLISHED', 'CFLOW_SIZES', 'CLASS_MODES', 'BASES', 'OFFICIAL', 'Standardise', 'norm_layer',
-           'normal_base', 'image_files', 'read_image', 'open_images', 'check_images', 'Detector', 'prepare',
+           'normal_base', 'image_files', 'read_image', 'open_images', 'check_images', 'Detector', 'prepare', 'normed',
            'seen_through', 'check_labels', 'all_parts', 'calibrate', 'score_parts', 'fit', 'check_trained', 'predict',
            'image_id', 'not_trained_on', 'weights_of', 'own_classes', 'trained_state', 'save', 'read_saved', 'load',
            'load_state', 'ConvDetector', 'FastFlow', 'DenseDetector', 'fiber_batches', 'CFlowCore', 'CFlow',
@@ -101,8 +101,9 @@ def image_files(images: str | Path | Iterable) -> list[Path]:
     found = list(filter(is_image, own))
     other = [p for p in own if not (is_image(p) or is_note(p) or p.is_dir() and not p.is_symlink())]
     if not found:
-        raise DataError(f"{images}: no image in this folder{f', only {other[0].name}' if other else ''}; "
-                        "give a folder with png, jpg, bmp or tif files (links to folders are not followed)")
+        what = f", only {other[0].name}, of another format or linked" if other else ""
+        raise DataError(f"{images}: no image in this folder{what}; "
+                        "give a folder with png, jpg, bmp or tif files")
     if other:
         warnings.warn(f"{images}: {len(other)} left out, of another format or linked, {other[0]} first; "
                       f"what is read: {' '.join(EXTENSIONS)}", stacklevel=2)
@@ -208,13 +209,18 @@ def prepare(detector: Detector, bank: FeatureBank) -> None:
             norm.measure(mean.to(detector.device), std.to(detector.device))
 
 
+def normed(detector: Detector, level: int, x: Tensor) -> Tensor:
+    "Features (B, C, H, W) of a level as its flow takes them: in its precision, after its norm."
+    return detector.norms[level](x.to(detector.calibration.dtype))
+
+
 def seen_through(detector: Detector) -> Transform:
     "How a new image becomes a tensor: as the training images did, without their rotation."
     seen = detector.transform
     return replace(seen, rotate=0.0) if seen else Transform(detector.backbone.size)
 
 
-Detector.prepare, Detector.seen_through = prepare, seen_through
+Detector.prepare, Detector.normed, Detector.seen_through = prepare, normed, seen_through
 
 # %% ../nbs/07_detectors.ipynb #0d3e7b11
 def check_labels(detector: Detector, labels: Tensor | None, bank: FeatureBank) -> None:
@@ -427,8 +433,8 @@ class ConvDetector(Detector):
 
     def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         "Latents (B, C, H, W) and local log-determinants (B, H, W) of each level, one level after the other."
-        for x, norm, flow in zip(features, self.norms, self.flows):
-            yield flow(norm(x.to(self.calibration.dtype)), local=True)
+        for l, x in enumerate(features):
+            yield self.flows[l](self.normed(l, x), local=True)
 
     def parts(self, features: list[Tensor], labels: Tensor | None = None) -> list[Parts]:
         return [Parts(base.per_dimension(z), logdet / z.shape[1])
@@ -465,8 +471,8 @@ class FastFlow(ConvDetector):
     def loss(self, features: list[Tensor]) -> Tensor:
         "@eq-fastflow, with the base's log-density in the place of −‖z‖²/2."
         total = 0.0
-        for x, norm, flow, base in zip(features, self.norms, self.flows, self.bases):
-            z, logdet = flow(norm(x.to(self.calibration.dtype)))
+        for l, (x, base) in enumerate(zip(features, self.bases)):
+            z, logdet = self.flows[l](self.normed(l, x))
             total = total - (z.shape[1] * base.per_dimension(z).flatten(1).sum(1) + logdet).mean()
         return total
 
@@ -510,7 +516,7 @@ class DenseDetector(Detector):
                              "give images of the size it was made for")
         if not is_exporting() and not len(x):
             raise ValueError("no images: an empty batch has no features")
-        return self.norms[level](x.to(self.calibration.dtype)).flatten(2).transpose(1, 2).contiguous()
+        return self.normed(level, x).flatten(2).transpose(1, 2).contiguous()
 
     def latents(self, features: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         "Latent rows (B, H·W, C) and log-determinants (B, H·W) of each level, one level after the other."

@@ -39,8 +39,6 @@ WIDE = 6.9  # inches: two columns of a page
 GREY = "0.35"
 LOOKS = [dict(color="C0", ls="-", marker="o", hatch=""), dict(color="C1", ls="--", marker="s", hatch="////"),
          dict(color="C2", ls="-.", marker="^", hatch="...."), dict(color="C3", ls=":", marker="D", hatch="xxxx")]
-
-
 MARKERS = "osD^vP*Xh<>p"
 
 

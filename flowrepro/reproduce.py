@@ -45,8 +45,6 @@ from .tables import METRICS
 # %% ../nbs/12d_reproduce.ipynb #c2ebc707
 RUN_MODULES = ("data", "backbones", "features", "flows", "bases", "detectors", "scores", "metrics", "training",
                "diagnostics", "runs")
-
-
 OUTPUT_MODULES = ("matrix", "tables", "reports")  # and figures or comparisons
 
 

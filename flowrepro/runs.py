@@ -627,12 +627,12 @@ def by_class_mode(run: Run) -> dict[str, dict]:
     empty for a method without categories."""
     if not run.detector.labelled or not run.detector.mixture:
         return {}
-    def results(mode: str) -> dict:
+    def evaluated(mode: str) -> dict:
         train = run.detector.all_parts(run.train_bank, run.labels, class_mode=mode)
         test = run.detector.all_parts(run.test_bank, run.test_labels, class_mode=mode)
         return evaluate_parts(test, run.test_set, run.detector.score, calibration(train), run.size, run.masks)[0]
     known = {run.detector.config["class_mode"]: run.history[-1]["results"]}  # evaluated already
-    return {mode: known.get(mode) or results(mode) for mode in CLASS_MODES}
+    return {mode: known.get(mode) or evaluated(mode) for mode in CLASS_MODES}
 
 # %% ../nbs/11_runs.ipynb #194fbda0
 def write_results(run: Run) -> dict:

@@ -346,7 +346,7 @@ def test_predict_bad_input(trained, tiny_backbone, tmp_path, images):
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked/parts").symlink_to(tmp_path / "empty", target_is_directory=True)
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    for given, words in ((tmp_path / "empty", "no image in this folder; "), (tmp_path / "linked", "only parts; "),
+    for given, words in ((tmp_path / "empty", "no image in this folder; "), (tmp_path / "linked", "only parts, of another format or linked; "),
                          (tmp_path / "broken.png", "cannot be decoded"), (tmp_path / "none.png", "missing")):
         with pytest.raises(DataError, match=words) as error:
             trained.predict(given)
