@@ -200,6 +200,23 @@ def test_bfloat16_networks(case):
     close(z16, z, 0.02), close(logdet16, logdet, 0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_autocast_rotates_the_gradient_alone(dtype):
+    "Forward the stream is rotated in its own precision; of float32, bfloat16 takes the way back, and of float64 nothing."
+    torch.manual_seed(0)
+    y, g, o = (torch.randn(*s, dtype=dtype, requires_grad=True) for s in ((64, 6), (6,), (6,)))
+    perm, weight, out = flows.random_rotation(6).to(dtype), torch.randn(64, 6, dtype=dtype), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            z = flows.Rotation.apply(y, g, o, perm)
+        out.append((z, *torch.autograd.grad((z * weight).sum(), (y, g, o))))
+    (z, dy, dg, do), (z16, dy16, dg16, do16) = out
+    assert torch.equal(z, z16) and torch.equal(do, do16)
+    assert torch.equal(dy, dy16) == torch.equal(dg, dg16) == (dtype == torch.float64)
+    assert dy16.dtype == dg16.dtype == dtype
+    close(dy16, dy, 0.02), torch.testing.assert_close(dg16, dg, rtol=0.02, atol=0.02)
+
+
 @every_flow
 def test_bfloat16_gradients(case):
     "Gradients under autocast point where those of float32 point."
