@@ -24,11 +24,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import safetensors.torch
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from timm.layers import Conv2dSame
 from torch import nn
 from torch.compiler import is_exporting
 
@@ -46,12 +44,14 @@ PAPER_TAGS = {"tf_efficientnet_b6": "aa_in1k",              # HGAD
 # %% ../nbs/01_backbones.ipynb #196cf070
 def known_tags(base: str) -> list[str]:
     "The weight tags that timm has for a network."
+    import timm
     return [n.partition(".")[2] for n in timm.list_pretrained(base + ".*")]
 
 # %% ../nbs/01_backbones.ipynb #73ebd593
 def full_name(name: str) -> str:
     """The timm name with its weight tag: the given tag, else the paper's, else timm's default.
     Unknown name or tag: `ValueError`."""
+    import timm
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), 3)
@@ -162,6 +162,7 @@ def _no_hub(name: str, e: Exception) -> WeightsError:
 def check_hub(name: str, timeout: float = 5.0) -> None:
     "`WeightsError` if the hub weights of `name` (with tag) are neither cached nor reachable within `timeout` s."
     import huggingface_hub as hub
+    import timm
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not (cfg.hf_hub_id or cfg.url):
         raise WeightsError(f"timm has no pretrained weights for {name}; give weights=PATH")
@@ -195,6 +196,7 @@ def load_net(name: str,               # timm name, with or without a weight tag
              ) -> tuple[nn.Module, str]:
     """The timm network in eval mode, and the origin of its weights.
     `ValueError` for an unknown name, `WeightsError` without weights."""
+    import timm
     full = full_name(name); base, tag = full.partition(".")[0], name.partition(".")[2]
     w = str(weights)
     if w == "auto": w = "packaged" if not tag and has_package(base) else "hub"
@@ -305,7 +307,7 @@ def fold_norms(net: nn.Module, run) -> int:
 # %% ../nbs/01_backbones.ipynb #33b96ebb
 class OneSided(nn.Module):
     "A convolution of stride 2 with TensorFlow's padding (timm's `Conv2dSame`), on a CPU without a padded copy."
-    def __init__(self, conv: Conv2dSame):
+    def __init__(self, conv: nn.Conv2d):
         super().__init__()
         self.conv = conv
         self.register_buffer("longer", F.pad(conv.weight.detach(), (1, 0, 1, 0)))
@@ -319,6 +321,7 @@ class OneSided(nn.Module):
 # %% ../nbs/01_backbones.ipynb #f01c25b8
 def drop_copies(net: nn.Module) -> int:
     "Put `OneSided` for each `Conv2dSame` it can stand for, in place. Number replaced."
+    from timm.layers import Conv2dSame
     found = [(k, m) for k, m in net.named_modules() if isinstance(m, Conv2dSame) and m.stride == (2, 2)
              and m.dilation == (1, 1) and all(side in (3, 5, 7) for side in m.kernel_size)]
     for name, conv in found: net.set_submodule(name, OneSided(conv))
@@ -343,11 +346,13 @@ def check_pyramid(pyramid: tuple[float, ...], one_size: bool) -> tuple[float, ..
 # %% ../nbs/01_backbones.ipynb #f14addcb
 def has_one_size(full: str) -> bool:
     "Does a network take images of one size alone, as most transformers do?"
+    import timm
     return (cfg := timm.get_pretrained_cfg(full)) is not None and cfg.fixed_input_size
 
 # %% ../nbs/01_backbones.ipynb #bf4e8712
 def size_arg(full: str, size: int) -> dict:
     "`img_size` for a network of one input size, if `size` is not its own."
+    import timm
     return {"img_size": size} if has_one_size(full) and size != timm.get_pretrained_cfg(full).input_size[-1] else {}
 
 # %% ../nbs/01_backbones.ipynb #44a1b536

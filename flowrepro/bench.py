@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -478,6 +477,7 @@ def bench_hgad_step(
 # %% ../nbs/12a_bench.ipynb #54d5e840
 def timm_features(name: str, levels: tuple[int, ...], weights: str) -> nn.Module:
     "timm's own extractor, with the weights that `Backbone` gets; OutputsDiffer if they cannot be made equal."
+    import timm
     with torch.random.fork_rng(devices=[]):
         net = timm.create_model(full_name(name), features_only=True, out_indices=levels).eval()
     missing = net.load_state_dict(load_net(name, weights)[0].state_dict(), strict=False).missing_keys

@@ -249,7 +249,7 @@ def execute(plan: str, name: str, notebook: bool = False, engine: str | None = N
     return 0
 
 # %% ../nbs/12d_reproduce.ipynb #0c3112c7
-PRELOADED = ["flowrepro.runs", "flowrepro.reports", "flowrepro.matrix", "papermill", "matplotlib.pyplot",
+PRELOADED = ["flowrepro.runs", "flowrepro.reports", "flowrepro.matrix", "timm", "papermill", "matplotlib.pyplot",
              "matplotlib_inline.backend_inline", "seaborn", "execnb.shell", "nbformat"]
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import moved
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -62,7 +63,7 @@ def break_fastflow(m): m.setattr(B, "from_freia", lambda flow, state: flow)  # o
 def break_cflow(m): break_fastflow(m)
 def break_hgad_loss(m): m.setattr(B, "hgad_terms", lambda *a, terms=B.hgad_terms: terms(*a, smoothing=0.1))
 def break_hgad_step(m): break_fastflow(m)
-def break_extraction(m): m.setattr(B, "load_net", lambda name, weights: (B.timm.create_model(name), ""))
+def break_extraction(m): m.setattr(B, "load_net", lambda name, weights: (timm.create_model(name), ""))
 def break_epoch(m):
     m.setattr(B, "LiveFeatures",
               lambda d, b, device: B.FeatureBank(B.Dataset(d.records[1:] + d.records[:1], d.transform), b,

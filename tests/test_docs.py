@@ -2,6 +2,7 @@
 import fcntl
 import functools
 import importlib.util
+import html
 import json
 import re
 import shutil
@@ -178,6 +179,18 @@ def test_every_notebook_has_its_page(site):
         images = sum("image/png" in o.get("data", {}) for c in cells if not "".join(c["source"]).startswith(hidden)
                      for o in c["outputs"])
         assert page.read_text().count('src="data:image/png') >= images, f"{page.name} lost pictures of {path.name}"
+
+
+def test_pages_show_the_source(site):
+    "Every cell marked `exports` stands on its page, below what it documents."
+    for path in (ROOT / "nbs").rglob("[!_.]*.ipynb"):
+        shown = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        shown = sum(s.startswith("#| exports") for s in shown)
+        page = (site / path.relative_to(ROOT / "nbs")).with_name(f"{path.stem.partition('_')[2] or path.stem}.html")
+        if shown:
+            assert page.read_text().count("<summary>Exported source</summary>") == shown > 1, page.name
+    text = html.unescape(re.sub("<[^>]+>", "", (site / "altub.html").read_text()))
+    assert "self.optimizer.zero_grad(set_to_none=True)" in text
 
 
 def test_site_stands_alone(site):

@@ -32,7 +32,7 @@ pre { font-size: .8125rem } :is(.cell-output pre, pre.sourceCode, pre.sourceCode
 .cell-output pre { overflow-wrap: anywhere } .cell-output pre.columns { white-space: pre }
 math [mathvariant*="bold"] { font-weight: bold } math [mathvariant="bold"] { font-style: normal }
 mtd[columnalign="left"] { text-align: -webkit-left } mtd[columnalign="right"] { text-align: -webkit-right }
-.equation { display: flex; justify-content: safe center; align-items: center; overflow-x: auto; margin: .4rem 0 }
+.equation { display: flex; justify-content: safe center; align-items: center; overflow: auto hidden; padding: .3rem 0; margin: .1rem 0 }
 .equation-number { margin-left: 2em }
 table.dataframe { width: auto } table.dataframe td, table.dataframe th { text-align: right; padding: .2rem .35rem }
 table.numbers:not(.dataframe) :is(td, th) { padding: .2rem .5rem } table.numbers th { vertical-align: bottom } .whole { white-space: nowrap }
