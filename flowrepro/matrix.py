@@ -1,4 +1,4 @@
-"""Which runs the tables and figures of both papers are made of: one file names them, and this room reads it.
+"""Which runs the tables and figures of both papers are made of: one file names them, and this page reads it.
 
 Docs: https://flowrepro.github.io/flowrepro/matrix.html.md"""
 
