@@ -198,7 +198,8 @@ def cmd_fit(args: argparse.Namespace) -> int:
     detector.fit(train, epochs=args.epochs, seed=args.seed, altub=AltUB() if args.altub else None)
     detector.save(args.out)
     if kept := [r.image for r in test.records if not r.label]:  # scored as `predict` will score others
-        limit, n = detector.predict(kept)[1].max(), len(kept)
+        n = len(kept)
+        limit = max(detector.predict(kept[i:i + 256])[1].max() for i in range(0, n, 256))  # whose maps fit in memory
         print(f"{n} good images kept back score {limit:.4g} at most; "
               f"a further one is above that with a probability of at most {1/(n + 1):.0%}")
     print(f"{args.method} trained on {len(train)} images: {Path(args.out).resolve()}")
@@ -241,7 +242,8 @@ def seen_and_scored(detector, files: list[Path], what: str) -> tuple[dict, list,
 def threshold_from(detector, folder: str, fpr: float) -> float:
     """The score that a further good image exceeds with a probability of at most `fpr`,
     by those of a folder that were not trained on."""
-    from flowrepro.data import DataError
+    import torch
+
     from flowrepro.detectors import image_files, not_trained_on
     from flowrepro.metrics import fpr_threshold
 
@@ -249,10 +251,8 @@ def threshold_from(detector, folder: str, fpr: float) -> float:
     new = not_trained_on(detector, every)
     print(f"{len(new)} good images for the threshold" + f", {len(every) - len(new)} left out that the detector was "
           "trained on" * (len(new) < len(every)))
-    _, _, scores, problems = seen_and_scored(detector, new, "good images")
-    if problems:
-        raise DataError(problems[0])
-    return fpr_threshold(scores, fpr)
+    some = [new[i:i + 256] for i in range(0, len(new), 256)]  # the maps of all of them would fill the memory
+    return fpr_threshold(torch.cat([detector.predict(files)[1] for files in some]), fpr)
 
 # %% ../nbs/13_cli.ipynb #017c50c9
 def draw_heat_maps(out: Path, top: Path, pictures: dict, maps) -> list[str]:

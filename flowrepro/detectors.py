@@ -324,7 +324,8 @@ def image_id(path: Path) -> str:
 # %% ../nbs/07_detectors.ipynb #3eb50878
 def not_trained_on(detector: Detector, images: list[Path]) -> list[Path]:
     "Those of some image files that the detector was not trained on; DataError if there are none."
-    new = [p for p in images if image_id(p) not in detector.trained_on]
+    known = set(detector.trained_on)
+    new = [p for p in images if image_id(p) not in known]
     if not new:
         raise DataError(f"{images[0].parent}: the detector was trained on every image of it; give others, kept back")
     return new

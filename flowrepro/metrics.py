@@ -382,14 +382,14 @@ def refine(
     neg = [v[mixed[place(v, grid)]] for v in (x[~m] for _, x, m in _blocks(maps, masks))]
     k = mixed[place(sv.s, grid)]
     s = np.concatenate([sv.s[k]] + neg)
-    u, inv = np.unique(s, return_inverse=True)
-    P = int(np.count_nonzero(k))
-    p2 = np.bincount(inv[:P], minlength=len(u))
-    q2 = np.bincount(inv[:P], weights=sv.w[k], minlength=len(u))
+    u, c = np.unique(s, return_counts=True)
+    at = np.searchsorted(u, sv.s[k])
+    p2 = np.bincount(at, minlength=len(u))
+    q2 = np.bincount(at, weights=sv.w[k], minlength=len(u))
     keep = np.flatnonzero(~mixed)
     order = np.argsort(np.append(keep, place(u, grid)), kind='stable')
     cat = lambda a, b: np.append(a[keep], b)[order]
-    return join(cat(p, p2), cat(n, np.bincount(inv, minlength=len(u)) - p2), cat(q, q2), np.ones(len(order), bool))
+    return join(cat(p, p2), cat(n, c - p2), cat(q, q2), np.ones(len(order), bool))
 
 # %% ../nbs/09_metrics.ipynb #ba4a6e91
 PIXEL = {'pixel_auroc': auroc_interval, 'pixel_ap': ap_interval, 'pixel_f1max': f1max_interval,

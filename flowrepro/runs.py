@@ -10,7 +10,7 @@ __all__ = ['LITE', 'THREE', 'PYRAMID', 'META', 'PRESETS', 'PARAMETERS', 'CHOICES
            'Config', 'given_parameters', 'check_choices', 'device_here', 'check_detector', 'check_kind',
            'check_settings', 'published_for', 'configure', 'wherever', 'made_otherwise', 'write_json', 'revision',
            'processor', 'environment', 'peak_memory', 'masks_by_category', 'evaluate_parts', 'mean_results',
-           'backbone_of', 'best_results', 'Run', 'bank', 'results', 'evaluation_epochs', 'training_code',
+           'backbone_of', 'best_results', 'check_names', 'Run', 'bank', 'results', 'evaluation_epochs', 'training_code',
            'train_or_resume', 'open_folder', 'contents', 'timing', 'score_table', 'by_class_mode', 'write_results',
            'score_forms', 'execute_notebook', 'run_notebook']
 
@@ -477,6 +477,16 @@ def best_results(history: list[dict]) -> dict:
         return rows[np.nansum([[r[c][metric] for c in r if c != "mean"] for r in rows], axis=1).argmax()]
     return {c: {m: best(m)[c][m] for m in rows[0][c]} for c in rows[0]} if rows else {}
 
+# %% ../nbs/11_runs.ipynb #4071e702
+def check_names(config: Config, names: list[str]) -> None:
+    "ConfigError for a category whose name stands for something else: 'mean' in results, 'all' in settings."
+    if "mean" in names:
+        raise ConfigError(f"{config.data_root}: results call the mean over categories 'mean', so no category can be "
+                          "called so; rename its folder")
+    if config.category == "all" and "all" in names and len(names) > 1:
+        raise ConfigError(f"{config.data_root}: category 'all' is one model for all {len(names)} categories, so none "
+                          "of them can be called so; rename its folder")
+
 # %% ../nbs/11_runs.ipynb #073cb633
 class Run:
     "`Run(config)` reads the data (DataError, ConfigError), `.train()` evaluates, too, `.finish()` writes the results."
@@ -485,6 +495,7 @@ class Run:
         self.config, self.progress, s = config, progress, config.settings
         self.train_set, self.test_set = load(config.dataset, config.data_root, config.category,
                                              Transform(**s["transform"]))
+        check_names(config, self.test_set.categories)
         torch.manual_seed(config.seed)
         self.backbone = backbone_of(config).to(config.device)
         detector = DETECTORS[config.method](self.backbone, score=Score(**s["score"]), **s["detector"])
@@ -642,8 +653,8 @@ def write_results(run: Run) -> dict:
     for r in evaluated:
         each = {f"{c}/{m}": v for c, values in r["results"].items() if c != "mean" for m, v in values.items()}
         rows.append({k: v for k, v in r.items() if k not in ("results", "base", "evaluating")} | each)
-    pd.DataFrame(rows).to_csv(run.out / "history.csv", index=False)
-    score_table(run).to_csv(run.out / "scores.csv", index=False)
+    for name, table in (("history", pd.DataFrame(rows)), ("scores", score_table(run))):  # names of other encodings, too
+        table.to_csv(run.out / f"{name}.csv", index=False, errors="backslashreplace")
     run.detector.trained_on = [image_id(r.image) for r in run.normal.records]
     run.detector.save(run.out / "model.safetensors")
     trace = base_trace([0, *(r["epoch"] for r in evaluated)], [run.base_start, *(r["base"] for r in evaluated)])
@@ -695,6 +706,9 @@ def execute_notebook(name: str, executed: Path, parameters: dict, engine: str | 
     except papermill.PapermillExecutionError as error:
         kind = {k.__name__: k for k in (DataError, ConfigError, WeightsError)}.get(error.ename, RuntimeError)
         raise kind(f"{error.ename}: {error.evalue} (the executed notebook shows where: {executed})") from error
+    except UnicodeEncodeError as error:
+        odd = [v for v in map(str, parameters.values()) if any("\ud800" <= c <= "\udfff" for c in v)]
+        raise ConfigError(f"{', '.join(odd)}: a notebook holds names in UTF-8 alone; rename what is not") from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

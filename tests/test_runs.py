@@ -1029,6 +1029,37 @@ def test_images_without_masks_are_told(tmp_path):
     assert "anomalous images of own are without masks, so pixel metrics cannot be computed there" in runs.contents(run)
 
 
+def test_names_that_are_not_utf8(tmp_path):
+    "They end no training; where a notebook cannot hold them, that is said before it."
+    names, own = ("0", "1", os.fsdecode(b"caf\xe9")), tmp_path / "own"
+    for kind, stems in (("train/good", "0123"), ("test/good", "012"), ("test/bad", names), ("masks/bad", names)):
+        (own / kind).mkdir(parents=True)
+        for i, stem in enumerate(stems):
+            Image.new("L", (40, 40), 60 * i).save(own / kind / f"{stem}.png")
+            if kind == "masks/bad":
+                Image.fromarray(np.eye(40, dtype=np.uint8)).save(own / kind / f"{stem}.png")
+    run = execute(tmp_path / "run", dataset="folder", data_root=str(own), category="own")
+    assert run.metrics["results"]["last"]["own"]["pixel_auroc"] is not None
+    assert pd.read_csv(run.out / "scores.csv")["image"].str.contains("caf.udce9", regex=True).sum() == 1
+    odd = str(own.rename(tmp_path / os.fsdecode(b"parts\xe9")))
+    with pytest.raises(ConfigError, match="UTF-8 alone; rename"):
+        run_notebook(dict(dataset="folder", data_root=odd, category="all", out_dir=str(tmp_path / "nb")))
+
+
+@pytest.mark.parametrize("name, category", [("mean", "all"), ("mean", "weave"), ("mean", "mean"), ("all", "all")])
+def test_a_category_called_as_something_else(name, category, toy, tmp_path):
+    "Its results would be replaced by the mean, or all categories would be trained on in its place."
+    shutil.copytree(toy / "bolt", tmp_path / "data" / name)
+    shutil.copytree(toy / "weave", tmp_path / "data" / "weave")
+    given = configure(dataset="mvtec", data_root=str(tmp_path / "data"), category=category, out_dir=str(tmp_path / "r"))
+    if category == "weave":
+        Run(given, progress=False)
+        return
+    with pytest.raises(ConfigError, match="rename its folder"):
+        Run(given, progress=False)
+    assert not (tmp_path / "r").exists()
+
+
 # -- what a run keeps for the figures ------------------------------------------------------------------------------
 
 def test_trace_of_the_base_begins_before_the_training(every):
