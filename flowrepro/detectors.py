@@ -254,7 +254,7 @@ def calibrate(detector: Detector, bank: FeatureBank, labels: Tensor | None = Non
 # %% ../nbs/07_detectors.ipynb #5743c4cb
 def score_parts(detector: Detector, parts: list[Parts], score: Score | None = None) -> tuple[Tensor, Tensor]:
     "Anomaly maps (B, size, size) and image scores (B,) of the parts, under the detector's score or another."
-    stats = None if detector.calibration.isnan().any() else detector.calibration
+    stats = None if not is_exporting() and detector.calibration.isnan().any() else detector.calibration
     return score_batch(parts, detector.backbone.size, score or detector.score, stats)
 
 
