@@ -431,6 +431,21 @@ def test_image_alone(parts_folder):
     assert len(one) == len(two)
 
 
+def test_masks_of_a_reader_of_your_own(toy):
+    "Where it moves images and masks, `masks` are the moved ones, without rotation."
+    class Moved(Dataset):
+        def __getitem__(self, i):
+            s = super().__getitem__(i)
+            return replace(s, image=s.image.roll(9, 2), mask=s.mask.roll(9, 1))
+    plain = load("toy", toy, "bolt", Transform(32, rotate=5.))[1]
+    own = Moved(plain.records, Transform(32, rotate=5.))
+    assert np.array_equal(own.masks(), np.roll(plain.masks(), 9, 2)) and own.transform.rotate == 5
+
+    class Elsewhere(Dataset):
+        def __getitem__(self, i): return replace(super().__getitem__(i), mask=torch.zeros(32, 32, dtype=torch.bool))
+    assert not Elsewhere([replace(r, mask=None) for r in plain.records], Transform(32)).masks().any()
+
+
 def test_sixteen_bits_in_color(tmp_path):
     a = np.full((6, 8, 3), 40000, np.uint16)
     for name, content in (("rgb.png", deep_png(a)), ("rgba.png", deep_png(np.dstack([a, a])[..., :4])),
