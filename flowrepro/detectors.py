@@ -340,8 +340,8 @@ def weights_of(weight_id: str, path: str | Path) -> str:
 
 # %% ../nbs/07_detectors.ipynb #eb91ced4
 def own_classes(detector: Detector) -> list[str]:
-    "Classes of your own that a detector is made of, but for its backbone's."
-    made = {n: type(m) for n, m in detector.named_modules() if n.partition(".")[0] != "backbone"}
+    "Classes of your own that a detector is made of, but for those inside its backbone."
+    made = {n: type(m) for n, m in detector.named_modules() if not n.startswith("backbone.")}
     return sorted({t.__name__ for t in made.values() if t.__module__.partition(".")[0] not in ("flowrepro", "torch")})
 
 # %% ../nbs/07_detectors.ipynb #e10d552c

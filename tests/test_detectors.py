@@ -482,6 +482,17 @@ def test_a_base_of_your_own_is_not_lost(tiny_backbone, tmp_path, monkeypatch):
     assert type(Detector.load(path)) is Mine
 
 
+def test_a_backbone_of_your_own_is_not_lost(tiny_backbone, tmp_path):
+    "One that makes other features of the same weights: the file does not load with plain ones."
+    class Pooled(Backbone):
+        def forward(self, images): return [x.mean((2, 3), keepdim=True).expand_as(x) for x in super().forward(images)]
+    backbone, path = tiny_backbone(), tmp_path / "m.safetensors"
+    backbone.__class__ = Pooled
+    FastFlow(backbone, steps=1).save(path)
+    with pytest.raises(DataError, match="Pooled of your own"):
+        Detector.load(path)
+
+
 @pytest.mark.parametrize("settings", [
     dict(steps=2), dict(steps=1, norm="layer", soft=True, score=PUBLISHED["fastflow"]),
     dict(steps=3, kernels=(1, 3), ratio=0.5, clamp=1.5, rule="unit-gain", norm="none",
