@@ -165,7 +165,7 @@ class Transform:
               generator: torch.Generator | None = None) -> torch.Tensor:
         "RGB image to uint8 (3, size, size). `angle` None: drawn."
         im = fit_square(im, self.size, self.policy, self.interpolation)
-        angle = self.angle(generator) if angle is None else angle
+        if angle is None: angle = self.angle(generator) if self.random else 0.0
         if angle: im = im.rotate(angle)
         return torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous()
 

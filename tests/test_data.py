@@ -431,6 +431,15 @@ def test_image_alone(parts_folder):
     assert len(one) == len(two)
 
 
+def test_an_angle_of_your_own():
+    "Without rotation none is drawn: a detector so sees new images."
+    class Quarters(Transform):
+        def angle(self, generator=None): return 90.0*int(torch.randint(1, 4, (), generator=generator))
+    im = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    still, turned = Transform(8).image(im), Quarters(8, rotate=270.).image(im)
+    assert torch.equal(replace(Quarters(8, rotate=270.), rotate=0.).image(im), still) and not torch.equal(turned, still)
+
+
 def test_masks_of_a_reader_of_your_own(toy):
     "Where it moves images and masks, `masks` are the moved ones, without rotation."
     class Moved(Dataset):
