@@ -193,6 +193,7 @@ def fit(
     identity = {"method": model.method, "detector": dict(model.config), "schedule": schedule.told(),
                 "altub": altub and asdict(altub), "source": source}
     start, history = 0, []
+    model.calibration.fill_(math.nan)  # of the weights before; until the training is through, there is none
     if checkpoint is not None and Path(checkpoint).exists():
         start, history = read_checkpoint(Path(checkpoint), model, optimizers, identity)
     bar = tqdm(range(start, schedule.epochs), "training", schedule.epochs, initial=start, unit="epoch",
@@ -308,7 +309,6 @@ def fit_dataset(
     bank = FeatureBank(normal, model.backbone, where=where, cache=cache, device=str(model.device), progress=progress,
                        copies=copies, seed=schedule.seed)
     model.prepare(bank)
-    model.calibration.fill_(math.nan)  # of the weights before; until the training is through, there is none
     history = fit(model, bank, schedule, labels, altub, progress=progress)
     model.calibrate(bank, labels)
     return history

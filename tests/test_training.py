@@ -334,6 +334,14 @@ def test_no_score_from_an_interrupted_training(tiny_backbone, toy, monkeypatch):
         model.predict(test)
 
 
+def test_no_calibration_of_other_weights(make, features):
+    "Trained on by the loop alone, without `Detector.fit`: it must be calibrated anew."
+    model = make()
+    model.calibrate(features.bank)
+    fit(model, features.bank, SCHEDULE, progress=False)
+    assert model.calibration.isnan().all()
+
+
 @pytest.mark.parametrize("size", [31, 33])
 def test_images_of_another_size_than_the_backbone(size, tiny_backbone, toy):
     "Refused even where the features come out as large; `predict` would take no image afterwards."
