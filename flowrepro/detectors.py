@@ -530,7 +530,8 @@ class DenseDetector(Detector):
 # %% ../nbs/07_detectors.ipynb #5a852958
 def fiber_batches(rows: int, size: int, generator: torch.Generator | None = None) -> Tensor:
     "Numbers of shuffled rows, (rows // size, size): a fiber batch a line, what is left over dropped."
-    return torch.randperm(rows, generator=generator)[: rows - rows % size].view(-1, size)
+    device = generator and generator.device  # else the default one
+    return torch.randperm(rows, generator=generator, device=device)[: rows - rows % size].view(-1, size)
 
 # %% ../nbs/07_detectors.ipynb #25206a37
 class CFlowCore(DenseDetector):

@@ -89,7 +89,7 @@ def batches(n: int, batch: int, seed: int, epoch: int, copies: int = 1) -> Itera
     """Index tensors of one epoch over n images; what is left over after the last full batch is dropped.
     Of several copies of all images an epoch takes one, in turn."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-    order = torch.randperm(n, generator=generator) + epoch % copies * n
+    order = torch.randperm(n, generator=generator, device=generator.device) + epoch % copies * n
     yield from order[: max(n - n % batch, min(n, batch))].split(batch)
 
 # %% ../nbs/10_training.ipynb #07ceb3dd
