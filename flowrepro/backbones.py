@@ -441,7 +441,9 @@ def stages(b: Backbone, x: torch.Tensor) -> list[torch.Tensor]:
     if x.device.type == "cpu" and not is_exporting() and len(x) > n:
         return [torch.cat(level) for level in zip(*(stages(b, part) for part in x.split(n)))]
     if b.channels_last: x = x.contiguous(memory_format=torch.channels_last)
-    cast = nullcontext() if b.dtype == "float32" else torch.autocast(x.device.type, DTYPES[b.dtype])
+    exact = b.dtype == "float32"                                     # whatever autocast the caller is under
+    cast = (nullcontext() if x.is_meta or exact and is_exporting()
+            else torch.autocast(x.device.type, DTYPES[b.dtype], enabled=not exact))
     with cast:
         out = b.net.forward_intermediates(x, indices=list(b.levels), norm=b.plain, stop_early=True, output_fmt="NCHW",
                                           intermediates_only=True)

@@ -165,7 +165,7 @@ class Transform:
               generator: torch.Generator | None = None) -> torch.Tensor:
         "RGB image to uint8 (3, size, size). `angle` None: drawn."
         im = fit_square(im, self.size, self.policy, self.interpolation)
-        angle = self.angle(generator) if angle is None else angle
+        if angle is None: angle = self.angle(generator) if self.random else 0.0
         if angle: im = im.rotate(angle)
         return torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous()
 
@@ -237,15 +237,17 @@ class Dataset(torch.utils.data.Dataset):
         return own
 
     def masks(self) -> np.ndarray:
-        "All masks, bool (N, h, w), without rotation. `DataError` if an anomalous image has none."
-        side = self.transform.mask_size or self.transform.size
+        """All masks, bool (N, h, w), without rotation, of a subclass its own.
+        `DataError` if an anomalous image has none."""
+        side, still = self.transform.mask_size or self.transform.size, copy.copy(self)
+        still.transform, own = replace(self.transform, rotate=0.0), type(self).__getitem__ is not Dataset.__getitem__
         out = np.zeros((len(self), side, side), bool)
         for i, r in enumerate(self.records):
-            if (m := read_mask(r, self.transform)) is None:
+            if (m := still[i].mask if own else read_mask(r, self.transform)) is None:
                 raise DataError(f"{r.image}: anomalous without a mask, so pixel metrics are not available; "
                                 "add masks, or use image metrics only")
             out[i] = m.numpy()
-        _warn_lost(self, [r for r, m in zip(self.records, out) if r.label and not m.any()], side)
+        _warn_lost(self, [r for r, m in zip(self.records, out) if r.label and r.mask and not m.any()], side)
         return out
 
 # %% ../nbs/00_data.ipynb #0b705197

@@ -254,7 +254,7 @@ def calibrate(detector: Detector, bank: FeatureBank, labels: Tensor | None = Non
 # %% ../nbs/07_detectors.ipynb #5743c4cb
 def score_parts(detector: Detector, parts: list[Parts], score: Score | None = None) -> tuple[Tensor, Tensor]:
     "Anomaly maps (B, size, size) and image scores (B,) of the parts, under the detector's score or another."
-    stats = None if detector.calibration.isnan().any() else detector.calibration
+    stats = None if not is_exporting() and detector.calibration.isnan().any() else detector.calibration
     return score_batch(parts, detector.backbone.size, score or detector.score, stats)
 
 
@@ -341,8 +341,8 @@ def weights_of(weight_id: str, path: str | Path) -> str:
 
 # %% ../nbs/07_detectors.ipynb #eb91ced4
 def own_classes(detector: Detector) -> list[str]:
-    "Classes of your own that a detector is made of, but for its backbone's."
-    made = {n: type(m) for n, m in detector.named_modules() if n.partition(".")[0] != "backbone"}
+    "Classes of your own that a detector is made of, but for those inside its backbone."
+    made = {n: type(m) for n, m in detector.named_modules() if not n.startswith("backbone.")}
     return sorted({t.__name__ for t in made.values() if t.__module__.partition(".")[0] not in ("flowrepro", "torch")})
 
 # %% ../nbs/07_detectors.ipynb #e10d552c
@@ -531,7 +531,8 @@ class DenseDetector(Detector):
 # %% ../nbs/07_detectors.ipynb #5a852958
 def fiber_batches(rows: int, size: int, generator: torch.Generator | None = None) -> Tensor:
     "Numbers of shuffled rows, (rows // size, size): a fiber batch a line, what is left over dropped."
-    return torch.randperm(rows, generator=generator)[: rows - rows % size].view(-1, size)
+    device = generator and generator.device  # else the default one
+    return torch.randperm(rows, generator=generator, device=device)[: rows - rows % size].view(-1, size)
 
 # %% ../nbs/07_detectors.ipynb #25206a37
 class CFlowCore(DenseDetector):

@@ -24,7 +24,6 @@ from . import __version__
 from .data import Dataset
 from .detectors import Detector, check_images, check_trained, open_images
 from .features import taking_place
-from .scores import score_batch
 
 # %% ../nbs/10b_export.ipynb #98af28a1
 class Program(nn.Module):
@@ -42,7 +41,7 @@ class Program(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         d = self.detector
         label = None if self.number is None else torch.full((images.shape[0],), self.number)
-        return score_batch(d.parts(d.backbone(images), label), d.backbone.size, d.score, d.calibration)
+        return d.score_parts(d.parts(d.backbone(images), label))
 
 # %% ../nbs/10b_export.ipynb #d5f9a7c7
 def write_pt2(program: Program, images: Tensor, path: Path, about: dict) -> None:

@@ -33,7 +33,7 @@ import torch
 from tqdm.auto import tqdm
 
 import flowrepro
-from .backbones import DTYPES, sha256
+from .backbones import DTYPES, Backbone, sha256
 from .data import Dataset
 
 # %% ../nbs/02_features.ipynb #73a478f0
@@ -45,12 +45,14 @@ def files_hash(paths: Iterable[str | Path]) -> str:
     return hashlib.sha256(b"".join(bytes.fromhex(sha256(p)) for p in paths)).hexdigest()
 
 def bank_key(dataset, backbone, dtype: str, copies: int = 1, seed: int = 0) -> str:
-    "Hex key of everything that decides the numbers in a bank; of a subclass of `Dataset`, also some of its images."
+    """Hex key of everything that decides the numbers in a bank; of a subclass of `Dataset`, also some of its images,
+    of a backbone of your own also the name of its class."""
     code = files_hash(Path(flowrepro.__file__).with_name(f"{m}.py") for m in MADE_BY)
     parts = dict(format=FORMAT, code=code, images=files_hash([r.image for r in dataset.records]),
                  transform=repr(dataset.transform),
                  backbone=backbone.config(), dtype=dtype, copies=copies,
                  seed=seed if copies > 1 or dataset.transform.random else 0)
+    if type(backbone) is not Backbone: parts |= dict(network=type(backbone).__qualname__)
     if isinstance(dataset, Dataset) and type(dataset) is not Dataset and not dataset.transform.random:
         some = [dataset[i].image.numpy().tobytes() for i in sorted({0, len(dataset)//2, len(dataset) - 1})]
         parts |= dict(kind=type(dataset).__qualname__, some=hashlib.sha256(b"".join(some)).hexdigest())

@@ -343,9 +343,12 @@ class Flow(nn.Module):
                 y, j = step.coupling(x, cond)
                 x, logdet = step.mixing(y, g), logdet + j
         else:  # steps of your own
-            logdet = 0.0
+            logdet = x.new_zeros(x.select(self.steps[0].dim, 0).shape)
             for step in self.steps:
                 x, j = step(x, cond)
+                if isinstance(j, Tensor) and j.ndim not in (0, logdet.ndim):  # it would be broadcast
+                    raise ValueError(f"{type(step).__name__} gives log-determinants of shape {tuple(j.shape)}: "
+                                     f"a step gives one for each position, {tuple(logdet.shape)}")
                 logdet = logdet + j
         return x, logdet if local or self.steps[0].dim == -1 else logdet.flatten(1).sum(1)
 

@@ -142,7 +142,8 @@ def gaussian(maps: Tensor, sigma: float) -> Tensor:
     if sigma <= 0:
         return maps
     down, across = (smoothing(n, sigma, maps.device, maps.dtype) for n in maps.shape[1:])
-    return down @ maps @ across.T
+    with torch.autocast(maps.device.type, enabled=False):
+        return down @ maps @ across.T
 
 # %% ../nbs/08_scores.ipynb #8f8f9024
 def normality(

@@ -89,7 +89,7 @@ def batches(n: int, batch: int, seed: int, epoch: int, copies: int = 1) -> Itera
     """Index tensors of one epoch over n images; what is left over after the last full batch is dropped.
     Of several copies of all images an epoch takes one, in turn."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-    order = torch.randperm(n, generator=generator) + epoch % copies * n
+    order = torch.randperm(n, generator=generator, device=generator.device) + epoch % copies * n
     yield from order[: max(n - n % batch, min(n, batch))].split(batch)
 
 # %% ../nbs/10_training.ipynb #07ceb3dd
@@ -193,6 +193,7 @@ def fit(
     identity = {"method": model.method, "detector": dict(model.config), "schedule": schedule.told(),
                 "altub": altub and asdict(altub), "source": source}
     start, history = 0, []
+    model.calibration.fill_(math.nan)  # of the weights before; until the training is through, there is none
     if checkpoint is not None and Path(checkpoint).exists():
         start, history = read_checkpoint(Path(checkpoint), model, optimizers, identity)
     bar = tqdm(range(start, schedule.epochs), "training", schedule.epochs, initial=start, unit="epoch",
@@ -308,7 +309,6 @@ def fit_dataset(
     bank = FeatureBank(normal, model.backbone, where=where, cache=cache, device=str(model.device), progress=progress,
                        copies=copies, seed=schedule.seed)
     model.prepare(bank)
-    model.calibration.fill_(math.nan)  # of the weights before; until the training is through, there is none
     history = fit(model, bank, schedule, labels, altub, progress=progress)
     model.calibrate(bank, labels)
     return history

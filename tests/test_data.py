@@ -431,6 +431,30 @@ def test_image_alone(parts_folder):
     assert len(one) == len(two)
 
 
+def test_an_angle_of_your_own():
+    "Without rotation none is drawn: a detector so sees new images."
+    class Quarters(Transform):
+        def angle(self, generator=None): return 90.0*int(torch.randint(1, 4, (), generator=generator))
+    im = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    still, turned = Transform(8).image(im), Quarters(8, rotate=270.).image(im)
+    assert torch.equal(replace(Quarters(8, rotate=270.), rotate=0.).image(im), still) and not torch.equal(turned, still)
+
+
+def test_masks_of_a_reader_of_your_own(toy):
+    "Where it moves images and masks, `masks` are the moved ones, without rotation."
+    class Moved(Dataset):
+        def __getitem__(self, i):
+            s = super().__getitem__(i)
+            return replace(s, image=s.image.roll(9, 2), mask=s.mask.roll(9, 1))
+    plain = load("toy", toy, "bolt", Transform(32, rotate=5.))[1]
+    own = Moved(plain.records, Transform(32, rotate=5.))
+    assert np.array_equal(own.masks(), np.roll(plain.masks(), 9, 2)) and own.transform.rotate == 5
+
+    class Elsewhere(Dataset):
+        def __getitem__(self, i): return replace(super().__getitem__(i), mask=torch.zeros(32, 32, dtype=torch.bool))
+    assert not Elsewhere([replace(r, mask=None) for r in plain.records], Transform(32)).masks().any()
+
+
 def test_sixteen_bits_in_color(tmp_path):
     a = np.full((6, 8, 3), 40000, np.uint16)
     for name, content in (("rgb.png", deep_png(a)), ("rgba.png", deep_png(np.dstack([a, a])[..., :4])),

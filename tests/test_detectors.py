@@ -17,7 +17,7 @@ from flowrepro.backbones import Backbone, WeightsError
 from flowrepro.bases import Base
 from flowrepro.data import DataError, Dataset, Transform, load, read
 from flowrepro.detectors import DETECTORS, FASTFLOW_PUBLISHED, HGAD, CFlow, Detector, FastFlow, Standardise, norm_layer
-from flowrepro.scores import PUBLISHED, Score
+from flowrepro.scores import PUBLISHED, Score, gaussian
 
 SHAPES = {  # of the published backbones' features
     "resnet18.tv_in1k": [(64, 64, 64), (128, 32, 32), (256, 16, 16)],
@@ -387,6 +387,15 @@ def test_predict_nothing(trained, nothing):
 
 # -- every part matters --------------------------------------------------------------------------------------------
 
+def test_autocast_around_it(tiny_backbone):
+    "Features and maps are as exact as without; the networks of the flows alone run in bfloat16."
+    with torch.autocast("cpu", torch.bfloat16):
+        backbone, x = tiny_backbone(), torch.rand(2, 3, 32, 32)
+        features, maps = backbone(x), gaussian(x[:, 0], 2.0)
+    assert all(torch.equal(a, b) for a, b in zip(features, backbone(x)))
+    assert maps.dtype == torch.float32 and torch.equal(maps, gaussian(x[:, 0], 2.0))
+
+
 def test_scores_depend_on_every_part(trained, images):
     """Of every level, the base density changes map and score; the log-determinant changes the map,
     and the score if it is asked to."""
@@ -480,6 +489,17 @@ def test_a_base_of_your_own_is_not_lost(tiny_backbone, tmp_path, monkeypatch):
     make(Mine).save(path)
     monkeypatch.setitem(DETECTORS, "mine", Mine)
     assert type(Detector.load(path)) is Mine
+
+
+def test_a_backbone_of_your_own_is_not_lost(tiny_backbone, tmp_path):
+    "One that makes other features of the same weights: the file does not load with plain ones."
+    class Pooled(Backbone):
+        def forward(self, images): return [x.mean((2, 3), keepdim=True).expand_as(x) for x in super().forward(images)]
+    backbone, path = tiny_backbone(), tmp_path / "m.safetensors"
+    backbone.__class__ = Pooled
+    FastFlow(backbone, steps=1).save(path)
+    with pytest.raises(DataError, match="Pooled of your own"):
+        Detector.load(path)
 
 
 @pytest.mark.parametrize("settings", [

@@ -128,6 +128,18 @@ def test_leaves_the_detector_alone(trained, tmp_path):
     assert any(p.requires_grad for p in detector.flows.parameters())
 
 
+def test_scores_of_your_own(trained, tiny_backbone, tmp_path):
+    "A detector that makes its own of the parts is written with it."
+    class Mine(FastFlow):
+        def score_parts(self, parts, score=None):
+            maps, _ = super().score_parts(parts, score)
+            return 2 * maps, maps.flatten(1).mean(1)
+    mine = Mine(tiny_backbone(), steps=2).eval()
+    mine.load_state_dict(trained["fastflow"].state_dict())
+    export(mine, tmp_path / "m.pt2", noise(3))
+    agree(module.run_pt2(tmp_path / "m.pt2", noise(3)), mine, noise(3))
+
+
 def test_a_file_that_says_something_else(trained, tmp_path):
     "It is refused: another detector's, or one that gives NaN."
     file, program = tmp_path / "m.pt2", module.Program(trained["fastflow"])

@@ -367,6 +367,14 @@ def test_network_of_your_own(folder):
     assert not any(level.requires_grad for level in b[0:2])
 
 
+def test_other_features_of_the_same_weights(folder):
+    "The same settings in a class of your own: features of their own in a cache."
+    from flowrepro.backbones import Backbone
+    b = Backbone("resnet18", (1,), weights="random", size=16)
+    plain, b.__class__ = ft.bank_key(Data(folder), b, "float32"), type("Pooled", (Backbone,), {})
+    assert ft.bank_key(Data(folder), b, "float32") != plain
+
+
 def test_floats_beyond_one(folder):
     "Images of 0 to 255 are told from such of 0 to 1 before they are features."
     class Floats(Data):

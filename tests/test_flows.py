@@ -590,6 +590,20 @@ def test_steps_of_your_own():
     assert torch.allclose(logdet, exact, atol=1e-5)
 
 
+@pytest.mark.parametrize("j, total", [(0.0, 0), (torch.zeros(()), 0), (torch.ones(4, 4, 4), 16), (torch.ones(4), None)])
+def test_log_determinants_of_a_step_of_your_own(j, total):
+    "One for each position, or a number for all; one for each image would be broadcast over positions, and is refused."
+    class Reversed(torch.nn.Module):
+        dim = 1
+        def forward(self, x, cond=None): return x.flip(1), j
+    flow = flows.Flow([Reversed()])
+    if total is None:
+        with pytest.raises(ValueError, match=r"Reversed gives .* shape \(4,\): a step gives .* position, \(4, 4, 4\)"):
+            flow(torch.randn(4, 6, 4, 4))
+    else:
+        assert flow(torch.randn(4, 6, 4, 4))[1].tolist() == [total] * 4
+
+
 def test_default_dtype():
     "A flow made under float64 is float64 in all its parts."
     torch.set_default_dtype(torch.float64)

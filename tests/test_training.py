@@ -14,7 +14,7 @@ from flowrepro import training
 from flowrepro.altub import AltUB, BaseTurn
 from flowrepro.backbones import state_hash
 from flowrepro.data import Dataset, Transform, load, read
-from flowrepro.detectors import HGAD, CFlow, FastFlow
+from flowrepro.detectors import HGAD, CFlow, FastFlow, fiber_batches
 from flowrepro.scores import Score
 from flowrepro.training import (
     Schedule, TrainingError, adam_step, batches, fit, fit_dataset, optimizers_of, read_checkpoint, train_batch,
@@ -334,6 +334,14 @@ def test_no_score_from_an_interrupted_training(tiny_backbone, toy, monkeypatch):
         model.predict(test)
 
 
+def test_no_calibration_of_other_weights(make, features):
+    "Trained on by the loop alone, without `Detector.fit`: it must be calibrated anew."
+    model = make()
+    model.calibrate(features.bank)
+    fit(model, features.bank, SCHEDULE, progress=False)
+    assert model.calibration.isnan().all()
+
+
 @pytest.mark.parametrize("size", [31, 33])
 def test_images_of_another_size_than_the_backbone(size, tiny_backbone, toy):
     "Refused even where the features come out as large; `predict` would take no image afterwards."
@@ -433,6 +441,13 @@ def test_batches(n, batch, steps):
     assert {len(b) for b in got} == {min(n, batch)}
     assert len(flat.unique()) == len(flat)
     assert 0 <= flat.min() <= flat.max() < n
+
+
+def test_another_default_device():
+    "The order of images and fibers is drawn where its generator is, as torch asks for."
+    with torch.device("meta"):
+        drawn = [*batches(6, 2, 0, 0), fiber_batches(6, 2, torch.Generator())]
+    assert {i.device.type for i in drawn} == {"cpu"}
 
 
 def test_batches_are_shuffled_anew():
