@@ -272,12 +272,11 @@ def read_mask(r: Record, t: Transform, size: tuple[int, int] | None = None, angl
 
 # %% ../nbs/00_data.ipynb #0a28e36e
 def _warn_lost(ds: Dataset, lost: list[Record], side: int) -> None:
-    empty = [r for r in lost if not open_mask(r.mask).getbbox()]
-    for rs, why in ((empty, "a mask that is empty in its file; restore the mask or correct the label"),
-                    ([r for r in lost if r not in empty], f"no defect pixel left after policy {ds.transform.policy!r} "
-                                                          f"to {side} px; see cropped_defects, "
-                                                          "or use another policy or size")):
-        if rs:
+    filled = [bool(open_mask(r.mask).getbbox()) for r in lost]
+    for left, why in ((False, "a mask that is empty in its file; restore the mask or correct the label"),
+                      (True, f"no defect pixel left after policy {ds.transform.policy!r} to {side} px; "
+                             "see cropped_defects, or use another policy or size")):
+        if rs := [r for r, f in zip(lost, filled) if f == left]:
             warnings.warn(f"{len(rs)} of {int(ds.labels.sum())} anomalous images, first {rs[0].image}, have {why}",
                           stacklevel=3)
 
