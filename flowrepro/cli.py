@@ -6,9 +6,9 @@ Docs: https://flowrepro.github.io/flowrepro/cli.html.md"""
 
 # %% auto #0
 __all__ = ['DATASETS', 'cmd_run', 'run_each', 'absolute_root', 'of_the_same_data', 'run_name', 'print_summary', 'print_published',
-           'cmd_reproduce', 'cmd_report', 'cmd_bench', 'cmd_data', 'cmd_fit', 'seen_and_scored', 'threshold_from',
-           'draw_heat_maps', 'cmd_predict', 'cmd_export', 'Help', 'add', 'add_device', 'add_weights', 'add_source',
-           'add_run', 'add_reproduce', 'add_data', 'add_own_images', 'parser', 'main']
+           'cmd_reproduce', 'cmd_report', 'cmd_bench', 'cmd_data', 'scores_of', 'cmd_fit', 'seen_and_scored',
+           'threshold_from', 'draw_heat_maps', 'cmd_predict', 'cmd_export', 'Help', 'add', 'add_device', 'add_weights',
+           'add_source', 'add_run', 'add_reproduce', 'add_data', 'add_own_images', 'parser', 'main']
 
 # %% ../nbs/13_cli.ipynb #149ba2fc
 import argparse
@@ -174,6 +174,18 @@ def cmd_data(args: argparse.Namespace) -> int:
     print(data.check_report(counts, problems, cropped, args.dataset))
     return 2 if problems else 0
 
+# %% ../nbs/13_cli.ipynb #0fe2d7e3
+def scores_of(detector, files: list[Path]):
+    "The scores of image files, (N,); some at a time, as the maps of all of them would fill the memory."
+    import torch
+    from tqdm.auto import tqdm
+
+    from flowrepro.features import no_bar
+
+    some = [files[i:i + 256] for i in range(0, len(files), 256)]
+    bar = tqdm(some, "good images", leave=False, delay=2, disable=no_bar())
+    return torch.cat([detector.predict(part, progress=False)[1] for part in bar])
+
 # %% ../nbs/13_cli.ipynb #72193fae
 def cmd_fit(args: argparse.Namespace) -> int:
     "Train a detector on the normal images of a folder and save it; others, kept back, give a threshold."
@@ -198,8 +210,7 @@ def cmd_fit(args: argparse.Namespace) -> int:
     detector.fit(train, epochs=args.epochs, seed=args.seed, altub=AltUB() if args.altub else None)
     detector.save(args.out)
     if kept := [r.image for r in test.records if not r.label]:  # scored as `predict` will score others
-        n = len(kept)
-        limit = max(detector.predict(kept[i:i + 256])[1].max() for i in range(0, n, 256))  # whose maps fit in memory
+        limit, n = scores_of(detector, kept).max(), len(kept)
         print(f"{n} good images kept back score {limit:.4g} at most; "
               f"a further one is above that with a probability of at most {1/(n + 1):.0%}")
     print(f"{args.method} trained on {len(train)} images: {Path(args.out).resolve()}")
@@ -207,7 +218,7 @@ def cmd_fit(args: argparse.Namespace) -> int:
 
 
 # %% ../nbs/13_cli.ipynb #c96483d1
-def seen_and_scored(detector, files: list[Path], what: str) -> tuple[dict, list, list, list[str]]:
+def seen_and_scored(detector, files: list[Path]) -> tuple[dict, list, list, list[str]]:
     """Image files as the detector sees them, {file: uint8 (size, size, 3)}, their maps and scores;
     and what is wrong with those that cannot be read. DataError if none can."""
     from tqdm.auto import tqdm
@@ -224,7 +235,7 @@ def seen_and_scored(detector, files: list[Path], what: str) -> tuple[dict, list,
             return str(problem)
 
     def pictures():
-        read = tqdm(read_ahead(look, len(files)), what, len(files), unit="image", leave=False, disable=no_bar())
+        read = tqdm(read_ahead(look, len(files)), "scores", len(files), unit="image", leave=False, disable=no_bar())
         for file, picture in zip(files, read):
             if isinstance(picture, str):
                 problems.append(picture)
@@ -242,8 +253,6 @@ def seen_and_scored(detector, files: list[Path], what: str) -> tuple[dict, list,
 def threshold_from(detector, folder: str, fpr: float) -> float:
     """The score that a further good image exceeds with a probability of at most `fpr`,
     by those of a folder that were not trained on."""
-    import torch
-
     from flowrepro.detectors import image_files, not_trained_on
     from flowrepro.metrics import fpr_threshold
 
@@ -251,8 +260,7 @@ def threshold_from(detector, folder: str, fpr: float) -> float:
     new = not_trained_on(detector, every)
     print(f"{len(new)} good images for the threshold" + f", {len(every) - len(new)} left out that the detector was "
           "trained on" * (len(new) < len(every)))
-    some = [new[i:i + 256] for i in range(0, len(new), 256)]  # the maps of all of them would fill the memory
-    return fpr_threshold(torch.cat([detector.predict(files)[1] for files in some]), fpr)
+    return fpr_threshold(scores_of(detector, new), fpr)
 
 # %% ../nbs/13_cli.ipynb #017c50c9
 def draw_heat_maps(out: Path, top: Path, pictures: dict, maps) -> list[str]:
@@ -298,7 +306,7 @@ def cmd_predict(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {out}: heat maps would lie among the images; give them a folder of their own")
     open_out(out)
     limit = None if args.good is None else threshold_from(detector, args.good, fpr)
-    seen, maps, scores, problems = seen_and_scored(detector, files, "scores")
+    seen, maps, scores, problems = seen_and_scored(detector, files)
     table = pd.DataFrame({"image": list(map(str, seen)), "score": scores}).sort_values("score", ascending=False)
     if limit is not None:
         table["anomalous"] = table["score"] > limit

@@ -159,13 +159,17 @@ class Transform:
 
     def angle(self, generator: torch.Generator | None = None) -> float:
         "A random angle in degrees."
-        return (2*torch.rand((), generator=generator).item() - 1)*self.rotate if self.random else 0.0
+        return (2*torch.rand((), generator=generator).item() - 1)*self.rotate
+
+    def turn(self, generator: torch.Generator | None = None) -> float:
+        "What an image is rotated by, in degrees: a random angle, or 0 without rotation."
+        return self.angle(generator) if self.random else 0.0
 
     def image(self, im: Image.Image, angle: float | None = None,
               generator: torch.Generator | None = None) -> torch.Tensor:
         "RGB image to uint8 (3, size, size). `angle` None: drawn."
         im = fit_square(im, self.size, self.policy, self.interpolation)
-        if angle is None: angle = self.angle(generator) if self.random else 0.0
+        angle = self.turn(generator) if angle is None else angle
         if angle: im = im.rotate(angle)
         return torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous()
 
@@ -210,13 +214,13 @@ class Dataset(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> Sample:
         r, t = self.records[i], self.transform
-        im, angle = open_image(r.image), t.angle(self.generator)
+        im, angle = open_image(r.image), t.turn(self.generator)
         return Sample(t.image(im, angle), r.label, read_mask(r, t, im.size, angle), r.category, r.defect, r.image)
 
     def image(self, i: int) -> torch.Tensor:
         "The image of sample i alone, uint8 (3, h, w), without decoding its mask."
         if type(self).__getitem__ is not Dataset.__getitem__: return self[i].image
-        return self.transform.image(open_image(self.records[i].image), self.transform.angle(self.generator))
+        return self.transform.image(open_image(self.records[i].image), self.transform.turn(self.generator))
 
     @property
     def categories(self) -> list[str]: return sorted({r.category for r in self.records})
@@ -240,7 +244,8 @@ class Dataset(torch.utils.data.Dataset):
         """All masks, bool (N, h, w), without rotation, of a subclass its own.
         `DataError` if an anomalous image has none."""
         side, still = self.transform.mask_size or self.transform.size, copy.copy(self)
-        still.transform, own = replace(self.transform, rotate=0.0), type(self).__getitem__ is not Dataset.__getitem__
+        still.transform = replace(self.transform, rotate=0.0)
+        own = type(self).__getitem__ is not Dataset.__getitem__  # else the image need not be read
         out = np.zeros((len(self), side, side), bool)
         for i, r in enumerate(self.records):
             if (m := still[i].mask if own else read_mask(r, self.transform)) is None:

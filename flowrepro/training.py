@@ -193,7 +193,6 @@ def fit(
     identity = {"method": model.method, "detector": dict(model.config), "schedule": schedule.told(),
                 "altub": altub and asdict(altub), "source": source}
     start, history = 0, []
-    model.calibration.fill_(math.nan)  # of the weights before; until the training is through, there is none
     if checkpoint is not None and Path(checkpoint).exists():
         start, history = read_checkpoint(Path(checkpoint), model, optimizers, identity)
     bar = tqdm(range(start, schedule.epochs), "training", schedule.epochs, initial=start, unit="epoch",
@@ -213,6 +212,7 @@ def train_epoch(model: Detector, bank: FeatureBank, schedule: Schedule, labels: 
                 adam: torch.optim.Optimizer, turn: BaseTurn | None, epoch: int) -> dict:
     "One pass over the images, each step an ordinary one or a turn of the base; its row of the history."
     model.train()
+    model.calibration.fill_(math.nan)  # it was of the weights before
     model.begin(epoch, schedule.epochs)
     began, losses = time.perf_counter(), []
     steps = list(batches(len(bank) // bank.copies, schedule.batch, schedule.seed, epoch, bank.copies))

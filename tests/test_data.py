@@ -438,6 +438,7 @@ def test_an_angle_of_your_own():
     im = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
     still, turned = Transform(8).image(im), Quarters(8, rotate=270.).image(im)
     assert torch.equal(replace(Quarters(8, rotate=270.), rotate=0.).image(im), still) and not torch.equal(turned, still)
+    assert {Quarters(8).turn(), Transform(8).turn()} == {0.} and Quarters(8, rotate=1.).turn() in (90., 180., 270.)
 
 
 def test_masks_of_a_reader_of_your_own(toy):
@@ -447,8 +448,11 @@ def test_masks_of_a_reader_of_your_own(toy):
             s = super().__getitem__(i)
             return replace(s, image=s.image.roll(9, 2), mask=s.mask.roll(9, 1))
     plain = load("toy", toy, "bolt", Transform(32, rotate=5.))[1]
-    own = Moved(plain.records, Transform(32, rotate=5.))
-    assert np.array_equal(own.masks(), np.roll(plain.masks(), 9, 2)) and own.transform.rotate == 5
+    class Turned(Transform):
+        def angle(self, generator=None): return 90.
+    for transform in (Transform(32, rotate=5.), Turned(32, rotate=5.)):
+        own = Moved(plain.records, transform)
+        assert np.array_equal(own.masks(), np.roll(plain.masks(), 9, 2)) and own.transform.rotate == 5
 
     class Elsewhere(Dataset):
         def __getitem__(self, i): return replace(super().__getitem__(i), mask=torch.zeros(32, 32, dtype=torch.bool))

@@ -388,7 +388,7 @@ def test_predict_nothing(trained, nothing):
 # -- every part matters --------------------------------------------------------------------------------------------
 
 def test_autocast_around_it(tiny_backbone):
-    "Features and maps are as exact as without; the networks of the flows alone run in bfloat16."
+    "Features and smoothed maps are as exact as without."
     with torch.autocast("cpu", torch.bfloat16):
         backbone, x = tiny_backbone(), torch.rand(2, 3, 32, 32)
         features, maps = backbone(x), gaussian(x[:, 0], 2.0)

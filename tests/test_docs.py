@@ -167,12 +167,17 @@ def test_browser_check_sees_faults(fault, word, browser, serve, tmp_path):
     assert bool(problems) == bool(word) and (not word or any(word in p for p in problems)), problems
 
 
+def page_of(site: Path, path: Path) -> Path:
+    "The page of a notebook, under its short name."
+    name = path.stem.lstrip("0123456789")
+    name = name.partition("_")[2] if name != path.stem else name
+    return (site / path.relative_to(ROOT / "nbs")).with_name(f"{name}.html")
+
+
 def test_every_notebook_has_its_page(site):
     "Each listed notebook is a page under its short name, and has kept its stored outputs."
     for path in (ROOT / "nbs").rglob("[!_.]*.ipynb"):
-        name = path.stem.lstrip("0123456789")
-        name = name.partition("_")[2] if name != path.stem else name
-        page = (site / path.relative_to(ROOT / "nbs")).with_name(f"{name}.html")
+        page = page_of(site, path)
         assert page.is_file(), f"{path.name} has no page {page.relative_to(site)}"
         cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
         hidden = ("#| hide", "#| export", "#| output: false", "#| include: false")
@@ -182,13 +187,12 @@ def test_every_notebook_has_its_page(site):
 
 
 def test_pages_show_the_source(site):
-    "Every cell marked `exports` stands on its page, below what it documents."
+    "Every cell marked `exports` stands on its page."
     for path in (ROOT / "nbs").rglob("[!_.]*.ipynb"):
         shown = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
         shown = sum(s.startswith("#| exports") for s in shown)
-        page = (site / path.relative_to(ROOT / "nbs")).with_name(f"{path.stem.partition('_')[2] or path.stem}.html")
-        if shown:
-            assert page.read_text().count("<summary>Exported source</summary>") == shown > 1, page.name
+        page = page_of(site, path)
+        assert page.read_text().count("<summary>Exported source</summary>") == shown, page.name
     text = html.unescape(re.sub("<[^>]+>", "", (site / "altub.html").read_text()))
     assert "self.optimizer.zero_grad(set_to_none=True)" in text
 
