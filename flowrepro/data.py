@@ -12,11 +12,11 @@ __all__ = ['Fail', 'EXTENSIONS', 'HOLDOUT', 'TOY_VERSION', 'TOY', 'READERS', 'OF
            'read_folder', 'union_roots', 'read_union', 'Dice', 'png', 'grid', 'disc', 'stroke', 'blob', 'walk', 'mix',
            'draw_weave', 'draw_speckle', 'draw_bolt', 'draw_biscuit', 'shoot', 'toy_image', 'make_toy', 'toy_root',
            'read_toy', 'read', 'load', 'contact_sheet', 'cropped_defects', 'official_categories', 'absent_categories',
-           'inspect_record', 'check_records', 'check', 'check_report']
+           'inspect_record', 'twins', 'check_records', 'check', 'check_report']
 
 # %% ../nbs/00_data.ipynb #e73c4e0d
 import copy, csv, hashlib, json, os, shutil, struct, tempfile, warnings, zlib
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -1008,12 +1008,29 @@ def inspect_record(r: Record) -> list[str]:
     except DataError as e: out.append(str(e))
     return out
 
+# %% ../nbs/00_data.ipynb #d871e6da
+def twins(records: list[Record]) -> list[str]:
+    "Images of the test part that are in the training part, too, byte for byte: the problems found."
+    by_size, out = {}, []
+    for r in records:
+        with suppress(OSError): by_size.setdefault(r.image.stat().st_size, []).append(r)
+    content = lambda r: hashlib.sha256(r.image.read_bytes()).digest()
+    for same in by_size.values():
+        train, test = ([r for r in same if r.split == split] for split in ("train", "test"))
+        if not train or not test: continue
+        with suppress(OSError):   # not readable: a problem that `inspect_record` finds
+            trained = {content(r): r.image for r in train}
+            out += [f"{r.image}: the same image as {trained[c]}, which is trained on; remove one of them"
+                    for r in test if (c := content(r)) in trained]
+    return out
+
 # %% ../nbs/00_data.ipynb #6e8a4ba1
 def check_records(records: list[Record], dataset: str, problems: list[str],
                   progress: bool = True) -> tuple[pd.DataFrame, list[str]]:
     "The same of records that have been read, with the problems found then."
     for r in tqdm(records, desc=f"check {dataset}", unit="image", disable=not (progress and records)):
         problems += inspect_record(r)
+    problems += twins(records)
     rows = []
     for c in dict.fromkeys(r.category for r in records):
         part, _, name = c.partition("/") if dataset == "union" else (dataset, "", c)

@@ -25,7 +25,7 @@ def put(path, size=(8, 8), value=100, spot=None, mode="RGB"):
 def mvtec(root, cat="nut", good="good", bad="bent", ext="png", mask="{}_mask.png"):
     for i in range(3): put(root/cat/"train"/good/f"{i:03}.{ext}")
     for i in range(2):
-        put(root/cat/"test"/good/f"{i:03}.{ext}"); put(root/cat/"test"/bad/f"{i:03}.{ext}")
+        for kind in (good, bad): put(root/cat/"test"/kind/f"{i:03}.{ext}", value=150)
         put(root/cat/"ground_truth"/bad/mask.format(f"{i:03}"), value=0, spot=(3, 3), mode="L")
     return root
 
@@ -768,6 +768,17 @@ def test_nothing_to_train_on(tmp_path, monkeypatch):
     "Told even where no test images are asked for."
     monkeypatch.setitem(D.READERS, "folder", lambda *_, **__: [])
     for test in (True, False): says(lambda: load("folder", tmp_path, test=test), "no train images in folder")
+
+def test_check_finds_images_that_are_trained_on_and_tested(tmp_path, monkeypatch):
+    "By their bytes, whatever they are called; the same size is not enough."
+    mvtec(tmp_path); test = tmp_path/"nut"/"test"
+    assert not [p for p in check(tmp_path, "mvtec", progress=False)[1] if "trained on" in p]
+    put(test/"bent"/"001.png")  # as in train/good
+    found = [p for p in check(tmp_path, "mvtec", progress=False)[1] if "trained on" in p]
+    assert len(found) == 1 and str(test/"bent"/"001.png") in found[0] and "train/good/00" in found[0]
+    def broken(path): raise OSError("Input/output error")
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    assert D.twins(read("mvtec", tmp_path)) == []  # a problem of its own
 
 def test_check_compares_both_counts(tmp_path, monkeypatch):
     mvtec(tmp_path)
