@@ -239,7 +239,7 @@ def test_data_check_crop_of_wide_images(tmp_path, capsys, monkeypatch):
     for kind, n in (("good", 5), ("spot", 3)):
         for i in range(n):
             (root / kind).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (30, 10)).save(root / kind / f"{i}.png")
+            Image.new("RGB", (30, 10), (n, i, 0)).save(root / kind / f"{i}.png")
     (root / "masks/spot").mkdir(parents=True)
     for i, x in enumerate((0, 14, 22)):  # of the center square 10 ... 19
         mask = np.zeros((10, 30), np.uint8)
