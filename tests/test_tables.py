@@ -983,5 +983,7 @@ def test_what_a_report_says_of_a_run(tmp_path):
             in run_section(run, tmp_path))
     cells = ["a b", "settings", "CFLOW-AD", "b", "7", "12.3", "0.45", "678", "cpu (3 CPUs)", "2", "unknown"]
     assert re.findall("<td>(.*?)</td>", runs_section([run], tmp_path)) == cells
+    run["config"]["weights"] = "random"
+    assert ">random b, 7 epochs;" in run_section(run, tmp_path) and "<td>random b</td>" in runs_section([run], tmp_path)
     (tmp_path / "a b").mkdir(), (tmp_path / "a b/run.ipynb").touch()
     assert '<a href="a%20b/run.ipynb">a b</a>' in runs_section([run], tmp_path)
