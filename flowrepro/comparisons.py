@@ -547,7 +547,8 @@ def method_rows(f: Findings) -> list[dict]:
 
 # %% ../nbs/12b_comparisons.ipynb #2892f5b2
 READING = ("Percent. last: the last epoch of a schedule fixed beforehand, the headline. best on test: "
-           "the best evaluated epoch, chosen with the test images metric by metric, "
+           "the best evaluated epoch, chosen with the test images metric by metric "
+           "(with one model for all categories by their mean, so one of them may be below last), "
            "as the papers report. ± is the standard deviation over seeds.")
 COMPARED = ("difference: measured minus published in percentage points, last / best on test. other data, "
             "other backbone: not comparable with the published number. "

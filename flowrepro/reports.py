@@ -437,7 +437,8 @@ pre{font-size:12px;overflow-x:auto}img{max-width:100%}h2{margin-top:2.5rem}.note
 </style></head><body>
 <h1>flowrepro report</h1>
 <p class="note">Headline numbers are those of the last epoch of a schedule fixed beforehand. <em>Best on test</em>
-picks the epoch with the test set, metric by metric, as the papers report.</p>
+picks the epoch with the test set, metric by metric (with one model for all categories by their mean, so one of them
+may be below the last epoch), as the papers report.</p>
 """
 
 
