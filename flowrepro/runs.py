@@ -40,7 +40,7 @@ from torch import Tensor
 import flowrepro
 from .altub import AltUB
 from .backbones import DTYPES, Backbone, WeightsError, full_name
-from .data import READERS, DataError, Dataset, Transform, absent_categories, load
+from .data import READERS, DataError, Dataset, Transform, absent_categories, load, open_out
 from .detectors import CFLOW_SIZES, CLASS_MODES, DETECTORS, FASTFLOW_PUBLISHED, image_id
 from .diagnostics import base_state, base_trace, latents_file, pictures_file
 from .features import FeatureBank, files_hash, write_atomic
@@ -590,8 +590,7 @@ def open_folder(config: Config) -> Path:
     An older run's `metrics.json` is removed, since this one is not complete yet; its checkpoint is kept,
     to be resumed from, if it had the same configuration, wherever it was kept. Of another one, no result is kept.
     """
-    out = Path(config.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    out = open_out(config.out_dir)
     (out / "metrics.json").unlink(missing_ok=True)
     try:
         before = wherever(json.loads((out / "config.json").read_text()))

@@ -1010,6 +1010,13 @@ def test_what_makes_a_run_another_one(done, toy):
         assert runs.made_otherwise(done.out, same | change)
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    "With what to do, before any work."
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/run: nothing can be written there .*; give a folder where you may write"):
+        runs.open_folder(configure(out_dir=str(tmp_path / "file/run")))
+
+
 def test_nothing_of_another_configuration_is_left(toy, tmp_path):
     "Its score forms and pictures would stand beside the new run's numbers, if that is stopped."
     given = dict(method="fastflow", dataset="toy", data_root=str(toy), category="weave", preset="smoke", device="cpu",
