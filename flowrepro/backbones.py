@@ -201,7 +201,8 @@ def load_net(name: str,               # timm name, with or without a weight tag
     w = str(weights)
     if w == "auto": w = "packaged" if not tag and has_package(base) else "hub"
     if w == "random" or w.startswith("random:"):
-        seed = int(w.partition(":")[2] or 0)
+        try: seed = int(w.partition(":")[2] or 0)
+        except ValueError: raise WeightsError(f"weights {w!r}: after random: a whole number, the seed") from None
         with by_itself():
             torch.default_generator.manual_seed(seed)
             return timm.create_model(full, **kw).eval(), f"random:{seed}"

@@ -7,11 +7,11 @@ Docs: https://flowrepro.github.io/flowrepro/comparisons.html.md"""
 # %% auto #0
 __all__ = ['MEASURED', 'BACKBONES', 'OWN_PAPERS', 'PAPERS', 'FORMS', 'READING', 'COMPARED', 'CLASSES', 'SPREADS', 'RANKED',
            'TABLES', 'only', 'every_published', 'published', 'data_name', 'categories_in', 'on_official_data',
-           'results_of', 'network_of', 'measured', 'backbone_name', 'published_as', 'Reference', 'reference',
-           'difference', 'with_means', 'modes_of', 'places', 'Findings', 'letter', 'letters_of', 'measured_on',
-           'Recipe', 'by_seed', 'beside', 'setting_of', 'row_of', 'titled', 'lacking', 'comparison_rows', 'wobble',
-           'steadiness', 'stability_row', 'stability_rows', 'paired', 'changed_row', 'ablation_rows', 'form_rows',
-           'component_rows', 'anchor_rows', 'method_rows', 'of_other_seeds', 'setting_note', 'telling', 'beside_papers']
+           'results_of', 'measured', 'backbone_name', 'published_as', 'Reference', 'reference', 'difference',
+           'with_means', 'modes_of', 'places', 'Findings', 'letter', 'letters_of', 'measured_on', 'Recipe', 'by_seed',
+           'beside', 'setting_of', 'row_of', 'titled', 'lacking', 'comparison_rows', 'wobble', 'steadiness',
+           'stability_row', 'stability_rows', 'paired', 'changed_row', 'ablation_rows', 'form_rows', 'component_rows',
+           'anchor_rows', 'method_rows', 'of_other_seeds', 'setting_note', 'telling', 'beside_papers']
 
 # %% ../nbs/12b_comparisons.ipynb #405f9ff5
 import contextlib
@@ -25,7 +25,8 @@ import pandas as pd
 
 from .data import OFFICIAL, TOY
 from .matrix import Job, absent, commands, jobs_of, role_of, select, sets_of, title_of, variant_of
-from .reports import changed_settings, method_name, read_run, seed_words, shown_categories, whole_means
+from .reports import changed_settings, method_name, network_of, read_run, seed_words, shown_categories
+from .reports import whole_means
 from .runs import HERE, PRESETS
 from .tables import HEADLINE, METRICS, MISSING, NOTHING, PROTOCOLS, Table
 from .tables import as_published, percent, points, spread, under
@@ -99,12 +100,6 @@ def results_of(run: dict) -> dict[tuple[str, str], dict]:
     return out | {(PROTOCOLS["last"], mode): r for mode, r in others.items() if mode != own}
 
 # %% ../nbs/12b_comparisons.ipynb #f19a441e
-def network_of(config: dict) -> str:
-    "A run's backbone as timm calls it, and that its weights are random, if so."
-    random = str(config.get("weights")).partition(":")[0] == "random"
-    return "random " * random + config["settings"]["backbone"]["name"]
-
-
 def measured(runs: list[dict], matrix: dict | None = None) -> pd.DataFrame:
     """A row per value of runs, named as the matrix names them or, without one, by their method alone;
     'mean' is a category of a run that has several. NaN where a metric was not to be had."""
@@ -552,7 +547,8 @@ def method_rows(f: Findings) -> list[dict]:
 
 # %% ../nbs/12b_comparisons.ipynb #2892f5b2
 READING = ("Percent. last: the last epoch of a schedule fixed beforehand, the headline. best on test: "
-           "the best evaluated epoch, chosen with the test images metric by metric, "
+           "the best evaluated epoch, chosen with the test images metric by metric "
+           "(with one model for all categories by their mean, so one of them may be below last), "
            "as the papers report. ± is the standard deviation over seeds.")
 COMPARED = ("difference: measured minus published in percentage points, last / best on test. other data, "
             "other backbone: not comparable with the published number. "

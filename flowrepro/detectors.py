@@ -738,7 +738,7 @@ class HGAD(HGADCore):
         lambda_e: float = 1.0,
         smoothing: float = 0.02,  # of labels in the mutual information
         stage_one: float = 0.08,  # share of the training without the losses inside categories
-        joint: bool = False,  # one step for all levels together, instead of one a level
+        joint: bool = False,  # one step for all levels, not one a level; tells only under `Schedule.clip` or `idle`
         centre_rate: float = 1.0,  # multiple of the learning rate for centres; public code declares 3, which never acts
         class_mode: str = "inferred",  # 'known', 'inferred' (marginal) or 'inferred-top' (the image's most probable)
         clamp: float = 1.9,

@@ -30,7 +30,7 @@ import pandas as pd
 
 from .matrix import Job, absent, commands, jobs_of, select, sets_of, title_of, variant_of
 from .metrics import auroc
-from .reports import seed_words, style
+from .reports import network_of, seed_words, style
 from .tables import METRICS
 
 # %% ../nbs/12c_figures.ipynb #02279be7
@@ -142,8 +142,7 @@ def about(runs: list[dict], matrix: dict, preset: str) -> str:
         own |= dict.fromkeys({run["config"]["category"]} - {"all"})
     data = "; ".join(f"{name}: {', '.join(own) if len(own) <= 6 else f'{len(own)} categories'}" if own else name
                      for name, own in several.items())
-    backbone = agree(runs, matrix, lambda c: f"{c['settings']['backbone']['name']} at "
-                                             f"{c['settings']['transform']['size']} px")
+    backbone = agree(runs, matrix, lambda c: f"{network_of(c)} at {c['settings']['transform']['size']} px")
     length = agree(runs, matrix, lambda c: f"{c['settings']['schedule']['epochs']} epochs, "
                                            f"batch {c['settings']['schedule']['batch']}")
     planned = matrix["presets"][preset]["seeds"]

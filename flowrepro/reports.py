@@ -6,10 +6,10 @@ Docs: https://flowrepro.github.io/flowrepro/reports.html.md"""
 
 # %% auto #0
 __all__ = ['PAGE', 'style', 'shown_categories', 'mean_std', 'metrics_table', 'read_run', 'read_runs', 'seed_words', 'method_name',
-           'changed_settings', 'data_labels', 'setting_name', 'whole_means', 'category_means', 'summary', 'headline',
-           'unified', 'last_epochs', 'plot_overview', 'output_maker', 'loss_words', 'plot_history', 'plot_scores',
-           'thresholds', 'hardest', 'gallery', 'overlay', 'keep', 'figure_tag', 'link', 'run_section', 'caption_html',
-           'figure_section', 'outputs_section', 'runs_section', 'report']
+           'network_of', 'changed_settings', 'data_labels', 'setting_name', 'whole_means', 'category_means', 'summary',
+           'headline', 'unified', 'last_epochs', 'plot_overview', 'output_maker', 'loss_words', 'plot_history',
+           'plot_scores', 'thresholds', 'hardest', 'gallery', 'overlay', 'keep', 'figure_tag', 'link', 'run_section',
+           'caption_html', 'figure_section', 'outputs_section', 'runs_section', 'report']
 
 # %% ../nbs/12_reports.ipynb #beed5f09
 import base64
@@ -101,6 +101,12 @@ def method_name(config: dict) -> str:
                 else "single " + "learned " * (base == "diagonal" and not config["altub"])
                 + "Gaussian" + ", unified" * (config["category"] == "all"))
     return name + (" + AltUB" if config["altub"] else "")
+
+# %% ../nbs/12_reports.ipynb #bbd837dc
+def network_of(config: dict) -> str:
+    "A run's backbone as timm calls it, and that its weights are random, if so."
+    random = str(config.get("weights")).partition(":")[0] == "random"
+    return "random " * random + config["settings"]["backbone"]["name"]
 
 # %% ../nbs/12_reports.ipynb #be51de31
 def changed_settings(config: dict) -> list[str]:
@@ -431,7 +437,8 @@ pre{font-size:12px;overflow-x:auto}img{max-width:100%}h2{margin-top:2.5rem}.note
 </style></head><body>
 <h1>flowrepro report</h1>
 <p class="note">Headline numbers are those of the last epoch of a schedule fixed beforehand. <em>Best on test</em>
-picks the epoch with the test set, metric by metric, as the papers report.</p>
+picks the epoch with the test set, metric by metric (with one model for all categories by their mean, so one of them
+may be below the last epoch), as the papers report.</p>
 """
 
 
@@ -451,7 +458,7 @@ def run_section(run: dict, root: Path) -> str:
     "The HTML of one run: its line of settings, figures, and the executed notebook."
     c, t, e, path = run["config"], run["timing"], run["environment"], Path(run["path"])
     title = f"{setting_name(c)} · {c['dataset']} · {c['category']} · preset {c['preset']} · seed {c['seed']}"
-    about = (f"{c['settings']['backbone']['name']}, {c['settings']['schedule']['epochs']} epochs; "
+    about = (f"{network_of(c)}, {c['settings']['schedule']['epochs']} epochs; "
              f"{t['train_s']:.0f} s training, {t['epoch_s']:.2f} s an epoch, "
              f"{t['ram_mib']:.0f} MiB; torch {e['torch']}, {e['device']} ({e['cpus']} CPUs), "
              f"revision {e['revision'] or 'unknown'}")
@@ -499,7 +506,7 @@ def runs_section(runs: list[dict], root: Path) -> str:
         c, t, e, path = run["config"], run["timing"], run["environment"], Path(run["path"])
         rows.append({"run": link(path / "run.ipynb", root, path.name),
                      "settings": link(path / "config.json", root, "settings"), "method": method_name(c),
-                     "backbone": c["settings"]["backbone"]["name"], "epochs": c["settings"]["schedule"]["epochs"],
+                     "backbone": network_of(c), "epochs": c["settings"]["schedule"]["epochs"],
                      "training (s)": f"{t['train_s']:.1f}", "s/epoch": f"{t['epoch_s']:.2f}",
                      "MiB": f"{t['ram_mib']:.0f}", "device": f"{e['device']} ({e['cpus']} CPUs)", "torch": e["torch"],
                      "revision": e["revision"] or "unknown"})

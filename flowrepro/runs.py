@@ -40,7 +40,7 @@ from torch import Tensor
 import flowrepro
 from .altub import AltUB
 from .backbones import DTYPES, Backbone, WeightsError, full_name
-from .data import READERS, DataError, Dataset, Transform, absent_categories, load
+from .data import READERS, DataError, Dataset, Transform, absent_categories, load, open_out
 from .detectors import CFLOW_SIZES, CLASS_MODES, DETECTORS, FASTFLOW_PUBLISHED, image_id
 from .diagnostics import base_state, base_trace, latents_file, pictures_file
 from .features import FeatureBank, files_hash, write_atomic
@@ -268,20 +268,28 @@ def check_detector(method: str, settings: str) -> None:
 
 # %% ../nbs/11_runs.ipynb #907a47f6
 def check_kind(name: str, value, default) -> None:
-    "ConfigError for an override of another kind than its default, or that is no finite number."
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list",
-             type(None): "a text or null" if name == "features.cache" else "a number or null"}
-    kind = str if name == "features.cache" else float if default is None else type(default)
-    right = (type(value) is kind or kind is float and type(value) is int
-             or kind is not bool and value is None)  # the class itself says whether it takes None
-    numbers = value if isinstance(value, tuple) else (value,)
+    "ConfigError for an override of another kind than its default, or that is, or holds, no finite number."
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list of numbers"}
+    null = {"features.cache": str, "transform.mask_size": int, "detector.fibers": int}  # the others: numbers
+    kind = null.get(name, float) if default is None else type(default)
+    said, numbers = kinds[kind] + " or null" * (default is None), value if isinstance(value, tuple) else (value,)
+    alike = lambda v, kind: type(v) is kind or kind is float and type(v) is int
+    # the class itself says whether it takes None
+    right = alike(value, kind) or kind is not bool and value is None
+    if kind is tuple and type(default[0]) is int:
+        said = "a list of whole numbers"
+    if kind is tuple and right:
+        right = all(alike(v, type(default[0])) for v in numbers)
     if not right or any(isinstance(v, float) and not np.isfinite(v) for v in numbers):
-        raise ConfigError(f"override {name} {value!r}: must be {kinds[type(default)]}")
+        raise ConfigError(f"override {name} {value!r}: must be {said}")
 
 # %% ../nbs/11_runs.ipynb #cb88ce5b
 def check_settings(settings: dict, p: dict, overrides: dict) -> None:
     """ConfigError for a setting that makes no sense by itself or beside another;
     what depends on the backbone is found when the run is made."""
+    for group, values in settings_of(p["method"]).items():
+        for name in overrides.get(group, {}).keys() & values.keys():
+            check_kind(f"{group}.{name}", overrides[group][name], values[name])
     with config_errors():
         for kind in (Score, Schedule, Transform, AltUB):
             kind(**settings[kind.__name__.lower()])
@@ -306,9 +314,6 @@ def check_settings(settings: dict, p: dict, overrides: dict) -> None:
     if not p["altub"] and "altub" in overrides:
         raise ConfigError(f"override altub.{next(iter(overrides['altub']))} with altub=False: "
                           "it would do nothing; set altub=True")
-    for group, values in settings_of(p["method"]).items():
-        for name in overrides.get(group, {}).keys() & values.keys():
-            check_kind(f"{group}.{name}", overrides[group][name], values[name])
 
 # %% ../nbs/11_runs.ipynb #85b34cdd
 def published_for(p: dict) -> dict[str, dict]:
@@ -585,8 +590,7 @@ def open_folder(config: Config) -> Path:
     An older run's `metrics.json` is removed, since this one is not complete yet; its checkpoint is kept,
     to be resumed from, if it had the same configuration, wherever it was kept. Of another one, no result is kept.
     """
-    out = Path(config.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    out = open_out(config.out_dir)
     (out / "metrics.json").unlink(missing_ok=True)
     try:
         before = wherever(json.loads((out / "config.json").read_text()))

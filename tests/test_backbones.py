@@ -266,6 +266,8 @@ def test_files_that_do_not_fit(tmp_path):
     with pytest.raises(WeightsError, match="not readable"): Backbone("resnet18", (1,), weights=path, size=64)
     with pytest.raises(WeightsError, match="no such weight file"):
         Backbone("resnet18", (1,), weights=tmp_path/"none.pth", size=64)
+    with pytest.raises(WeightsError, match="'random:x': after random: a whole number"):
+        Backbone("resnet18", (1,), weights="random:x", size=64)
     with pytest.raises(WeightsError, match="no packaged weights"):
         Backbone("resnet18", (1,), weights="packaged", size=64)
 

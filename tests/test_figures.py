@@ -602,6 +602,13 @@ def test_about_says_the_preset_of_the_runs():
     assert missing and {j.seed for j in missing} == {1}
 
 
+def test_about_says_that_weights_are_random():
+    "As the tables do: at preset paper nothing else would."
+    run = bare("cflow", preset="paper")
+    run["config"]["weights"] = "random"
+    assert "Backbone: random b at 9 px, frozen." in figures.about([run], MATRIX, "paper")
+
+
 def test_a_setting_that_differs_is_told_of_each_method():
     titles = [MATRIX["variants"][v]["title"] for v in ("cflow", "hgad")]
     words = figures.agree([bare("cflow"), bare("hgad"), bare("hgad", 1)], MATRIX, lambda c: f"seed {c['seed']}")

@@ -695,6 +695,17 @@ def test_groups(base, norm, stand_in):
             assert rate == (3.0 if n.endswith(("mu", "delta")) else 1.0), n
 
 
+@pytest.mark.parametrize("given, same", [({}, True), ({"clip": 0.1}, False), ({"idle": True}, False)], ids=str)
+def test_when_a_joint_step_tells(given, same, stand_in, bank_of):
+    "Levels share no parameter: one step for all is one each, unless the clipped norm or Adam's memory is of all."
+    weights = []
+    for joint in (False, True):
+        model = detector(stand_in, joint=joint, stage_one=0.0)
+        fit(model, bank_of(*features()), Schedule(epochs=3, batch=3, lr=1e-2, **given), LABELS, progress=False)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*weights) == same
+
+
 def test_groups_in_a_step(stand_in, bank_of):
     "Centres take three times the step; nothing but the flows decays."
     moved = {}

@@ -179,16 +179,23 @@ CONTRADICTIONS = [
     ("cflow", False, {"copies": 3}, "set both transform.rotate and features.copies"),
     ("cflow", False, {"rotate": 5.0}, "set both transform.rotate and features.copies"),
     ("cflow", False, {"copies": 0}, "features.copies 0: a whole number from 1"),
-    ("cflow", False, {"copies": "a"}, "features.copies 'a': a whole number from 1"),
+    ("cflow", False, {"copies": "a"}, "override features.copies 'a': must be a whole number"),
     ("cflow", False, {"scale": False}, "override scale with base='standard'"),
     ("cflow", True, {"altub": {"clip": None, "clip_by": "norm"}}, "clip_by='norm' without clip"),
-    ("cflow", True, {"altub.factor": "5"}, "altub factor '5'"),
+    ("cflow", True, {"altub.factor": "5"}, "override altub.factor '5': must be a number"),
     ("hgad", False, {"class_mode": "x"}, "class_mode 'x'"), ("hgad", False, {"base": "banana"}, "base 'banana'"),
     ("hgad", False, {"centres": 0}, "centres 0"),
-    ("cflow", False, {"code": 6}, "multiple of four"), ("cflow", False, {"code": 4.0}, "multiple of four"),
+    ("cflow", False, {"code": 6}, "multiple of four"), ("cflow", False, {"code": 4.0}, "code 4.0: must be a whole number"),
     ("hgad", False, {"steps": 0}, "steps 0"), ("cflow", False, {"steps": 2.5}, "steps 2.5"),
     ("hgad", False, {"smoothing": 2}, "smoothing 2"), ("cflow", False, {"per": "position"}, "per='position'"),
     ("fastflow", False, {"kernels": [2]}, "odd numbers"),
+    ("fastflow", False, {"lr": "1e-3"}, "override schedule.lr '1e-3': must be a number"),
+    ("fastflow", False, {"mask_size": "x"}, "override transform.mask_size 'x': must be a whole number or null"),
+    ("fastflow", False, {"mask_size": 32.5}, "override transform.mask_size 32.5: must be a whole number or null"),
+    ("fastflow", False, {"betas": ["a", 0.9]}, "override schedule.betas ('a', 0.9): must be a list of numbers"),
+    ("hgad", False, {"pyramid": ["a"]}, "override backbone.pyramid ('a',): must be a list of numbers"),
+    ("cflow", False, {"backbone.levels": [2.5]}, "override backbone.levels (2.5,): must be a list of whole numbers"),
+    ("fastflow", False, {"kernels": [True]}, "override detector.kernels (True,): must be a list of whole numbers"),
 ]
 
 
@@ -1001,6 +1008,13 @@ def test_what_makes_a_run_another_one(done, toy):
     for change in ({"weights": "random"}, {"altub": True, "overrides": {"altub.every": 2}}, {"method": "cflow"},
                    {"overrides": {"lr": 0.5}}):
         assert runs.made_otherwise(done.out, same | change)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    "With what to do, before any work."
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/run: nothing can be written there .*; give a folder where you may write"):
+        runs.open_folder(configure(out_dir=str(tmp_path / "file/run")))
 
 
 def test_nothing_of_another_configuration_is_left(toy, tmp_path):
