@@ -8,7 +8,7 @@ Docs: https://flowrepro.github.io/flowrepro/cli.html.md"""
 __all__ = ['DATASETS', 'cmd_run', 'run_each', 'absolute_root', 'of_the_same_data', 'run_name', 'print_summary', 'print_published',
            'cmd_reproduce', 'cmd_report', 'cmd_bench', 'cmd_data', 'scores_of', 'cmd_fit', 'seen_and_scored',
            'threshold_from', 'draw_heat_maps', 'cmd_predict', 'cmd_export', 'Help', 'add', 'add_device', 'add_weights',
-           'add_source', 'add_run', 'add_reproduce', 'add_data', 'add_own_images', 'parser', 'main']
+           'add_category', 'add_source', 'add_run', 'add_reproduce', 'add_data', 'add_own_images', 'parser', 'main']
 
 # %% ../nbs/13_cli.ipynb #149ba2fc
 import argparse
@@ -175,7 +175,7 @@ def cmd_data(args: argparse.Namespace) -> int:
     return 2 if problems else 0
 
 # %% ../nbs/13_cli.ipynb #0fe2d7e3
-def scores_of(detector, files: list[Path]):
+def scores_of(detector, files: list[Path], category: str | None = None):
     "The scores of image files, (N,); some at a time, as the maps of all of them would fill the memory."
     import torch
     from tqdm.auto import tqdm
@@ -184,7 +184,7 @@ def scores_of(detector, files: list[Path]):
 
     some = [files[i:i + 256] for i in range(0, len(files), 256)]
     bar = tqdm(some, "good images", leave=False, delay=2, disable=no_bar())
-    return torch.cat([detector.predict(part, progress=False)[1] for part in bar])
+    return torch.cat([detector.predict(part, category=category, progress=False)[1] for part in bar])
 
 # %% ../nbs/13_cli.ipynb #72193fae
 def cmd_fit(args: argparse.Namespace) -> int:
@@ -218,7 +218,7 @@ def cmd_fit(args: argparse.Namespace) -> int:
 
 
 # %% ../nbs/13_cli.ipynb #c96483d1
-def seen_and_scored(detector, files: list[Path]) -> tuple[dict, list, list, list[str]]:
+def seen_and_scored(detector, files: list[Path], category: str | None = None) -> tuple[dict, list, list, list[str]]:
     """Image files as the detector sees them, {file: uint8 (size, size, 3)}, their maps and scores;
     and what is wrong with those that cannot be read. DataError if none can."""
     from tqdm.auto import tqdm
@@ -244,13 +244,13 @@ def seen_and_scored(detector, files: list[Path]) -> tuple[dict, list, list, list
                 yield picture
 
     try:
-        maps, scores = detector.predict(pictures(), progress=False)
+        maps, scores = detector.predict(pictures(), category=category, progress=False)
     except DataError as error:
         raise DataError("\n".join(problems) or str(error)) from error
     return seen, maps.numpy(), scores.numpy(), problems
 
 # %% ../nbs/13_cli.ipynb #d32dfa86
-def threshold_from(detector, folder: str, fpr: float) -> float:
+def threshold_from(detector, folder: str, fpr: float, category: str | None = None) -> float:
     """The score that a further good image exceeds with a probability of at most `fpr`,
     by those of a folder that were not trained on."""
     from flowrepro.detectors import image_files, not_trained_on
@@ -260,7 +260,7 @@ def threshold_from(detector, folder: str, fpr: float) -> float:
     new = not_trained_on(detector, every)
     print(f"{len(new)} good images for the threshold" + f", {len(every) - len(new)} left out that the detector was "
           "trained on" * (len(new) < len(every)))
-    return fpr_threshold(scores_of(detector, new), fpr)
+    return fpr_threshold(scores_of(detector, new, category), fpr)
 
 # %% ../nbs/13_cli.ipynb #017c50c9
 def draw_heat_maps(out: Path, top: Path, pictures: dict, maps) -> list[str]:
@@ -305,8 +305,8 @@ def cmd_predict(args: argparse.Namespace) -> int:
     if out.resolve() == top.resolve():
         raise ValueError(f"--out {out}: heat maps would lie among the images; give them a folder of their own")
     open_out(out)
-    limit = None if args.good is None else threshold_from(detector, args.good, fpr)
-    seen, maps, scores, problems = seen_and_scored(detector, files)
+    limit = None if args.good is None else threshold_from(detector, args.good, fpr, args.category)
+    seen, maps, scores, problems = seen_and_scored(detector, files, args.category)
     table = pd.DataFrame({"image": list(map(str, seen)), "score": scores}).sort_values("score", ascending=False)
     if limit is not None:
         table["anomalous"] = table["score"] > limit
@@ -366,6 +366,11 @@ def add_weights(p: argparse.ArgumentParser) -> None:
     "The flag that gives a trained detector its backbone's weights."
     p.add_argument("--weights", default=None, help="the file of backbone weights that it was trained on, if it was "
                                                    "trained on one")
+
+# %% ../nbs/13_cli.ipynb #6cb532e9
+def add_category(p: argparse.ArgumentParser) -> None:
+    "The flag that tells a model of several categories which one all the images are of."
+    p.add_argument("--category", default=None, help="of all images, for an HGAD that must be told")
 
 # %% ../nbs/13_cli.ipynb #fb2a6209
 def add_source(p: argparse.ArgumentParser, category: str) -> None:
@@ -447,14 +452,13 @@ def add_own_images(commands) -> None:
                                                 "say from which score on an image is anomalous")
     p.add_argument("--fpr", type=float, default=None, help="share of false alarms to bear, with --good (default 0.05, "
                                                            "which takes 19 images)")
-    add_weights(p), add_device(p)
+    add_category(p), add_weights(p), add_device(p)
     p.add_argument("--out", default="predictions", help="folder for scores.csv and the heat maps")
     p = add(commands, "export", cmd_export, "flowrepro export my_parts.safetensors my_parts/good --out my_parts.onnx")
     p.add_argument("model", help="file that fit or a run wrote")
     p.add_argument("images", help="a folder with two or more images of its own, to compare on")
     p.add_argument("--out", required=True, help="a file that ends in .onnx, or in .pt2 (torch.export)")
-    p.add_argument("--category", default=None, help="of all images, for an HGAD that must be told")
-    add_weights(p)
+    add_category(p), add_weights(p)
 
 # %% ../nbs/13_cli.ipynb #424cf24b
 def parser() -> argparse.ArgumentParser:

@@ -17,9 +17,10 @@ import pytest
 from PIL import Image
 
 from flowrepro import __version__
+from flowrepro.backbones import Backbone
 from flowrepro.cli import main, parser, print_summary, run_each, run_name
-from flowrepro.data import Transform, load
-from flowrepro.detectors import Detector
+from flowrepro.data import Dataset, Transform, load
+from flowrepro.detectors import HGAD, Detector
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -383,6 +384,24 @@ def test_predict(model, parts_folder, tmp_path, capsys):
     assert len(pictures) == 15 and {Image.open(p).size for p in pictures} == {(64, 64)}
     maps, scores = Detector.load(model).predict([table["image"][0]])
     assert scores.item() == pytest.approx(table["score"][0], rel=1e-4)
+
+
+def test_predict_of_a_model_that_must_be_told_the_category(tmp_path, capsys, monkeypatch):
+    "It is told on the command line, also of the good images; without it, or with another one, an error says so."
+    monkeypatch.chdir(tmp_path)
+    train, test = load("toy", None, "all", Transform(64))
+    backbone = Backbone(levels=(3,), pyramid=(1.0, 0.5), size=64)
+    detector = HGAD(backbone, steps=2, code=16, centres=3, class_mode="known")
+    detector.fit(Dataset(train.records[::8], train.transform), epochs=1, progress=False).save("m.safetensors")
+    images = next(r.image.parent for r in test.records if r.category == "weave" and not r.label)
+    told = ["predict", "m.safetensors", images, "--good", images, "--fpr", "0.1"]
+    assert run(capsys, *told, "--category", "weave")[0] == 0
+    scores = pd.read_csv("predictions/scores.csv").set_index("image")["score"]
+    want = detector.predict(sorted(images.iterdir()), category="weave", progress=False)[1]
+    assert np.allclose(scores[[str(p) for p in sorted(images.iterdir())]], want, rtol=1e-4)
+    for more, words in (([], "category=..."), (["--category", "nut"], "category 'nut'")):
+        code, _, error = run(capsys, *told, *more)
+        assert code == 2 and words in error
 
 
 def test_predict_with_a_threshold(model, parts_folder, tmp_path, capsys):
