@@ -12,7 +12,7 @@ __all__ = ['Fail', 'EXTENSIONS', 'HOLDOUT', 'TOY_VERSION', 'TOY', 'READERS', 'OF
            'read_folder', 'union_roots', 'read_union', 'Dice', 'png', 'grid', 'disc', 'stroke', 'blob', 'walk', 'mix',
            'draw_weave', 'draw_speckle', 'draw_bolt', 'draw_biscuit', 'shoot', 'toy_image', 'make_toy', 'toy_root',
            'read_toy', 'read', 'load', 'contact_sheet', 'cropped_defects', 'official_categories', 'absent_categories',
-           'inspect_record', 'twins', 'check_records', 'check', 'check_report']
+           'inspect_record', 'sha256', 'twins', 'check_records', 'check', 'check_report']
 
 # %% ../nbs/00_data.ipynb #e73c4e0d
 import copy, csv, hashlib, json, os, shutil, struct, tempfile, warnings, zlib
@@ -1008,20 +1008,24 @@ def inspect_record(r: Record) -> list[str]:
     except DataError as e: out.append(str(e))
     return out
 
+# %% ../nbs/00_data.ipynb #b00e99c3
+def sha256(path: str | Path) -> str:
+    "SHA-256 of a file, hex."
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
 # %% ../nbs/00_data.ipynb #d871e6da
 def twins(records: list[Record]) -> list[str]:
     "Images of the test part that are in the training part, too, byte for byte: the problems found."
     by_size, out = {}, []
     for r in records:
         with suppress(OSError): by_size.setdefault(r.image.stat().st_size, []).append(r)
-    content = lambda r: hashlib.sha256(r.image.read_bytes()).digest()
     for same in by_size.values():
         train, test = ([r for r in same if r.split == split] for split in ("train", "test"))
         if not train or not test: continue
         with suppress(OSError):   # not readable: a problem that `inspect_record` finds
-            trained = {content(r): r.image for r in train}
+            trained = {sha256(r.image): r.image for r in train}
             out += [f"{r.image}: the same image as {trained[c]}, which is trained on; remove one of them"
-                    for r in test if (c := content(r)) in trained]
+                    for r in test if (c := sha256(r.image)) in trained]
     return out
 
 # %% ../nbs/00_data.ipynb #6e8a4ba1

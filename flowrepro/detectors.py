@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.compiler import is_exporting
 from tqdm.auto import tqdm
 
-from .backbones import Backbone, sha256
+from .backbones import Backbone
 from .bases import Base, ClassMixture, DiagonalNormal, HierarchicalMixture, StandardNormal, check_label
-from .data import EXTENSIONS, DataError, Dataset, Transform, is_image, is_note, open_image
+from .data import EXTENSIONS, DataError, Dataset, Transform, is_image, is_note, open_image, sha256
 from .features import FeatureBank, channel_stats, no_bar, read_ahead, taking_place
 from .flows import Flow, code_rows, conv_flow, dense_flow, from_freia, to_freia
 from .hgad import hgad_loss, hgad_terms

@@ -33,8 +33,8 @@ import torch
 from tqdm.auto import tqdm
 
 import flowrepro
-from .backbones import DTYPES, Backbone, sha256
-from .data import Dataset
+from .backbones import DTYPES, Backbone
+from .data import Dataset, sha256
 
 # %% ../nbs/02_features.ipynb #73a478f0
 FORMAT = 1                                                            # of the bank file; part of every key

@@ -269,18 +269,16 @@ def check_detector(method: str, settings: str) -> None:
 # %% ../nbs/11_runs.ipynb #907a47f6
 def check_kind(name: str, value, default) -> None:
     "ConfigError for an override of another kind than its default, or that is, or holds, no finite number."
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list of numbers"}
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     null = {"features.cache": str, "transform.mask_size": int, "detector.fibers": int}  # the others: numbers
-    kind = null.get(name, float) if default is None else type(default)
-    said, numbers = kinds[kind] + " or null" * (default is None), value if isinstance(value, tuple) else (value,)
-    alike = lambda v, kind: type(v) is kind or kind is float and type(v) is int
-    # the class itself says whether it takes None
-    right = alike(value, kind) or kind is not bool and value is None
-    if kind is tuple and type(default[0]) is int:
-        said = "a list of whole numbers"
-    if kind is tuple and right:
-        right = all(alike(v, type(default[0])) for v in numbers)
-    if not right or any(isinstance(v, float) and not np.isfinite(v) for v in numbers):
+    many = isinstance(default, tuple)
+    kind = null.get(name, float) if default is None else type(default[0] if many else default)
+    alike = lambda v: (type(v) is kind or kind is float and type(v) is int) and (kind is not float or np.isfinite(v))
+    if many:
+        right, said = isinstance(value, tuple) and all(map(alike, value)), f"a list of {kinds[kind][2:]}s"
+    else:  # the class itself says whether it takes None
+        right, said = alike(value) or kind is not bool and value is None, kinds[kind] + " or null" * (default is None)
+    if not right:
         raise ConfigError(f"override {name} {value!r}: must be {said}")
 
 # %% ../nbs/11_runs.ipynb #cb88ce5b

@@ -777,7 +777,7 @@ def test_check_finds_images_that_are_trained_on_and_tested(tmp_path, monkeypatch
     found = [p for p in check(tmp_path, "mvtec", progress=False)[1] if "trained on" in p]
     assert len(found) == 1 and str(test/"bent"/"001.png") in found[0] and "train/good/00" in found[0]
     def broken(path): raise OSError("Input/output error")
-    monkeypatch.setattr(Path, "read_bytes", broken)
+    monkeypatch.setattr(D, "sha256", broken)
     assert D.twins(read("mvtec", tmp_path)) == []  # a problem of its own
 
 def test_check_compares_both_counts(tmp_path, monkeypatch):
