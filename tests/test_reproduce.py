@@ -579,11 +579,11 @@ def test_a_really_full_disk(small_disk):
         full = going.result()
     assert full.returncode == 2 and "disk full" in full.stderr and "Traceback" not in full.stderr, (
         full.stdout + full.stderr)
-    (done,) = stamps(top).items()
+    done = stamps(top)  # of one run; on a busy machine the disk may have shrunk late, when the second was done too
     small_disk(300 * 1024)
     mended = go(top)
-    assert (mended.returncode == 0 and "1 of them done" in mended.stdout and done in stamps(top).items()
-            and stamps(top).keys() == RUNS), mended.stdout + mended.stderr
+    assert (mended.returncode == 0 and done and f"{len(done)} of them done" in mended.stdout
+            and done.items() <= stamps(top).items() and stamps(top).keys() == RUNS), mended.stdout + mended.stderr
 
 
 @pytest.mark.slow
