@@ -29,6 +29,7 @@ setup(
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
     ],
     packages=find_packages(include=["flowrepro", "flowrepro.*"]),
     package_data={"flowrepro": ["experiments/*.ipynb", "published/*.csv", "workflow/*", "workflow/profiles/*/*"]},

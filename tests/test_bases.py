@@ -81,7 +81,6 @@ CASES = {
     "classes, one position": Case(ClassMixture, classes=2, positions=(1, 1)),
 }
 MIXTURES = {k: c for k, c in CASES.items() if c.classes}
-HIERARCHIES = {k: c for k, c in CASES.items() if c.centres}
 
 
 def over(cases: dict):
