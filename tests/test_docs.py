@@ -247,12 +247,13 @@ def test_every_kind_of_link_and_load(tmp_path):
 
 def test_a_picture_is_told_by_its_caption():
     "Below it, or in the words of the figure that code shows; one that has a text keeps it."
-    page = ('<head></head><p><img src="a.png"></p><figcaption>Of <b>$a_i$</b></figcaption><img src="b.png" alt="B">'
-            '<div><img src="c.png"></div><div><p><strong>F1. C</strong></p></div><img src="d.png">')
+    page = ('<head></head><p><img src="a.png"></p><figcaption>Of <b>$a_i$</b>, `fit`</figcaption>'
+            '<img src="b.png" alt="B"><div><img src="c.png"></div><div><p><strong>F1. C</strong></p></div><img src="d.png">')
     text = docs.finish("p.html", page, "https://x.org/", set())
     alts = re.findall(r'src="(.)\.png" alt="(.*?)">', text)
     assert alts[1:] == [("b", "B"), ("c", "F1. C"), ("d", "what the code above draws")]
     assert alts[0][0] == "a" and alts[0][1].startswith("Of") and "<figcaption>Of <b><math" in text
+    assert "<code>fit</code></figcaption>" in text and "`" not in text
 
 
 def test_formulas():

@@ -222,7 +222,8 @@ def finish(page: str, text: str, address: str, places: set[str]) -> str:
         return f'href="{"../" * page.count("/")}{m[1]}{m[2] if m[2] in places else m[2].partition(".")[0]}"'
 
     def caption(m: re.Match) -> str:
-        return m[1] + re.sub(r"\$([^$]+)\$", lambda f: mathml(page, html.unescape(f[1]), False), m[2])
+        words = re.sub(r"`([^`<]+)`", r"<code>\1</code>", m[2])
+        return m[1] + re.sub(r"\$([^$]+)\$", lambda f: mathml(page, html.unescape(f[1]), False), words)
 
     text = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', tex, text, flags=re.S)
     text = re.sub(r"(<(?:fig)?caption\b[^>]*>)(.*?)(?=</(?:fig)?caption>)", caption, text, flags=re.S)
